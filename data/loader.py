@@ -39,6 +39,7 @@ class Dataset:
         meta = read_meta(self.folder)
         self.vocab_size: int | None = meta.get("vocab_size")
         self.tokenizer: dict | None = meta.get("tokenizer")
+        self.split_bytes: dict[str, int] = meta.get("split_bytes", {})
         dtype = np.dtype(meta.get("dtype", "uint16"))
         self.splits = {split: self._map(split, dtype) for split in ("train", "val")}
 
@@ -74,6 +75,10 @@ class Dataset:
         last = len(self.splits[split]) - self.block_size - 1
         rows = np.arange(index * batch_size, (index + 1) * batch_size)
         return self._windows(split, rows * last // max(count * batch_size - 1, 1))
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text a token stands for on average; None if the dataset does not say."""
+        return self.split_bytes[split] / len(self.splits[split]) if split in self.split_bytes else None
 
     def _windows(self, split: str, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
         tokens = self.splits[split]

@@ -1,0 +1,23 @@
+# nanoGPT's README settings for a CPU: ordinary attention, AdamW, float32. The yardstick for train_mla.py.
+
+out_dir = "out-shakespeare-char-cpu"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+dropout = 0.0
+
+batch_size = 12
+gradient_accumulation_steps = 1
+max_iters = 2000
+eval_interval = 250
+eval_iters = 20
+log_interval = 10
+
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+dtype = "float32"
