@@ -560,10 +560,17 @@ class MultiHeadLatentAttention(_Attention):
         return [p for module in modules for p in module.parameters()] + ([self.v_up] if self.config.use_svd else [])
 
 
+class RMSNorm(nn.RMSNorm):
+    """arXiv:1910.07467, in the activations' dtype, so that autocast keeps the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def _latent_norm(kind: str, width: int) -> nn.Module:
     if kind == "none":
         return nn.Identity()
-    return nn.RMSNorm(width, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(width, bias=False)
+    return RMSNorm(width, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(width, bias=False)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,76 @@
+"""What several test files need: a tiny prepared dataset, and scripts run as a user runs them."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import helpers
+from model import GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Unequal sizes, so that a mix-up cannot cancel: nh 4, hs 6, L 7, r 2.
+TINY = {"block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 4, "n_embd": 24}
+TINY_MLA = {**TINY, "use_mla": True, "mla_latent_dim": 7, "pos_emb": "rope", "mla_rope_dim": 2}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A folder with a char dataset of 6,000 tokens with some structure to learn."""
+    folder = tmp_path_factory.mktemp("dataset")
+    draw = random.Random(1)
+    words = ["to be", "or not", "that is", "the question", "whether", "'tis nobler", "in the mind"]
+    text = "".join(draw.choice(words) + draw.choice([" ", "\n", ", "]) for _ in range(800))[:6000]
+    chars = "".join(sorted(set(text)))
+    ids = helpers.encode_chars(text, chars)
+    meta = {"vocab_size": len(chars), "tokenizer": {"kind": "char", "chars": chars}, "source": "test", "sha256": ""}
+    meta["split_bytes"] = {"train": 5400, "val": 600}
+    helpers.write_dataset(folder, {"train": [ids[:5400]], "val": [ids[5400:]]}, meta)
+    return folder
+
+
+def tiny_config(**changes) -> GPTConfig:
+    return GPTConfig(**{**TINY, **changes})
+
+
+def randomise(model, std=0.3):
+    """Weights large enough that every path matters to the output."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+def run(script: str, *args: str, cwd: Path | None = None, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+    """A script of this repository in a process of its own, as a user starts it."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    full = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(
+        command, cwd=cwd or ROOT, env=full, check=False, capture_output=True, text=True, timeout=timeout
+    )
+
+
+# A run that takes a second or two.
+QUICK = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=1", "--eval_interval=10", "--eval_iters=2", "--warmup_iters=2", "--learning_rate=1e-2", "--device=cpu"]
+
+
+def fails_with_one_line(done: subprocess.CompletedProcess, status: int, *words: str) -> bool:
+    """Exit status and a single line on stderr that holds the words."""
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("warning:")]
+    assert done.returncode == status, (done.returncode, done.stderr)
+    assert len(lines) == 1, done.stderr
+    assert all(word in lines[0] for word in words), (words, lines[0])
+    return True

@@ -1,0 +1,531 @@
+"""The model against itself along other paths, and against transformers. Run: python -m pytest tests/test_model.py"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTConfig, KVCache, LatentCache, factorise, factorise_values
+from tests.conftest import TINY, TINY_MLA, randomise, tiny_config
+
+
+def grid():
+    """Every valid combination of the attention's settings, at tiny sizes."""
+    mha = itertools.product(["learned", "rope"], [None, 3, 6], [False, True])
+    for pos, rank, bias in mha:
+        yield {"pos_emb": pos, "use_svd": rank is not None, "svd_rank": rank, "bias": bias}
+    latent = itertools.product([("learned", 0), ("rope", 2), ("rope", 0)], [1, 2, 4], ["rmsnorm", "layernorm", "none"])
+    rest = itertools.product([False, True], [None, 10], [None, 3])
+    for ((pos, r), groups, norm), (share, q_latent, rank) in itertools.product(latent, rest):
+        yield {
+            "pos_emb": pos, "mla_rope_dim": r, "use_mla": True, "mla_latent_dim": 7, "mla_groups": groups,
+            "mla_norm": norm, "mla_share_latent": share, "mla_q_latent_dim": q_latent, "use_svd": rank is not None,
+            "svd_rank": rank, "bias": share,
+        }  # fmt: skip
+
+
+GRID = list(grid())
+
+
+def make(settings):
+    return randomise(GPT(tiny_config(**settings)))
+
+
+def all_logits(model, idx):
+    return model(idx, idx)[0]
+
+
+def name(settings):
+    return ",".join(f"{k}={v}" for k, v in settings.items() if v not in (None, False))
+
+
+@pytest.mark.parametrize("settings", GRID, ids=name)
+def test_whole_grid(settings):
+    """Causal; cached equals uncached however the prompt is cut; absorbed equals expanded; gradients reach everything;
+    a state dict goes round; the cache is as large as the formula says."""
+    model = make(settings)
+    cfg = model.config
+    idx = torch.randint(23, (3, 12))
+    with torch.no_grad():
+        full = all_logits(model, idx)
+        # Causality: another token t leaves all logits before t as they were, and changes those from t on.
+        for t in (5, 11):
+            other = idx.clone()
+            other[:, t] = (other[:, t] + 1) % 23
+            changed = all_logits(model, other)
+            assert torch.equal(changed[:, :t], full[:, :t]) and not torch.allclose(changed[:, t], full[:, t])
+        # A prompt in two pieces, cut everywhere, and in pieces of every size; nothing but the cache connects them.
+        pieces = [(t, 12 - t) for t in range(1, 12)] + [(1,) * 12, (3,) * 4, (5, 1, 1, 5)]
+        for sizes in pieces:
+            cache, end = model.make_cache(3, 12), 0
+            for size in sizes:
+                logits, _ = model(idx[:, end : end + size], cache=cache)
+                end += size
+                assert cache.pos == end
+                torch.testing.assert_close(logits[:, 0], full[:, end - 1], atol=1e-5, rtol=1e-4)
+        numbers = cfg.mla_groups * 7 + cfg.mla_rope_dim if cfg.use_mla else 24 + 4 * (cfg.svd_rank or 6)
+        assert cache.bytes_per_token == 2 * numbers * 4 and cache.nbytes == 3 * 12 * cache.bytes_per_token
+        if cfg.use_mla:
+            x, attn = torch.randn(3, 12, 24), model.transformer.h[1].attn
+            torch.testing.assert_close(attn(x, absorb=True), attn(x, absorb=False), atol=1e-5, rtol=1e-4)
+    model.train()(idx, idx)[1].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    twin = GPT(tiny_config(**settings))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(all_logits(twin.eval(), idx), all_logits(model.eval(), idx))
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        ({}, {"pos_emb": "rope"}),
+        ({}, {"use_mla": True}),
+        ({}, {"use_svd": True, "svd_rank": 3}),
+        ({}, {"bias": False}),
+        ({"pos_emb": "rope"}, {"pos_emb": "rope", "rope_theta": 100.0}),
+        (TINY_MLA, {**TINY_MLA, "mla_latent_dim": 9}),
+        (TINY_MLA, {**TINY_MLA, "mla_groups": 2}),
+        (TINY_MLA, {**TINY_MLA, "mla_rope_dim": 4}),
+        (TINY_MLA, {**TINY_MLA, "mla_q_latent_dim": 10}),
+        (TINY_MLA, {**TINY_MLA, "mla_norm": "layernorm"}),
+        (TINY_MLA, {**TINY_MLA, "mla_norm": "none"}),
+        (TINY_MLA, {**TINY_MLA, "mla_share_latent": True}),
+        (TINY_MLA, {**TINY_MLA, "use_svd": True, "svd_rank": 3}),
+        ({"use_svd": True, "svd_rank": 3}, {"use_svd": True, "svd_rank": 3, "svd_method": "randomized"}),
+    ],
+)
+def test_no_setting_is_dead(base, change):
+    """Each setting changes what a model with the same seed computes, or how many parameters it has."""
+    outputs = []
+    for settings in (base, change):
+        torch.manual_seed(5)
+        model = GPT(tiny_config(**settings)).eval()
+        torch.manual_seed(6)
+        for p in model.parameters():
+            p.data.add_(torch.randn_like(p), alpha=0.2) if settings.get("svd_method") is None else None
+        outputs.append((model.get_num_params(), all_logits(model, torch.arange(12)[None])))
+    assert outputs[0][0] != outputs[1][0] or not torch.equal(outputs[0][1], outputs[1][1])
+
+
+def test_gpt2_parity():
+    """MHA with learned positions is transformers' GPT-2, random weights, 1e-5 in float32."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=23, n_positions=16, n_embd=24, n_layer=2, n_head=4, activation_function="gelu", bos_token_id=0, eos_token_id=0)
+    )
+    randomise(theirs, 0.1)
+    ours = GPT(tiny_config()).eval()
+    state = {k: v for k, v in theirs.state_dict().items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D keeps (in, out)
+    state = {k: v.t() if k.endswith(turned) else v for k, v in state.items()}
+    ours.load_state_dict(state)
+    idx = torch.randint(23, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(all_logits(ours, idx), theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("q_latent", [None, 12])
+@pytest.mark.parametrize("r", [4, 6])
+def test_deepseek_parity(q_latent, r):
+    """MLA is transformers' DeepseekV3Attention with copied weights, at once and step by step, 1e-5 in float32."""
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+
+    nh, hs, L, C, T = 5, 10, 14, 50, 9
+    theirs_cfg = DeepseekV3Config(
+        hidden_size=C, num_attention_heads=nh, num_key_value_heads=nh, q_lora_rank=q_latent, kv_lora_rank=L,
+        qk_rope_head_dim=r, qk_nope_head_dim=hs - r, v_head_dim=hs, rope_interleave=False, attention_bias=False,
+        max_position_embeddings=32, attn_implementation="eager", num_hidden_layers=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    theirs = randomise(deepseek.DeepseekV3Attention(theirs_cfg, 0), 0.2)
+    model = GPT(
+        GPTConfig(
+            block_size=32, vocab_size=11, n_layer=1, n_head=nh, n_embd=C, bias=False, pos_emb="rope", use_mla=True,
+            mla_latent_dim=L, mla_rope_dim=r, mla_q_latent_dim=q_latent,
+        )
+    ).eval()
+    ours = model.transformer.h[0].attn
+    kv_b = theirs.kv_b_proj.weight.view(nh, 2 * hs - r, L)
+    ours.kv_latent_proj.weight.data = theirs.kv_a_proj_with_mqa.weight.data
+    ours.latent_norm.weight.data = theirs.kv_a_layernorm.weight.data
+    ours.k_expand.weight.data = kv_b[:, : hs - r].reshape(-1, L).data
+    ours.v_expand.weight.data = kv_b[:, hs - r :].reshape(-1, L).data
+    ours.c_proj.weight.data = theirs.o_proj.weight.data
+    if q_latent is None:
+        ours.q_proj.weight.data = theirs.q_proj.weight.data
+    else:
+        ours.q_latent_proj.weight.data = theirs.q_a_proj.weight.data
+        ours.q_latent_norm.weight.data = theirs.q_a_layernorm.weight.data
+        ours.q_expand.weight.data = theirs.q_b_proj.weight.data
+
+    x = torch.randn(3, T, C)
+    rotary = deepseek.DeepseekV3RotaryEmbedding(theirs_cfg)(x, torch.arange(T)[None])
+    mask = torch.full((T, T), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        want = theirs(x, position_embeddings=rotary, attention_mask=mask)[0]
+        torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(x, absorb=True), want, atol=1e-5, rtol=1e-5)
+        cache = model.make_cache(3, T)
+        for t in range(T):
+            torch.testing.assert_close(ours(x[:, t : t + 1], cache), want[:, t : t + 1], atol=1e-5, rtol=1e-5)
+            cache.pos += 1
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("mla", [False, True])
+def test_last_token_leaks_nowhere(mla, rank):
+    """With SVD on, another last token leaves all earlier logits bit-identical."""
+    settings = {**(TINY_MLA if mla else {}), "use_svd": True, "svd_rank": rank}
+    model, idx = make(settings), torch.randint(23, (3, 16))
+    other = idx.clone()
+    other[:, -1] = (other[:, -1] + 1) % 23
+    assert torch.equal(all_logits(model, idx)[:, :-1], all_logits(model, other)[:, :-1])
+
+
+def test_groups_are_block_diagonal_joint_mla():
+    """A latent per head equals one joint latent whose expansions are block-diagonal in the same numbers."""
+    each = make({"use_mla": True, "mla_latent_dim": 5, "mla_groups": 4, "pos_emb": "rope", "mla_rope_dim": 2, "mla_norm": "none"})
+    joint = make({"use_mla": True, "mla_latent_dim": 20, "mla_groups": 1, "pos_emb": "rope", "mla_rope_dim": 2, "mla_norm": "none"})
+    state = each.state_dict()
+    wide = ("k_expand.weight", "v_expand.weight")
+    state = {k: torch.block_diag(*v.view(4, -1, 5)) if k.endswith(wide) else v for k, v in state.items()}
+    joint.load_state_dict(state)
+    idx = torch.randint(23, (2, 12))
+    torch.testing.assert_close(all_logits(joint, idx), all_logits(each, idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bias": False}, TINY_MLA, {**TINY_MLA, "mla_groups": 4, "mla_latent_dim": 3}])
+def test_full_rank_svd_is_the_dense_model(settings):
+    """A dense state dict factorised at rank hs gives the dense logits; a lower rank gives others and says what it kept."""
+    dense, idx = make(settings), torch.randint(23, (2, 12))
+    differences, shares = [], []
+    for rank in (6, 3, 1):
+        svd = GPT(tiny_config(**settings, use_svd=True, svd_rank=rank)).eval()
+        state, kept = factorise_values(dense.state_dict(), svd.config)
+        svd.load_state_dict(state)
+        differences.append((all_logits(svd, idx) - all_logits(dense, idx)).abs().max())
+        shares.append(kept)
+    assert differences[0] < 1e-5 and shares[0] == pytest.approx(1)
+    assert shares[0] >= shares[1] > shares[2] and differences[2] > 1e-2
+    again, kept = factorise_values(svd.state_dict(), svd.config)  # rank 1 opened as rank 1 loses nothing
+    assert kept == pytest.approx(1)
+    with pytest.raises(ValueError, match="svd_rank=3 does not work: the checkpoint holds rank 1"):
+        factorise_values(again, tiny_config(**settings, use_svd=True, svd_rank=3))
+
+
+def test_randomized_svd_beside_the_exact_one():
+    """Halko's range finder comes within 1% of the best possible error on a decaying spectrum, and repeats itself."""
+    U, V = torch.linalg.qr(torch.randn(64, 64))[0], torch.linalg.qr(torch.randn(200, 64))[0]
+    W = (U * 0.8 ** torch.arange(64)) @ V.T
+    W = W[None]
+    errors = {}
+    for method in ("exact", "randomized"):
+        down, up, kept = factorise(W, 16, method)
+        errors[method] = (W - up @ down.view(1, 16, -1)).norm()
+        assert kept == pytest.approx(1 - float(errors[method] / W.norm()) ** 2, abs=1e-3)
+    best = (W - W @ V[:, :16] @ V[:, :16].T).norm()  # Eckart-Young
+    assert errors["exact"] <= best * 1.0001 and errors["exact"] <= errors["randomized"] < 1.01 * best
+    assert torch.equal(factorise(W, 16, "randomized")[0], down)
+
+
+def test_fresh_svd_model_starts_from_a_dense_initialisation():
+    """The product of the fresh factors at full rank has the variance a dense initialisation gives."""
+    attn = GPT(GPTConfig(n_layer=1, n_head=4, n_embd=128, vocab_size=11, use_svd=True)).transformer.h[0].attn
+    product = attn.v_up @ attn.v_down.weight.view(4, 32, 128)
+    assert product.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_svd": True, "svd_rank": 3}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_cache_dtypes(settings, dtype):
+    """A float32 model decodes on a half-size cache with a relative error below 2e-2."""
+    model, idx = make(settings), torch.randint(23, (2, 14))
+    with torch.no_grad():
+        full, cache = all_logits(model, idx), model.make_cache(2, 14, dtype)
+        model(idx[:, :6], cache=cache)
+        logits = [model(idx[:, t : t + 1], cache=cache)[0] for t in range(6, 14)]
+    assert cache.nbytes * 2 == model.make_cache(2, 14).nbytes and logits[0].dtype == torch.float32
+    error = (torch.cat(logits, 1) - full[:, 6:]).norm() / full[:, 6:].norm()
+    assert 0 < error < 2e-2
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_bfloat16_absorbed_against_float32_expanded(groups):
+    """The decoding path in bfloat16 stays within 2e-2 of the training path in float32."""
+    cfg = GPTConfig(
+        block_size=700, vocab_size=11, n_layer=1, n_head=6, n_embd=192, pos_emb="rope", use_mla=True,
+        mla_latent_dim=40, mla_rope_dim=8, mla_groups=groups,
+    )  # fmt: skip
+    attn = GPT(cfg).eval().transformer.h[0].attn
+    for p in attn.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p.size(1) ** -0.5)
+    x = torch.randn(1, 600, 192)
+    with torch.no_grad():
+        want = attn(x, absorb=False)[:, -1:]
+        attn.bfloat16()
+        cache = LatentCache(cfg, 1, 700, torch.bfloat16, "cpu")
+        attn(x[:, :-1].bfloat16(), cache)
+        cache.pos = 599
+        got = attn(x[:, -1:].bfloat16(), cache, absorb=True).float()
+    assert (got - want).norm() / want.norm() < 2e-2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("T", "length"), [(1, 2049), (3, 1500), (8, 5000)])
+def test_split_keys_merge_to_the_same(T, length, threads):
+    """Long contexts, cut into chunks for the cores, remainders and masks included, give the expanded result."""
+    cfg = GPTConfig(
+        block_size=5000, vocab_size=11, n_layer=1, n_head=4, n_embd=24, pos_emb="rope", use_mla=True,
+        mla_latent_dim=7, mla_rope_dim=2,
+    )  # fmt: skip
+    attn = randomise(GPT(cfg)).transformer.h[0].attn
+    x = torch.randn(2, length, 24)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            want = attn(x)[:, -T:]
+            cache = LatentCache(cfg, 2, length, torch.float32, "cpu")
+            attn(x[:, :-T], cache)
+            cache.pos = length - T
+            torch.testing.assert_close(attn(x[:, -T:], cache, absorb=True), want, atol=1e-5, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_caches_refuse_before_they_write():
+    """Full, of another model, kind, batch or dtype: an error, and neither content nor position has changed."""
+    model, idx = make(TINY_MLA), torch.randint(23, (2, 6))
+    cache = model.make_cache(2, 8)
+    model(idx, cache=cache)
+    held = [t.clone() for t in cache.tensors]
+    with pytest.raises(ValueError, match="full: 6 tokens held, 3 to add, max_len=8"):
+        model(idx[:, :3], cache=cache)
+    with pytest.raises(ValueError, match="2 rows, the input 1"):
+        model(idx[:1, :1], cache=cache)
+    with pytest.raises(ValueError, match="needs a LatentCache, not a KVCache"):
+        model(idx, cache=make({}).make_cache(2, 8))
+    with pytest.raises(ValueError, match="another model"):
+        make({**TINY_MLA, "mla_latent_dim": 9})(idx, cache=cache)
+    with pytest.raises(ValueError, match="dtype"):
+        model.make_cache(2, 8, torch.int8)
+    with pytest.raises(ValueError, match="block_size=16"):
+        model.make_cache(2, 17)
+    assert cache.pos == 6 and all(torch.equal(a, b) for a, b in zip(held, cache.tensors, strict=True))
+
+
+def test_rewinding_a_cache():
+    """Setting pos back and going on gives what a fresh cache gives; reset empties it."""
+    model, idx = make(TINY_MLA), torch.randint(23, (1, 10))
+    cache = model.make_cache(1, 10)
+    model(idx, cache=cache)
+    cache.pos = 4
+    with torch.no_grad():
+        got = model(idx[:, 4:7] * 0 + 3, cache=cache)[0]
+        want = all_logits(model, torch.cat([idx[:, :4], idx[:, 4:7] * 0 + 3], 1))[:, -1:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    cache.reset()
+    assert cache.pos == 0
+
+
+def test_absorbing_crossover():
+    """The rule agrees with counting multiplications: absorbed for one token, expanded for a long prefill."""
+    attn = make({**TINY_MLA, "mla_latent_dim": 20}).transformer.h[0].attn
+    L, hs, r = 20, 6, 2
+    for T, S in itertools.product((1, 2, 3, 5, 9, 16, 40), (16, 100, 3000)):
+        expanded = S * L * (2 * hs - r) + 2 * T * S * hs
+        absorbed = T * L * (2 * hs - r) + T * S * (2 * L + r)
+        assert attn.absorbing_is_cheaper(T, S) == (absorbed < expanded)
+    assert attn.absorbing_is_cheaper(1, 3000) and not attn.absorbing_is_cheaper(3000, 3000)
+
+
+def test_analysis_counts_real_tensors():
+    """Parameters of keys and values against MHA's, and cache sizes, by hand for one configuration."""
+    model = GPT(tiny_config(**{**TINY_MLA, "bias": True, "n_layer": 3}))
+    attn = model.transformer.h[0].attn
+    mine = 24 * 9 + 9 + 7 + 7 * 4 * 4 + 7 * 24  # kv_latent_proj and its bias, norm, k_expand, v_expand
+    assert attn.get_compression_ratio() == pytest.approx(2 * 24 * 25 / mine)
+    assert model.get_compression_ratio() == pytest.approx(2 * 24 * 25 / mine)
+    assert model.get_memory_savings(100) == pytest.approx(48 / 9) == attn.get_memory_savings(5000)
+    assert model.get_cache_size_ratio() == pytest.approx(9 / 48)
+    dense = GPT(tiny_config())
+    assert dense.get_compression_ratio() == dense.get_memory_savings(7) == dense.get_cache_size_ratio() == 1
+    shared = GPT(tiny_config(**{**TINY_MLA, "bias": True, "n_layer": 3, "mla_share_latent": True}))
+    assert shared.get_compression_ratio() == pytest.approx(3 * 1200 / (3 * mine - 2 * 225))
+    svd = GPT(tiny_config(use_svd=True, svd_rank=2))
+    assert svd.get_cache_size_ratio() == pytest.approx((6 + 2) / 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_head": 5}, ["n_head=5", "1, 2, 3, 4, 6"]),
+        ({"use_mla": True, "mla_groups": 3}, ["mla_groups=3", "1, 2, 4"]),
+        ({"use_mla": True, "mla_latent_dim": 48}, ["mla_latent_dim=48", "at most 47"]),
+        ({**TINY_MLA, "mla_groups": 4, "mla_latent_dim": 12}, ["mla_latent_dim=12", "at most 11"]),
+        ({**TINY_MLA, "mla_rope_dim": 3}, ["mla_rope_dim=3", "even"]),
+        ({**TINY_MLA, "mla_rope_dim": 6}, ["mla_rope_dim=6", "below the head size 6"]),
+        ({**TINY_MLA, "pos_emb": "learned"}, ["mla_rope_dim=2", "pos_emb='rope'"]),
+        ({"use_svd": True, "svd_rank": 7}, ["svd_rank=7", "from 1 to the head size 6"]),
+        ({"svd_rank": 0}, ["svd_rank=0", "at least 1"]),
+        ({"pos_emb": "alibi"}, ["pos_emb='alibi'", "learned, rope"]),
+        ({"mla_norm": "batch"}, ["mla_norm='batch'", "rmsnorm, layernorm, none"]),
+        ({"svd_method": "fast"}, ["svd_method='fast'", "exact, randomized"]),
+        ({"dropout": 1.0}, ["dropout=1.0"]),
+        ({"n_layer": 0}, ["n_layer=0", "at least 1"]),
+        ({"mla_latent_dim": 0}, ["mla_latent_dim=0", "at least 1"]),
+        ({"n_embd": 20, "pos_emb": "rope"}, ["n_head=4", "even head size"]),
+    ],
+)
+def test_invalid_shapes_say_what_would_work(settings, words):
+    """ValueError with the field, the value and the remedy."""
+    with pytest.raises(ValueError, match="does not work") as caught:
+        tiny_config(**settings)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_defaults_that_depend_on_the_shape():
+    """The latent's default makes a 4x smaller cache; the rotary key's is the even number at or below half a head."""
+    cfg = tiny_config(use_mla=True, pos_emb="rope")
+    assert (cfg.mla_latent_dim, cfg.mla_rope_dim) == (12, 2)
+    assert tiny_config(use_mla=True, mla_groups=2).mla_latent_dim == 6
+    assert tiny_config(use_mla=True).mla_rope_dim == 0
+    assert tiny_config(mla_latent_dim=9, svd_rank=2).without_effect() == ["mla_latent_dim", "svd_rank"]
+
+
+def test_greedy_cached_equals_greedy_uncached():
+    """The same tokens with and without the cache, up to block_size, for rows with prompts of their own."""
+    for settings in ({}, TINY_MLA, {**TINY_MLA, "mla_groups": 2, "use_svd": True, "svd_rank": 3}):
+        model, idx = make(settings), torch.randint(23, (3, 4))
+        with_cache = model.generate(idx, 12, temperature=0)
+        assert torch.equal(with_cache, model.generate(idx, 12, temperature=0, use_cache=False))
+        assert with_cache.shape == (3, 16) and torch.equal(with_cache[:, :4], idx)
+
+
+def test_rows_of_a_shared_prompt_differ():
+    """A prompt shared by all rows is prefilled once; from the first token on every row draws its own."""
+    model, idx = make(TINY_MLA), torch.tensor([[1, 2, 3]]).expand(64, -1)
+    with torch.no_grad():
+        prefilled = model._prefill(idx, model.make_cache(64, 16))
+        torch.testing.assert_close(prefilled, model(idx)[0], atol=1e-5, rtol=1e-4)
+    out = model.generate(idx, 6, temperature=2.0)
+    assert len(set(out[:, 3].tolist())) > 3 and len({tuple(r) for r in out.tolist()}) > 60
+    greedy = model.generate(idx, 6, temperature=0)
+    assert torch.equal(greedy, greedy[:1].expand(64, -1)) and torch.equal(greedy[:1], model.generate(idx[:1], 6, temperature=0))
+
+
+def test_generation_past_block_size():
+    """A full context goes on with its last block_size // 2 tokens; a window is what the next token depends on."""
+    model, idx = make(TINY_MLA), torch.randint(23, (2, 5))
+    out = model.generate(idx, 40, temperature=0)
+    assert out.shape == (2, 45)
+    with torch.no_grad():
+        assert torch.equal(out[:, 16], model(out[:, :16])[0][:, -1].argmax(-1))
+        assert torch.equal(out[:, 17], model(out[:, 9:17])[0][:, -1].argmax(-1))  # 8 tokens kept
+        long = torch.randint(23, (2, 30))
+        assert torch.equal(model.generate(long, 1, temperature=0)[:, -1], model(long[:, -16:])[0][:, -1].argmax(-1))
+
+
+def test_sampling_filters():
+    """top_k and top_p bound what can be drawn; 0, None and 1 are off; temperature 0 is argmax."""
+    model, idx = make({}), torch.zeros(400, 1, dtype=torch.long)
+    with torch.no_grad():
+        probs = F.softmax(model(idx[:1])[0][0, -1] / 3, -1)
+    order = probs.argsort(descending=True)
+    draw = {}
+    for key, value in (("top_k", 2), ("top_k", 0), ("top_k", 99), ("top_p", 0.5), ("top_p", 1.0), ("top_p", 1e-9)):
+        draw[key, value] = set(model.generate(idx, 1, temperature=3.0, **{key: value})[:, 1].tolist())
+    nucleus = order[: int((probs[order].cumsum(0) < 0.5).sum()) + 1]
+    assert draw["top_k", 2] == set(order[:2].tolist()) and draw["top_p", 0.5] == set(nucleus.tolist())
+    assert draw["top_p", 1e-9] == {int(order[0])}
+    assert min(len(draw[k]) for k in (("top_k", 0), ("top_k", 99), ("top_p", 1.0))) > len(nucleus)
+    assert set(model.generate(idx, 1, temperature=0)[:, 1].tolist()) == {int(order[0])}
+
+
+def test_streaming_stopping_and_seeds():
+    """stream yields what the whole call returns; a stop token ends a row, and all rows end the loop."""
+    model, idx = make(TINY_MLA), torch.randint(23, (3, 2))
+
+    def draw(**kw):
+        return model.generate(idx, 12, temperature=1.5, generator=torch.Generator().manual_seed(4), **kw)
+
+    whole = draw()
+    assert torch.equal(torch.cat(list(draw(stream=True)), 1), whole[:, 2:]) and torch.equal(whole, draw())
+    stop = whole[0, 5].item()
+    stopped = draw(stop=stop)
+    for row in stopped[:, 2:].tolist():
+        assert stop not in row or set(row[row.index(stop) :]) == {stop}
+    assert stopped.shape[1] <= whole.shape[1]
+    assert model.generate(idx[:1], 12, temperature=0, stop=range(23)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_generate_refuses_bad_arguments(bad):
+    """Out-of-range sampling settings raise before anything is computed."""
+    with pytest.raises(ValueError, match="does not work"):
+        make({}).generate(torch.zeros(1, 1, dtype=torch.long), 1, **bad)
+    with pytest.raises(ValueError, match="at least one token"):
+        make({}).generate(torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+def test_context_longer_than_block_size_is_refused():
+    """forward says so instead of failing in an index."""
+    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+        make({})(torch.zeros(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize("settings", [{}, TINY_MLA])
+def test_grad_checkpoint_changes_no_gradient(settings):
+    """Recomputed activations give the same loss and gradients."""
+    model, idx, grads = make(settings).train(), torch.randint(23, (2, 16)), []
+    for on in (False, True):
+        model.grad_checkpoint = on
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_shared_latent_is_one_tensor():
+    """All layers use layer 0's down-projection; it counts once."""
+    shared, own = (GPT(tiny_config(**{**TINY_MLA, "mla_share_latent": on})) for on in (True, False))
+    h = shared.transformer.h
+    assert h[0].attn.kv_latent_proj is h[1].attn.kv_latent_proj
+    assert own.get_num_params() - shared.get_num_params() == sum(p.numel() for p in h[0].attn.kv_latent_proj.parameters())
+
+
+def test_crop_block_size():
+    """A shorter context computes what the longer one did there."""
+    for settings in ({}, {"pos_emb": "rope"}):
+        model, idx = make(settings), torch.randint(23, (2, 9))
+        before = all_logits(model, idx)
+        model.crop_block_size(9)
+        assert torch.equal(all_logits(model, idx), before)
+        with pytest.raises(ValueError, match="block_size=12"):
+            model.crop_block_size(12)
+
+
+def test_caches_are_the_right_kind():
+    """MHA has a KVCache, MLA a LatentCache."""
+    assert isinstance(make({}).make_cache(1, 4), KVCache) and isinstance(make(TINY_MLA).make_cache(1, 4), LatentCache)
+    assert TINY["n_head"] != TINY_MLA["mla_latent_dim"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("settings", [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}])
+def test_cuda_equals_cpu(settings):
+    """The same logits on the GPU, cached and uncached."""
+    model, idx = make(settings), torch.randint(23, (2, 12))
+    want = all_logits(model, idx)
+    model.cuda()
+    cache = model.make_cache(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(all_logits(model, idx.cuda()).cpu(), want, atol=1e-4, rtol=1e-3)
+        for t in range(12):
+            got = model(idx[:, t : t + 1].cuda(), cache=cache)[0]
+            torch.testing.assert_close(got[:, 0].cpu(), want[:, t], atol=1e-4, rtol=1e-3)
