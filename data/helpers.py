@@ -66,7 +66,8 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: d
     Write train.bin, val.bin and meta.json into `folder`; `splits` gives each split's token ids in pieces.
 
     The dtype is uint16, or uint32 above a vocabulary of 65,536. Everything is written aside first and renamed at
-    the end, meta.json last, so that an interrupted run leaves what was there before. Returns the meta written.
+    the end, meta.json last, so that an interrupted run leaves what was there before. Returns the meta written; the
+    pieces may fill it in as they come, as for what is known only at the end.
     Raises UserError if another run is writing the same folder, or if the disk refuses.
     """
     dtype = np.dtype(np.uint16 if meta["vocab_size"] <= UINT16_VOCAB else np.uint32)
@@ -123,19 +124,13 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def split_document(text: str, val_fraction: float, source: str) -> tuple[str, str]:
-    """A text as train and val: the last `val_fraction` of its characters is val. UserError if either is too short."""
-    n_train = int((1 - val_fraction) * len(text))
-    if n_train < 2 or len(text) - n_train < 2:
-        raise UserError(f"{source}: {len(text)} characters are too few to split into train and val")
-    return text[:n_train], text[n_train:]
-
-
 def encode_chars(text: str, chars: str) -> np.ndarray:
-    """Text as indices into `chars` (sorted, unique), without a Python loop over the text."""
+    """Text as indices into `chars` (sorted, unique, and holding every character of text), looked up in one table."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     alphabet = np.frombuffer(chars.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    return np.searchsorted(alphabet, codes)
+    ids = np.zeros(int(alphabet[-1]) + 1, dtype=np.uint32)
+    ids[alphabet] = np.arange(len(alphabet))
+    return ids[codes]
 
 
 def report(folder: Path, meta: dict[str, Any]) -> None:
