@@ -122,7 +122,7 @@ def test_help_lists_every_setting():
 
 def test_mistyped_flag_as_a_user_sees_it():
     """One line that suggests the key, exit status 2, no traceback."""
-    done = run("train.py", "config/train_mla.py", "--mla_latnt_dim=16")
+    done = run("train.py", "config/train_mla.py", "--mla_latnt_dim=16", fresh=True)
     assert fails_with_one_line(done, 2, "mla_latnt_dim", "did you mean mla_latent_dim")
 
 

@@ -1,0 +1,88 @@
+"""Sampling, as a user does it. Run: python -m pytest tests/test_sample.py"""
+
+import pytest
+import torch
+
+import checkpoint
+from data.tokenizer import Tokenizer
+from tests.conftest import QUICK, fails_with_one_line, run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, dataset):
+    """The folder of a short MLA run."""
+    folder = tmp_path_factory.mktemp("run")
+    args = ["--use_mla=True", "--pos_emb=rope", f"--dataset={dataset}", f"--out_dir={folder}", "--max_iters=60"]
+    done = run("train.py", *QUICK, *args)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_greedy_text_is_the_models(trained):
+    """What is printed is the prompt and the argmax continuation of the checkpoint, decoded on the latent cache."""
+    done = run("sample.py", f"--out_dir={trained}", "--start=to be", "--max_new_tokens=8", "--temperature=0")
+    held = checkpoint.load(trained / "best.pt")
+    model, _ = checkpoint.build_model(held, "x")
+    tokenizer = Tokenizer(held["tokenizer"])
+    idx = torch.tensor([tokenizer.encode("to be")])
+    want = tokenizer.decode(model.eval().generate(idx, 8, temperature=0, use_cache=False)[0].tolist())
+    assert done.stdout == want + "\n"
+    line = done.stderr.strip()
+    assert "tokens/s" in line and "96 bytes per token, 2.67x smaller than MHA's" in line and "\n" not in line
+
+
+def test_samples_seeds_and_files(trained, tmp_path):
+    """Several samples differ, the same seed repeats them, the prompt can come from a file."""
+    (tmp_path / "prompt.txt").write_text("the mind\n")
+    args = [f"--out_dir={trained}", f"--start=FILE:{tmp_path}/prompt.txt", "--num_samples=3", "--max_new_tokens=30"]
+    one, two, other = run("sample.py", *args), run("sample.py", *args), run("sample.py", *args, "--seed=2")
+    samples = one.stdout.split("\n---------------\n")[:-1]
+    assert len(samples) == len(set(samples)) == 3 and all(s.startswith("the mind\n") for s in samples)
+    assert one.stdout == two.stdout != other.stdout
+
+
+def test_sampling_options_change_what_is_drawn(trained):
+    """temperature, top_k, top_p and dtype each have an effect."""
+    args = [f"--out_dir={trained}", "--start=to", "--max_new_tokens=40", "--temperature=3"]
+    plain = run("sample.py", *args).stdout
+    for flag in ("--temperature=0.5", "--top_k=2", "--top_p=0.3", "--max_new_tokens=39"):
+        assert run("sample.py", *args, flag).stdout != plain, flag
+    done = run("sample.py", *args, "--dtype=bfloat16")
+    assert "in bfloat16; cache: 48 bytes" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        (["--start="], 2, ["prompt is empty"]),
+        (["--start=ROMEO"], 1, ["character 'R'", "vocabulary"]),
+        (["--start=to be or not to be to be"], 1, ["24 tokens", "context 16"]),
+        (["--start=FILE:/no/such/file"], 1, ["/no/such/file"]),
+        (["--out_dir=nowhere"], 1, ["no checkpoint in nowhere"]),
+        (["--ckpt=nowhere.pt"], 1, ["no checkpoint at nowhere.pt"]),
+        (["--ckpt=train.py"], 1, ["train.py"]),
+        (["--temprature=1"], 2, ["did you mean temperature"]),
+        (["--temperature=-1"], 2, ["temperature=-1"]),
+        (["--top_p=2"], 2, ["top_p=2"]),
+        (["--num_samples=0"], 2, ["num_samples=0"]),
+        (["--svd_rank=2"], 2, ["use_svd"]),
+        (["--use_svd=True", "--svd_rank=99"], 1, ["svd_rank=99", "1 to the head size 8"]),
+        (["--device=tpu"], 2, ["--device=tpu"]),
+    ],
+)
+def test_bad_input_is_one_line(trained, args, status, words):
+    """One line on stderr, the right exit status, nothing on stdout."""
+    done = run("sample.py", f"--out_dir={trained}", "--start=to", "--max_new_tokens=3", *args)
+    assert fails_with_one_line(done, status, *words) and done.stdout == ""
+
+
+def test_a_closed_pipe_ends_quietly(trained):
+    """`sample.py | head -c 1` gives no traceback."""
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    command = f"{sys.executable} sample.py --out_dir={trained} --start=to --max_new_tokens=3000 | head -c 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "t" and "Traceback" not in done.stderr
