@@ -1,16 +1,20 @@
 """What every prepare.py needs: verified sources, and datasets that appear whole or not at all."""
 
+import collections
 import contextlib
 import hashlib
 import http.client
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +77,7 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: d
     dtype = np.dtype(np.uint16 if meta["vocab_size"] <= UINT16_VOCAB else np.uint32)
     counts = {}
     try:
-        with _aside(folder) as aside:
+        with _sigterm_interrupts(), _aside(folder) as aside:
             for split, pieces in splits.items():
                 with open(aside / f"{split}.bin", "wb") as file:
                     counts[split] = 0
@@ -87,6 +91,19 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: d
     except OSError as error:
         raise UserError(f"{folder}: cannot write the dataset ({error})") from None
     return meta
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A polite kill cleans up as Ctrl-C does. Only the main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -122,6 +139,26 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """map() on threads, at most 2 * workers items ahead, for functions that leave the GIL. Stopped, it ends them."""
+    pool = ThreadPoolExecutor(workers)
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def encode_chars(text: str, chars: str) -> np.ndarray:

@@ -486,13 +486,14 @@ def test_shakespeare_errors(name, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def openwebtext(tmp_path):
+def openwebtext(tmp_path, monkeypatch):
     """A call that runs data/openwebtext/prepare.py on local files, with caches of its own."""
     if importlib.util.find_spec("datasets") is None:
         pytest.skip("datasets is not installed")
     encoding("gpt2")
-    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    return lambda *args: run("data/openwebtext/prepare.py", *args, f"--out={tmp_path / 'out'}", **env)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return lambda *args: run("data/openwebtext/prepare.py", *args, f"--out={tmp_path / 'out'}")
 
 
 @pytest.mark.slow

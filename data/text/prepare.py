@@ -24,19 +24,16 @@ stretch of 524,288 characters without any such place is cut regardless.
 """
 
 import codecs
-import collections
 import gzip
 import hashlib
 import itertools
 import json
 import os
 import re
-import signal
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
@@ -306,7 +303,7 @@ def encode_split(
     encode = batch_encoder(tokenizer)
     pieces = select_split(split, cut_pieces(read_documents(found.files, cfg)), cfg, found.characters)
     tokens = n_bytes = 0
-    for ids, size in _in_order(encode, _batches(pieces)):
+    for ids, size in helpers.in_order(encode, _batches(pieces), helpers.cores()):
         tokens += len(ids)
         n_bytes += size
         bar.update(size)
@@ -361,22 +358,5 @@ def batch_encoder(tokenizer: Tokenizer) -> Callable[[list[tuple[bool, str]]], tu
     return encode
 
 
-def _in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """map() on all cores, a bounded number of items ahead; being stopped leaves nothing running."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(workers)
-    waiting = collections.deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
     run_script(main)
