@@ -83,6 +83,7 @@ def test_whole_grid(settings):
         ({}, {"use_mla": True}),
         ({}, {"use_svd": True, "svd_rank": 3}),
         ({}, {"bias": False}),
+        ({}, {"gelu": "tanh"}),
         ({"pos_emb": "rope"}, {"pos_emb": "rope", "rope_theta": 100.0}),
         (TINY_MLA, {**TINY_MLA, "mla_latent_dim": 9}),
         (TINY_MLA, {**TINY_MLA, "mla_groups": 2}),
@@ -400,6 +401,7 @@ def test_defaults_that_depend_on_the_shape():
 
 def test_greedy_cached_equals_greedy_uncached():
     """The same tokens with and without the cache, up to block_size, for rows with prompts of their own."""
+    torch.manual_seed(2)  # weights without a near tie between the two likeliest tokens
     for settings in ({}, TINY_MLA, {**TINY_MLA, "mla_groups": 2, "use_svd": True, "svd_rank": 3}):
         model, idx = make(settings), torch.randint(23, (3, 4))
         with_cache = model.generate(idx, 12, temperature=0)
