@@ -4,9 +4,13 @@ The one place that writes and reads checkpoints.
 A checkpoint is nanoGPT's dictionary (model, optimizer, model_args, iter_num, best_val_loss, config) plus scaler,
 tokenizer, wandb_run_id and format: tensors and plain values only, read with weights_only=True. out_dir/ckpt.pt is the
 latest, for resuming; out_dir/best.pt had the lowest validation loss.
+
+Weights also come from folders of a config.json and a model.safetensors: Hugging Face's GPT-2 and what export.py writes.
+They are read into the same dictionary, so that whoever opens a model need not know where it came from.
 """
 
 import dataclasses
+import json
 import os
 import pickle
 import shutil
@@ -17,11 +21,18 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
+from data.loader import DATA_ROOT, read_meta
 from model import GPT, GPTConfig, factorise_values
 
 FORMAT = 1
 LATEST, BEST = "ckpt.pt", "best.pt"
 SVD_SETTINGS = ("use_svd", "svd_rank", "svd_method")
+
+PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "nanomla_tokenizer.json"  # in a folder of weights
+MARK = {"exported_by": "nanoMLA"}  # what export.py adds to config.json
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in GPT-2
+GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}  # transformers' names: ours
 
 
 def save(out_dir: str | Path, checkpoint: dict[str, Any], best: bool) -> None:
@@ -81,6 +92,70 @@ def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
     raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
 
 
+def open_source(name: str, prefer_best: bool = False) -> tuple[dict[str, Any], str | Path]:
+    """
+    What --init_from names: a checkpoint file, a run's folder, one of PRETRAINED, or a folder of weights.
+
+    PRETRAINED names are never folders; ./gpt2 is one. Returns the checkpoint and what to call it in messages.
+    Raises UserError if there is nothing of that name or it cannot be read.
+    """
+    path = Path(name)
+    if path.is_file():
+        return load(path), path
+    if name not in PRETRAINED and not any((path / file).exists() for file in (CONFIG, WEIGHTS)):
+        if not path.is_dir():
+            raise UserError(f"no checkpoint in {name}: there is no such file or folder, nor is it {', '.join(PRETRAINED)}")
+        path = find(path, prefer_best)
+        return load(path), path
+    return read_pretrained(name), name
+
+
+def read_pretrained(name_or_folder: str | Path) -> dict[str, Any]:
+    """
+    The weights of one of PRETRAINED, from the Hugging Face hub or its cache, or of a folder, as a checkpoint.
+
+    The folder holds config.json and model.safetensors, of a Hugging Face GPT-2 or from export.py. The dictionary has
+    model, model_args and tokenizer (None if the folder does not say). Pickles are not read.
+    Raises UserError naming the file that is missing, damaged or of another kind of model.
+    """
+    folder = _download(name_or_folder) if name_or_folder in PRETRAINED else Path(name_or_folder)
+    settings = _read_json(folder / CONFIG)
+    kind = settings.get("model_type")
+    if kind == "gpt2":
+        args, state = _gpt2_args(settings, folder / CONFIG), _gpt2_state(_read_tensors(folder))
+    elif kind == "nanomla":
+        args = {name: value for name, value in settings.items() if name not in ("model_type", *MARK)}
+        state = _read_tensors(folder)
+    else:
+        raise UserError(f"{folder / CONFIG}: model_type {kind!r} cannot be read, only gpt2 and nanomla")
+    spec = _read_json(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    return {"model": state, "model_args": args, "tokenizer": spec}
+
+
+def tokenizer_spec(checkpoint: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """
+    The spec of a checkpoint's tokenizer. nanoGPT's name their dataset only: the characters of its meta file below
+    data/, or GPT-2's BPE for a vocabulary of GPT-2's size. Raises UserError if nothing says how to turn ids into text.
+    """
+    if checkpoint.get("tokenizer"):
+        return checkpoint["tokenizer"]
+    vocab_size = checkpoint["model_args"].get("vocab_size", GPTConfig.vocab_size)
+    config = checkpoint.get("config")
+    folder = DATA_ROOT / str(config["dataset"]) if isinstance(config, dict) and "dataset" in config else None
+    spec = read_meta(folder).get("tokenizer") if folder else None
+    if spec and spec.get("kind") == "char" and len(spec["chars"]) != vocab_size:
+        raise UserError(
+            f"{source} knows {vocab_size} characters, but the dataset now in {folder} has {len(spec['chars'])}; "
+            "put the data folder it was trained on in its place"
+        )
+    if spec:
+        return spec
+    if vocab_size not in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
+        remedy = f"put the data folder it was trained on, with its meta.pkl, at {folder}" if folder else f"add a {TOKENIZER}"
+        raise UserError(f"{source}: nothing says what text its {vocab_size} token ids stand for; {remedy}")
+    return {"kind": "tiktoken", "name": "gpt2"}
+
+
 def build_model(checkpoint: dict[str, Any], source: str | Path, **overrides: Any) -> tuple[GPT, str | None]:
     """
     The model a checkpoint holds, on the CPU. overrides: dropout, and the SVD settings to factorise its values.
@@ -94,16 +169,18 @@ def build_model(checkpoint: dict[str, Any], source: str | Path, **overrides: Any
         strange = sorted(set(args) - known)
         if strange:
             raise ValueError(f"model_args has settings this version does not know: {', '.join(strange)}")
+        _check_types(args)
         held = GPTConfig(**args)
         config = dataclasses.replace(held, **overrides)
-        state = {_plain_name(k): v for k, v in checkpoint["model"].items() if not k.endswith((".attn.bias", ".masked_bias"))}
+        state = {_plain_name(k): v for k, v in checkpoint["model"].items() if not _is_mask(k)}
+        _fill_ties(state, config)
         note = None
         if config.use_svd and (not held.use_svd or config.svd_rank != held.svd_rank):
             state, kept = factorise_values(state, config)
             note = f"values factorised to rank {config.svd_rank} of {config.hs}: {kept:.2%} of the squared singular values kept"
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{source}: {error}") from None
-    model = GPT(config)
+    model = GPT(config, init=False)  # load_state fills every weight, or raises
     load_state(model, state, source)
     return model, note
 
@@ -126,6 +203,113 @@ def _plain_name(name: str) -> str:
     for prefix in ("_orig_mod.", "module.", "_orig_mod."):
         name = name.removeprefix(prefix)
     return name
+
+
+def _check_types(args: dict[str, Any]) -> None:
+    """Raises ValueError for a setting whose value is of another type than GPTConfig's."""
+    for field in dataclasses.fields(GPTConfig):
+        value, default = args.get(field.name, field.default), field.default
+        fits = (int, type(None)) if default is None else (float, int) if type(default) is float else (type(default),)
+        if type(value) not in fits:
+            raise ValueError(f"{field.name}={value!r} does not work: {field.name} must be of type {fits[0].__name__}")
+
+
+def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
+    """Weights that are tied in the model may be stored once. Raises ValueError if they are stored twice and differ."""
+    wte = state["transformer.wte.weight"]
+    if not torch.equal(state.setdefault("lm_head.weight", wte), wte):
+        raise ValueError("lm_head and wte are different weights; in this model they are one")
+    if config.use_mla and config.mla_share_latent:
+        for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
+            for layer in range(1, config.n_layer):
+                state.setdefault(name.replace(".h.0.", f".h.{layer}."), state[name])
+
+
+def _download(name: str) -> Path:
+    """The folder in Hugging Face's cache with a GPT-2's config and weights, fetched if need be; nothing else is."""
+    repository = f"openai-community/{name}"
+    remedy = f"download {CONFIG} and {WEIGHTS} of {repository} elsewhere and give their folder: --init_from=FOLDER"
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"fetching {name} needs huggingface_hub: pip install huggingface_hub, or {remedy}") from None
+    huggingface_hub.logging.set_verbosity_error()  # its retries are not worth a line each
+    try:
+        paths = [huggingface_hub.hf_hub_download(repository, file) for file in (CONFIG, WEIGHTS)]
+    except Exception as error:  # noqa: BLE001  network, proxy, disk and cache errors, from several libraries
+        reason = (str(error).splitlines() or [""])[0][:150]
+        raise UserError(f"{name} cannot be had from the Hugging Face hub ({type(error).__name__}: {reason}); {remedy}") from None
+    return Path(paths[0]).parent
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no {path.name} in this folder") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: cannot be read (it is no JSON object)")
+    return content
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's model.safetensors, or of the pieces that its index lists."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"reading {folder} needs safetensors: pip install safetensors") from None
+    files, index = [WEIGHTS], folder / f"{WEIGHTS}.index.json"
+    if index.exists() and not (folder / WEIGHTS).exists():
+        pieces = _read_json(index).get("weight_map")
+        files = sorted({Path(str(f)).name for f in pieces.values()}) if isinstance(pieces, dict) else []
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(folder / file)
+        except FileNotFoundError:
+            pickled = (folder / "pytorch_model.bin").exists()
+            hint = "; pytorch_model.bin is a pickle and not read, save the model with safetensors" if pickled else ""
+            raise UserError(f"{folder}: no {file} in this folder{hint}") from None
+        except Exception as error:  # noqa: BLE001  SafetensorError is no OSError, and damage shows in several ways
+            raise UserError(f"{folder / file}: truncated or not safetensors ({str(error)[:100]})") from None
+    strange = [name for name, t in tensors.items() if not t.is_floating_point() and not _is_mask(name)]
+    if strange:
+        raise UserError(f"{folder}: {strange[0]} is {tensors[strange[0]].dtype}; quantised weights cannot be read")
+    return tensors
+
+
+def _gpt2_args(settings: dict[str, Any], source: Path) -> dict[str, Any]:
+    """transformers' GPT2Config as arguments of GPTConfig. Raises UserError for what this model does not compute."""
+    only = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    only |= {"add_cross_attention": False, "tie_word_embeddings": True}
+    for name, value in only.items():
+        if settings.get(name, value) != value:
+            raise UserError(f"{source}: {name}={settings[name]!r} is not supported, only {value!r}")
+    args = {"vocab_size": settings.get("vocab_size", 50257), "block_size": settings.get("n_positions", 1024)}
+    args |= {name: settings.get(name, getattr(GPTConfig, name)) for name in ("n_layer", "n_head", "n_embd")}
+    if settings.get("n_inner") not in (None, 4 * args["n_embd"]):
+        raise UserError(f"{source}: n_inner={settings['n_inner']!r} is not supported, only 4 * n_embd")
+    activation = settings.get("activation_function", "gelu_new")
+    if activation not in GELUS:
+        raise UserError(f"{source}: activation_function={activation!r} is not supported, only {', '.join(GELUS)}")
+    return {**args, "bias": True, "gelu": GELUS[activation]}
+
+
+def _gpt2_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as in this model, and linear weights as (out, in)."""
+    state = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(("transformer.", "lm_head.")):
+            name = "transformer." + name
+        state[name] = tensor.t() if name.endswith(CONV1D) and tensor.dim() == 2 else tensor
+    return state
+
+
+def _is_mask(name: str) -> bool:
+    """Whether a name is that of GPT-2's old causal-mask buffers."""
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def _tensor_bytes(value: Any) -> int:
