@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, KVCache, LatentCache, factorise, factorise_values
+from model import GPT, GPTConfig, KVCache, LatentCache, Linear, factorise, factorise_values
 from tests.conftest import TINY, TINY_MLA, randomise, tiny_config
 
 
@@ -274,6 +274,23 @@ def test_bfloat16_absorbed_against_float32_expanded(groups):
         cache.pos = 599
         got = attn(x[:, -1:].bfloat16(), cache, absorb=True).float()
     assert (got - want).norm() / want.norm() < 2e-2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_through_a_split_weight(threads, bias):
+    """Linear's decoding path, which cuts the weight into blocks for the cores, is nn.Linear; so is a head count of 7."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for out in (520, 7 * 73):
+            layer = Linear(300, out, bias)
+            for shape in ((1, 1, 300), (4, 1, 300), (2, 8, 300), (1, 17, 300)):
+                x = torch.randn(shape)
+                with torch.no_grad():
+                    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
