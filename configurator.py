@@ -69,6 +69,7 @@ def configure(
                 assign(key, value, arg)
             continue
         key, equals, text = arg.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
         if not arg.startswith("--") or not key:
             raise UsageError(f"{arg}: expected a config file or --key=value; --help lists the keys")
         if equals:
@@ -184,7 +185,7 @@ def _wants_text(hint: Any) -> bool:
 
 
 def _nearest(key: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else "; --help lists the keys"
 
 

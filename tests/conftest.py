@@ -16,6 +16,8 @@ from configurator import run_script
 from data import helpers
 from model import GPTConfig
 
+torch.set_num_threads(1)  # tiny matrices gain nothing from more, and a busy machine loses much
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Unequal sizes, so that a mix-up cannot cancel: nh 4, hs 6, L 7, r 2.
