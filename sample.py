@@ -3,6 +3,7 @@ Continue a text with a trained model, decoding on its compressed latent cache.
 
     python sample.py --out_dir=out-mla --start="ROMEO:" --temperature=0.8
     python sample.py --out_dir=out-mla --start=FILE:prompt.txt --num_samples=3
+    python sample.py --init_from=gpt2 --start="The answer is"
 
 One sample streams to stdout as it is made; several follow one another, between lines of dashes.
 """
@@ -17,7 +18,6 @@ import torch
 
 import checkpoint as ckpt
 from configurator import UsageError, UserError, configure, run_script
-from data.loader import DATA_ROOT, read_meta
 from data.tokenizer import StreamDecoder, Tokenizer
 from model import GPT
 from parallel import resolve_device
@@ -29,6 +29,9 @@ class SampleConfig:
 
     out_dir: Annotated[str, "the run's folder; its best.pt, else its ckpt.pt is read"] = "out"
     ckpt: Annotated[str | None, "a checkpoint file instead"] = None
+    init_from: Annotated[
+        str | None, "weights from elsewhere instead: gpt2[-medium|-large|-xl], a folder of safetensors or another run's"
+    ] = None
     start: Annotated[str, "the prompt, or FILE:path to read it from"] = "\n"
     num_samples: Annotated[int, "how many to draw"] = 1
     max_new_tokens: Annotated[int, "tokens per sample"] = 500
@@ -52,6 +55,8 @@ class SampleConfig:
                 raise ValueError(f"{name}={value!r} does not work: {name} must be at least {least}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} does not work: it must be above 0 and at most 1, or None")
+        if self.ckpt and self.init_from:
+            raise ValueError("ckpt and init_from both say what to read; give one of them")
         if self.svd_rank is not None and not self.use_svd:
             raise ValueError("svd_rank without use_svd has no effect; add --use_svd=True")
 
@@ -100,20 +105,16 @@ def read_prompt(start: str) -> str:
 
 def open_run(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model, on the CPU, and the tokenizer of a checkpoint."""
-    source = Path(cfg.ckpt) if cfg.ckpt else ckpt.find(cfg.out_dir, prefer_best=True)
-    held = ckpt.load(source)
+    if cfg.init_from:
+        held, source = ckpt.open_source(cfg.init_from, prefer_best=True)
+    else:
+        source = Path(cfg.ckpt) if cfg.ckpt else ckpt.find(cfg.out_dir, prefer_best=True)
+        held = ckpt.load(source)
     svd = {name: getattr(cfg, name) for name in ckpt.SVD_SETTINGS} if cfg.use_svd else {}
     model, note = ckpt.build_model(held, source, dropout=0.0, **svd)
     if note:
         print(note, file=sys.stderr)
-    return model, Tokenizer(held.get("tokenizer") or nanogpt_tokenizer(held))
-
-
-def nanogpt_tokenizer(held: dict) -> dict:
-    """nanoGPT's checkpoints name their dataset only: its meta file's characters, or GPT-2's BPE where it has none."""
-    dataset = (held.get("config") or {}).get("dataset")
-    meta = read_meta(DATA_ROOT / dataset) if dataset else {}
-    return meta.get("tokenizer") or {"kind": "tiktoken", "name": "gpt2"}
+    return model, Tokenizer(ckpt.tokenizer_spec(held, source))
 
 
 def write_one(tokens, text: str, tokenizer: Tokenizer) -> int:

@@ -43,7 +43,7 @@ class TrainConfig(GPTConfig):
 
     out_dir: Annotated[str, "folder for checkpoints and logs"] = "out"
     init_from: Annotated[
-        str, "scratch, resume, a checkpoint (file or run folder), gpt2[-medium|-large|-xl] or a Hugging Face folder"
+        str, "scratch, resume, a checkpoint (file or run folder), gpt2[-medium|-large|-xl], or a folder of safetensors"
     ] = "scratch"
     dataset: Annotated[str, "a folder below data/, or a path"] = "openwebtext"
     seed: Annotated[int, "of the initial weights, batches and dropout"] = 1337
@@ -176,7 +176,7 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     net = wrap(net, model.transformer.h, world, cfg.parallel)
     optimizers = make_optimizers(model, cfg, device_type)
     if start.optimizer is not None:
-        restore_optimizers(optimizers, start.optimizer, ckpt_name(cfg))
+        restore_optimizers(optimizers, start.optimizer, ckpt.find(cfg.out_dir))
     if start.scaler:
         scaler.load_state_dict(start.scaler)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -353,8 +353,7 @@ def open_model(cfg: TrainConfig, origins: dict[str, str], data: Dataset, warn) -
     """The model that --init_from asks for, with what else its checkpoint holds."""
     if cfg.init_from == "scratch":
         return Start(GPT(cfg.model_config(cfg.vocab_size or padded_vocab(data))))
-    source = ckpt_name(cfg)
-    held = ckpt.load(source)
+    held, source = ckpt.open_source(cfg.init_from) if cfg.init_from != "resume" else latest(cfg.out_dir)
     overrides: dict[str, Any] = {"dropout": cfg.dropout}
     if cfg.use_svd:
         overrides |= {name: getattr(cfg, name) for name in ckpt.SVD_SETTINGS}
@@ -367,6 +366,8 @@ def open_model(cfg: TrainConfig, origins: dict[str, str], data: Dataset, warn) -
         asked, has = getattr(cfg, name), getattr(model.config, name)
         if name in origins and asked is not None and asked != has:
             warn(f"{name}={asked!r} ({origins[name]}) is overridden by {source}, which has {name}={has!r}")
+    if held.get("tokenizer") and data.tokenizer and held["tokenizer"] != data.tokenizer:
+        warn(f"{source} was trained with another tokenizer than dataset {cfg.dataset}'s: its token ids mean other text")
     if cfg.init_from != "resume":
         return Start(model)
     start = Start(model, int(held.get("iter_num", 0)), float(held.get("best_val_loss", math.inf)))
@@ -378,10 +379,10 @@ def open_model(cfg: TrainConfig, origins: dict[str, str], data: Dataset, warn) -
     return start
 
 
-def ckpt_name(cfg: TrainConfig) -> Path:
-    """The checkpoint file that --init_from names."""
-    path = Path(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
-    return path if path.is_file() else ckpt.find(path)
+def latest(out_dir: str) -> tuple[dict[str, Any], Path]:
+    """The checkpoint to resume from, and its file."""
+    path = ckpt.find(out_dir)
+    return ckpt.load(path), path
 
 
 def padded_vocab(data: Dataset) -> int:
@@ -466,8 +467,12 @@ def restore_optimizers(optimizers: dict[str, torch.optim.Optimizer], state: dict
     for name, opt in optimizers.items():
         given = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
         try:
+            for i, p in enumerate(p for g in opt.param_groups for p in g["params"]):
+                for key, held in states[name]["state"].get(i, {}).items():  # torch would find it in the first step only
+                    if torch.is_tensor(held) and held.dim() and held.shape != p.shape:
+                        raise ValueError(f"{key} of parameter {i} has shape {tuple(held.shape)}, expected {tuple(p.shape)}")
             load_optimizer_state(opt, states[name])
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserError(f"{source}: its optimizer state does not fit this model ({error})") from None
         for group, settings in zip(opt.param_groups, given, strict=True):
             group.update(settings)  # the state is the checkpoint's, the settings are this run's
