@@ -102,12 +102,13 @@ def open_source(name: str, prefer_best: bool = False) -> tuple[dict[str, Any], s
     path = Path(name)
     if path.is_file():
         return load(path), path
-    if name not in PRETRAINED and not any((path / file).exists() for file in (CONFIG, WEIGHTS)):
-        if not path.is_dir():
-            raise UserError(f"no checkpoint in {name}: there is no such file or folder, nor is it {', '.join(PRETRAINED)}")
-        path = find(path, prefer_best)
-        return load(path), path
-    return read_pretrained(name), name
+    if name in PRETRAINED or any((path / file).exists() for file in (CONFIG, WEIGHTS)):
+        return read_pretrained(name), name
+    if not any((path / file).exists() for file in (LATEST, BEST)):
+        what = f"it holds neither {LATEST}, {BEST} nor {CONFIG}" if path.is_dir() else "no such file or folder"
+        raise UserError(f"no checkpoint in {name}: {what}, and it is none of {', '.join(PRETRAINED)}")
+    path = find(path, prefer_best)
+    return load(path), path
 
 
 def read_pretrained(name_or_folder: str | Path) -> dict[str, Any]:
@@ -216,8 +217,8 @@ def _check_types(args: dict[str, Any]) -> None:
 
 def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
     """Weights that are tied in the model may be stored once. Raises ValueError if they are stored twice and differ."""
-    wte = state["transformer.wte.weight"]
-    if not torch.equal(state.setdefault("lm_head.weight", wte), wte):
+    wte = state.get("transformer.wte.weight")
+    if wte is not None and not torch.equal(state.setdefault("lm_head.weight", wte), wte):
         raise ValueError("lm_head and wte are different weights; in this model they are one")
     if config.use_mla and config.mla_share_latent:
         for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
