@@ -1,0 +1,157 @@
+"""Checkpoints and datasets in nanoGPT's format, written here. Run: python -m pytest tests/test_nanogpt.py"""
+
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data.loader
+import train
+from configurator import UserError
+from tests.conftest import QUICK, fails_with_one_line, run
+
+CHARS = "\n abcdefghijklmnopqrstuvw"
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": len(CHARS), "dropout": 0.0}
+
+
+def nanogpt_weights(bias):
+    """Random weights by name, in the order in which nanoGPT's model registers them; lm_head is wte once more."""
+    C, names = SHAPE["n_embd"], {"wte": (SHAPE["vocab_size"], SHAPE["n_embd"]), "wpe": (SHAPE["block_size"], SHAPE["n_embd"])}
+    layers = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    names |= {f"h.{i}.{layer}": shape for i in range(SHAPE["n_layer"]) for layer, shape in layers.items()} | {"ln_f": (C,)}
+    params = {}
+    for name, shape in names.items():
+        params[f"transformer.{name}.weight"] = torch.nn.Parameter(torch.randn(shape) * 0.1)
+        if bias and name not in ("wte", "wpe"):
+            params[f"transformer.{name}.bias"] = torch.nn.Parameter(torch.randn(shape[0]) * 0.1)
+    return params
+
+
+def write_run(folder, dataset="letters", bias=False, prefix="_orig_mod."):
+    """nanoGPT's out_dir after 7 iterations. Returns its weights and AdamW's state by name."""
+    params = nanogpt_weights(bias)
+    groups = [
+        {"params": [p for p in params.values() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in params.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    for _ in range(7):
+        for p in params.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    state = {prefix + k: p.data for k, p in params.items()}
+    state[prefix + "lm_head.weight"] = params["transformer.wte.weight"].data
+    saved = {
+        "model": state, "optimizer": optimizer.state_dict(), "model_args": {**SHAPE, "bias": bias}, "iter_num": 7,
+        "best_val_loss": torch.tensor(3.125), "config": {"dataset": dataset, "out_dir": "out", "compile": True, "beta2": 0.99},
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    torch.save(saved, folder / "ckpt.pt")
+    return {name: (p.data.clone(), optimizer.state[p]) for name, p in params.items()}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A data/ folder that holds `letters`, as nanoGPT's shakespeare_char/prepare.py would write it."""
+    folder = tmp_path / "data" / "letters"
+    folder.mkdir(parents=True)
+    text = "the bag led a fed cat\n" * 40
+    stoi = {c: i for i, c in enumerate(CHARS)}
+    ids = np.array([stoi[c] for c in text if c in stoi], dtype=np.uint16)
+    ids[:700].tofile(folder / "train.bin")
+    ids[700:].tofile(folder / "val.bin")
+    with open(folder / "meta.pkl", "wb") as file:
+        pickle.dump({"vocab_size": len(CHARS), "itos": dict(enumerate(CHARS)), "stoi": stoi}, file)
+    for module in (checkpoint, data.loader):
+        monkeypatch.setattr(module, "DATA_ROOT", tmp_path / "data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_optimizer_state_reaches_its_own_parameters(root, bias):
+    """nanoGPT's AdamW state is by position: every weight gets its own moments back, name by name."""
+    want = write_run(root / "out", bias=bias)
+    cfg = train.TrainConfig(out_dir=str(root / "out"), init_from="resume", dataset="letters", block_size=16)
+    start = train.open_model(cfg, {}, data.loader.Dataset("letters", 16), lambda line: pytest.fail(line))
+    optimizers = train.make_optimizers(start.model, cfg, "cpu")
+    train.restore_optimizers(optimizers, start.optimizer, root)
+    assert start.iter_num == 7 and start.best_val_loss == 3.125
+    named = dict(start.model.named_parameters())
+    assert named.keys() == want.keys()
+    for name, (weight, moments) in want.items():
+        held = optimizers["adamw"].state[named[name]]
+        assert torch.equal(named[name], weight) and held["step"] == 7
+        assert torch.equal(held["exp_avg"], moments["exp_avg"]) and torch.equal(held["exp_avg_sq"], moments["exp_avg_sq"])
+
+
+def test_a_run_is_resumed_and_sampled(root):
+    """train.py goes on where nanoGPT stopped; sample.py spells with the dataset's meta.pkl, before and after."""
+    write_run(root / "out")
+    args = [f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5", "--temperature=0"]
+    before = run("sample.py", *args)
+    assert before.returncode == 0 and before.stdout.startswith("the bag"), before.stderr
+    assert "checkpoint" in run("sample.py", f"--ckpt={root}/out/none.pt").stderr
+    done = run("train.py", *QUICK, "--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=40")
+    assert done.returncode == 0 and "iterations 7 to 40" in done.stdout, done.stderr
+    held = checkpoint.load(root / "out" / "ckpt.pt")
+    assert held["iter_num"] == 40 and held["tokenizer"] == {"kind": "char", "chars": CHARS} and held["best_val_loss"] < 3.125
+    after = run("sample.py", *args)
+    assert after.returncode == 0 and after.stdout != before.stdout
+
+
+def test_weights_are_fine_tuned_and_exported(root):
+    """A new run starts from nanoGPT's weights at iteration 0, here with factorised values; export.py takes them too."""
+    write_run(root / "out", bias=True, prefix="")
+    tune = [*QUICK, "--dataset=letters", f"--init_from={root}/out", f"--out_dir={root}/new", "--max_iters=3"]
+    done = run("train.py", *tune, "--use_svd=True", "--svd_rank=4", "--block_size=8")
+    assert done.returncode == 0 and "iterations 0 to 3" in done.stdout and "rank 4 of 8" in done.stderr, done.stderr
+    assert checkpoint.load(root / "new" / "ckpt.pt")["model_args"]["block_size"] == 8
+    assert run("export.py", f"--out_dir={root}/out", f"--to={root}/hf").returncode == 0
+    assert checkpoint.read_pretrained(root / "hf")["tokenizer"]["chars"] == CHARS
+
+
+def test_what_its_tokens_mean_is_never_guessed(root):
+    """Another dataset of the name, none, or an odd vocabulary is an error; GPT-2's size means GPT-2's BPE."""
+    write_run(root / "out")
+    sample = ["sample.py", f"--out_dir={root}/out", "--start=a"]
+    (root / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {}}))
+    assert fails_with_one_line(run(*sample), 1, "knows 25 characters", "letters has 2")
+    shutil.rmtree(root / "data" / "letters")
+    assert fails_with_one_line(run(*sample), 1, "25 token ids", str(root / "data" / "letters"))
+    gpt2 = {"kind": "tiktoken", "name": "gpt2"}
+    for vocab_size in (50257, 50304):
+        held = {"model_args": {"vocab_size": vocab_size}, "config": {"dataset": "openwebtext"}}
+        assert checkpoint.tokenizer_spec(held, "x") == gpt2
+    for config in (None, {}, {"dataset": 3}, "odd"):
+        with pytest.raises(UserError, match="50000 token ids"):
+            checkpoint.tokenizer_spec({"model_args": {"vocab_size": 50000}, "config": config}, "x")
+
+
+def test_a_state_of_another_order_is_one_line(root):
+    """As nanoGPT wrote until 2023, parameters sorted by name: found before the first step, with what to do."""
+    write_run(root / "out")
+    held = torch.load(root / "out" / "ckpt.pt")
+    state = held["optimizer"]["state"]
+    held["optimizer"]["state"] = {i: state[(i + 1) % len(state)] for i in state}
+    torch.save(held, root / "out" / "ckpt.pt")
+    args = [*QUICK, "--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
+    assert fails_with_one_line(run("train.py", *args), 1, "ckpt.pt", "optimizer state does not fit", "parameter 0")
+
+
+def test_a_meta_file_that_would_run_code_does_not(root):
+    """Refused by train.py and sample.py alike, in one line, and nothing was run."""
+
+    class Hostile:
+        def __reduce__(self):
+            return (os.system, (f"touch {root}/ran",))
+
+    write_run(root / "out")
+    (root / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Hostile(), "itos": {}, "stoi": {}}))
+    assert fails_with_one_line(run("sample.py", f"--out_dir={root}/out", "--start=a"), 1, "meta.pkl: refused")
+    args = [*QUICK, "--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
+    assert fails_with_one_line(run("train.py", *args), 1, "meta.pkl: refused")
+    assert not (root / "ran").exists()
