@@ -41,7 +41,7 @@ def write_run(folder, dataset="letters", bias=False, prefix="_orig_mod."):
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     for _ in range(7):
         for p in params.values():
-            p.grad = torch.randn_like(p)
+            p.grad = torch.randn_like(p) * 1e-3
         optimizer.step()
     state = {prefix + k: p.data for k, p in params.items()}
     state[prefix + "lm_head.weight"] = params["transformer.wte.weight"].data
