@@ -5,13 +5,15 @@ needs of them. With one process everything here is a plain pass-through.
 
 import contextlib
 import os
+import time
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configurator import UsageError
+from configurator import UsageError, UserError
 
 
 class World:
@@ -25,14 +27,24 @@ class World:
         self.main = self.rank == 0
         self.device = resolve_device(device)
         if self.device == "cuda" and "LOCAL_RANK" in os.environ:
-            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.backend = ("nccl" if self.device.startswith("cuda") else "gloo") if backend == "auto" else backend
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise UsageError(f"--nproc_per_node is more than this machine's {gpus} GPU{'s' * (gpus > 1)}")
+            self.device = f"cuda:{local}"
+        if self.device == "mps" and self.size > 1:
+            raise UsageError("several processes cannot share mps; use --device=cpu, or one process")
+        on_cuda = self.device.startswith("cuda")
+        self.backend = ("nccl" if on_cuda else "gloo") if backend == "auto" else backend
+        if self.backend == "nccl" and not on_cuda and self.size > 1:
+            raise UsageError(f"--backend=nccl exchanges between GPUs only, this run is on {self.device}; use --backend=gloo")
 
     def __enter__(self) -> Self:
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            dist.init_process_group(backend=self.backend)
+            known = self.backend == "nccl" and ":" in self.device
+            device = torch.device(self.device) if known else None  # NCCL would have to guess it at the first barrier
+            dist.init_process_group(backend=self.backend, device_id=device)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -64,19 +76,50 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def wrap(model: nn.Module, blocks: nn.ModuleList, world: World, mode: str) -> nn.Module:
-    """The model for training on all ranks: replicated with DDP, or its blocks and the rest sharded with FSDP."""
-    if world.size == 1:
-        return model
-    if mode == "fsdp":
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """
+    Let rank 0 alone say what all ranks find wrong, a mistyped flag for one: when it ends, torchrun ends the others,
+    which wait here meanwhile. What only another rank found is said by that one, with its number.
+    """
+    try:
+        yield
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(5)
+            raise type(error)(f"rank {rank}: {error}") from None
+        raise
+
+
+def wrap(model: nn.Module, blocks: nn.ModuleList, world: World, mode: str, compiled: bool) -> nn.Module:
+    """
+    The model on its device, for training on all ranks: replicated with DDP, or its blocks and the rest sharded with
+    FSDP; and torch.compiled, if asked for.
+    """
+    several = world.size > 1
+    if several and mode == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        for block in blocks:
-            fully_shard(block)
-        return fully_shard(model)
-    from torch.nn.parallel import DistributedDataParallel
+        mesh = init_device_mesh(world.device.partition(":")[0], (world.size,))
+        # Block by block from the CPU to the device, which never has to hold the whole model.
+        if sum(len(list(b.parameters())) for b in blocks) == len(list(blocks.parameters())):
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+        # else blocks share a parameter (mla_share_latent), which can have one owner only: all are gathered together
+        fully_shard(model, mesh=mesh)
+    model.to(world.device)
+    net = torch.compile(model) if compiled else model
+    if several and mode == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.startswith("cuda:") else None)
+        net = DistributedDataParallel(
+            net, device_ids=[world.device] if world.device.startswith("cuda:") else None, gradient_as_bucket_view=True
+        )
+        # The only buffers are tables of rotations, the same everywhere: no need to exchange them before every forward.
+        net.broadcast_buffers = False
+    return net
 
 
 @contextlib.contextmanager
@@ -92,14 +135,18 @@ def gradient_sync(model: nn.Module, now: bool):
         yield
 
 
-def whole(value: Any) -> Any:
-    """A state dict whose sharded tensors are gathered, on the CPU; all ranks must call it together."""
+def whole(value: Any, keep: bool = True) -> Any:
+    """
+    A state dict whose sharded tensors are gathered, on the CPU; all ranks must call it together. keep=False: take part,
+    and hold on to none of them.
+    """
     if isinstance(value, dict):
-        return {k: whole(v) for k, v in value.items()}
+        return {k: whole(v, keep) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [whole(v) for v in value]
+        return [whole(v, keep) for v in value]
     if hasattr(value, "full_tensor"):
-        return value.full_tensor().cpu()
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None
     return value
 
 

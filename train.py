@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ from configurator import UsageError, UserError, configure, describe, run_script
 from data.loader import Dataset
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from parallel import World, gradient_sync, load_optimizer_state, whole, wrap
+from parallel import World, gradient_sync, load_optimizer_state, one_voice, whole, wrap
 from runlog import RunLog
 
 GPT_SETTINGS = [f.name for f in dataclasses.fields(GPTConfig)]
@@ -116,13 +117,14 @@ class TrainConfig(GPTConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg, origins = configure(TrainConfig, sys.argv[1:] if argv is None else argv, NANOGPT_HINTS)
-    with World(cfg.device, cfg.backend) as world:
-        try:
-            train(cfg, origins, world)
-        except torch.OutOfMemoryError as error:
-            remedy = "less --batch_size with more --gradient_accumulation_steps, --grad_checkpoint or --dtype=bfloat16"
-            raise UserError(f"out of memory on {world.device} ({str(error).splitlines()[0]}); try {remedy}") from None
+    with one_voice():
+        cfg, origins = configure(TrainConfig, sys.argv[1:] if argv is None else argv, NANOGPT_HINTS)
+        with World(cfg.device, cfg.backend) as world:
+            try:
+                train(cfg, origins, world)
+            except torch.OutOfMemoryError as error:
+                remedy = "less --batch_size with more --gradient_accumulation_steps, --grad_checkpoint or --dtype=bfloat16"
+                raise UserError(f"out of memory on {world.device} ({str(error).splitlines()[0]}); try {remedy}") from None
 
 
 def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
@@ -166,14 +168,11 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     amp = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     if device_type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    model.to(world.device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
     model.grad_checkpoint = cfg.grad_checkpoint
-    net: nn.Module = model
     if cfg.compile:
         say("compiling the model (the first iterations take a minute or more)")
-        net = torch.compile(model)
-    net = wrap(net, model.transformer.h, world, cfg.parallel)
+    net = wrap(model, model.transformer.h, world, cfg.parallel, cfg.compile)
     optimizers = make_optimizers(model, cfg, device_type)
     if start.optimizer is not None:
         restore_optimizers(optimizers, start.optimizer, ckpt.find(cfg.out_dir))
@@ -198,13 +197,24 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
         means = {}
         for split in ("train", "val"):
             losses = torch.zeros(cfg.eval_iters, dtype=torch.float64)
-            for i in range(world.rank, cfg.eval_iters, world.size):
-                x, y = data.eval_batch(split, i, cfg.eval_iters, cfg.batch_size)
+            for turn in range(-(-cfg.eval_iters // world.size)):
+                i = turn * world.size + world.rank
+                # With FSDP all ranks go through the model together: one without a batch left repeats the last, unseen.
+                x, y = data.eval_batch(split, min(i, cfg.eval_iters - 1), cfg.eval_iters, cfg.batch_size)
                 with amp:
-                    losses[i] = net(x.to(world.device), y.to(world.device))[1].item()
+                    loss = net(x.to(world.device), y.to(world.device))[1].item()
+                if i < cfg.eval_iters:
+                    losses[i] = loss
             means[split] = sum(world.sum(*losses)) / cfg.eval_iters
         net.train()
         return means
+
+    def broken(it: int, what: str) -> UserError:
+        lr = cfg.lr_factor(it) * cfg.learning_rate
+        return UserError(
+            f"iteration {it}: {what}, at learning rate {lr:.3g}; last good checkpoint: {last_good(cfg.out_dir)}; "
+            "try a lower learning rate, or dtype=float32"
+        )
 
     if cfg.eval_only:
         losses = evaluate()
@@ -212,6 +222,7 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
         return
 
     log = None
+    world.barrier()  # all have read the checkpoint they start from, which a new run may move aside
     if world.main:
         prepare_out_dir(cfg.out_dir, keep=cfg.init_from == "resume", say=say)
         log = RunLog(cfg.out_dir, resume_at=start.iter_num if cfg.init_from == "resume" else 0)
@@ -224,9 +235,10 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
 
     def save(it: int, is_best: bool = False) -> None:
         nonlocal saved_at
+        saved_at = it
         state = {
-            "model": whole(model.state_dict()),
-            "optimizer": whole(optimizer_state(optimizers)),
+            "model": whole(model.state_dict(), world.main),
+            "optimizer": whole(optimizer_state(optimizers), world.main),
             "scaler": scaler.state_dict(),
             "model_args": dataclasses.asdict(model.config),
             "iter_num": it,
@@ -238,14 +250,13 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
         if world.main:
             try:
                 ckpt.save(cfg.out_dir, state, is_best)
-                saved_at = it
             except UserError as error:
                 warn(f"{error}; training goes on")
 
     it, evals, skipped, spent = start.iter_num, 0, 0, 0.0
     first, tokens_seen = it, 0
     bar = tqdm(total=cfg.max_iters, initial=it, unit="iter", disable=not (world.main and sys.stderr.isatty()))
-    stop = StopSignals()
+    stop = StopSignals(world.main)
     net.train()
     try:
         with stop:
@@ -256,10 +267,12 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
 
                 if it % cfg.eval_interval == 0 or it >= cfg.max_iters:
                     losses = evaluate()
+                    if not all(map(math.isfinite, losses.values())):
+                        raise broken(it, f"evaluation gave train loss {losses['train']}, val loss {losses['val']}")
                     is_best = losses["val"] < best
                     best = min(best, losses["val"])
                     say(f"iteration {it}: " + eval_text(losses, data))
-                    if it > first:
+                    if it and (it > first or is_best):  # the best even where the run stopped just before evaluating it
                         save(it, is_best)
                     if cfg.sample_interval and evals % cfg.sample_interval == 0:
                         early_look(model, data, say)
@@ -287,17 +300,18 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
                 norm = float(whole_norm(nn.utils.clip_grad_norm_(params, limit)))
                 total, stopping = world.sum(loss_sum, stop.received)
                 mean = total / world.size
-                if not math.isfinite(mean) or not (math.isfinite(norm) or scaler.is_enabled()):
-                    raise UserError(
-                        f"iteration {it}: loss {mean}, gradient norm {norm}, at learning rate "
-                        f"{factor * cfg.learning_rate:.3g}; last good checkpoint: {last_good(cfg.out_dir)}; "
-                        "try a lower learning rate, or dtype=float32"
-                    )
-                for opt in optimizers.values():
-                    scaler.step(opt)
-                before = scaler.get_scale()
+                finite = math.isfinite(norm)
+                # float16's gradients may overflow until the loss scale, 1 without a scaler, has come down
+                if not math.isfinite(mean) or not (finite or scaler.get_scale() > 1):
+                    raise broken(it, f"loss {mean}, gradient norm {norm}")
+                # Saved before the step that ends this iteration: of these weights it is known that their loss is finite.
+                if cfg.checkpoint_interval and it % cfg.checkpoint_interval == 0 and it > first and it != saved_at:
+                    save(it)
+                if finite:  # else all optimizers skip this step together
+                    for opt in optimizers.values():
+                        scaler.step(opt)
+                skipped += not finite
                 scaler.update()
-                skipped += scaler.get_scale() < before
                 for opt in optimizers.values():
                     opt.zero_grad(set_to_none=True)
                 if device_type == "cuda":
@@ -313,7 +327,7 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
                     say(
                         f"iter {it}: loss {mean:.4f}, norm {norm:.3f}, lr {factor * cfg.learning_rate:.2e}, "
                         f"{lap * 1e3:.1f} ms, {rate:,.0f} tokens/s, ETA {clock(eta)}"
-                        + (f", MFU {use:.1%}" if use else "")
+                        + (f", MFU {use:.1%}" if use else ", MFU n/a")
                         + (f", {skipped} skipped" if skipped else "")
                     )
                     if log:
@@ -321,16 +335,15 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
                         log.write(iter=it, **entry, lr=factor * cfg.learning_rate, ms=lap * 1e3, tokens_per_s=rate)
                 it += 1
                 bar.update()
-                if stopping or (cfg.checkpoint_interval and it % cfg.checkpoint_interval == 0):
-                    save(it)
                 if stopping:
+                    save(it)
                     say(f"stopped before iteration {it}; go on with --init_from=resume")
                     raise SystemExit(128 + (stop.received or signal.SIGTERM))
         say(f"done: best validation loss {best:.4f}, checkpoints in {cfg.out_dir}")
     finally:
         bar.close()
         if log:
-            log.close()
+            log.close(at_once=sys.exc_info()[0] is KeyboardInterrupt)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -485,8 +498,8 @@ def restore_optimizers(optimizers: dict[str, torch.optim.Optimizer], state: dict
 class StopSignals:
     """Within it, the first SIGINT or SIGTERM is only noted in `received`; a second one stops at once."""
 
-    def __init__(self) -> None:
-        self.received = 0
+    def __init__(self, aloud: bool) -> None:
+        self.received, self.aloud = 0, aloud
 
     def __enter__(self) -> Self:
         self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -496,6 +509,8 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
+        if self.aloud:  # not with print, which may be at work in the code that the signal interrupted
+            os.write(2, b"\nstopping after this iteration; once more stops at once, without a checkpoint\n")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.old.items():
@@ -574,7 +589,8 @@ def mfu(model: GPT, context: int, tokens_per_s: float, device_type: str, dtype: 
     if device_type != "cuda" or dtype == "float32":
         return None
     name = torch.cuda.get_device_name()
-    peak = next((GPU_PEAKS[key] for key in sorted(GPU_PEAKS, key=len, reverse=True) if key in name), None)
+    named = [key for key in sorted(GPU_PEAKS, key=len) if re.search(rf"\b{key}\b", name)]
+    peak = GPU_PEAKS[named[-1]] if named else None  # the longest name: "H100 PCIe" is slower than "H100"
     return 3 * model.flops_per_token(context) * tokens_per_s / peak if peak else None
 
 

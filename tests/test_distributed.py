@@ -1,0 +1,219 @@
+"""Several processes under torchrun, on the CPU. Run: python -m pytest tests/test_distributed.py -m "slow or not slow" """
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from tests.conftest import QUICK, ROOT, run
+from tests.test_train import entries
+
+# 4 micro-steps an iteration, so 2 for each of two processes; 3 evaluation batches, so that one rank has one less.
+LONG = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=4"]
+LONG += ["--eval_interval=20", "--eval_iters=3", "--warmup_iters=2", "--learning_rate=1e-2", "--lr_decay_iters=50"]
+LONG += ["--device=cpu", "--dtype=float32", "--dropout=0.1", "--use_mla=True", "--pos_emb=rope"]
+
+
+def torchrun_command(*args, script="train.py"):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *map(str, args)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def torchrun(*args, script="train.py", timeout=180):
+    return subprocess.run(
+        torchrun_command(*args, script=script), cwd=ROOT, env=environment(), check=False, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def losses(folder):
+    """Every loss in a run's log, by iteration and kind."""
+    found = {}
+    for e in entries(folder):
+        for key in ("loss", "train_loss", "val_loss"):
+            if key in e:
+                assert (e["iter"], key) not in found, "an iteration is in the log twice"
+                found[e["iter"], key] = e[key]
+    return found
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys() and len(a) > 50
+    return max(abs(a[k] - b[k]) for k in a)
+
+
+def test_two_processes_equal_one(tmp_path, dataset):
+    """4 micro-steps in one process and 2 in each of two: the same losses to 1e-5 over 50 iterations, with dropout."""
+    args = [*LONG, f"--dataset={dataset}", "--max_iters=50"]
+    assert run("train.py", *args, f"--out_dir={tmp_path}/one").returncode == 0
+    done = torchrun(*args, f"--out_dir={tmp_path}/two")
+    assert done.returncode == 0, done.stderr
+    assert "2 processes, 256 tokens per iteration (4 x 4 x 16)" in done.stdout
+    assert done.stdout.count("iter 7:") == 1 and "Warning" not in done.stderr
+    assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) < 1e-5
+
+
+# Muon orthogonalises in bfloat16, which makes a difference in the last bit of a gradient one of 0.4% in a few weights.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        (["--parallel=fsdp", "--sample_interval=1"], 1e-5),
+        (["--parallel=fsdp", "--mla_share_latent=True", "--n_layer=3", "--grad_checkpoint"], 1e-5),
+        (["--parallel=ddp", "--use_mla=False", "--pos_emb=learned"], 1e-5),
+        (["--parallel=ddp", "--optimizer=muon"], 1e-2),
+        (["--parallel=fsdp", "--optimizer=muon"], 1e-2),
+    ],
+    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
+)
+def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings, tolerance):
+    """As above for FSDP, a latent that blocks share, MHA and Muon; FSDP's checkpoint is as whole as one process's."""
+    args = [*LONG, f"--dataset={dataset}", "--max_iters=50", *settings]
+    assert run("train.py", *args, f"--out_dir={tmp_path}/one").returncode == 0
+    done = torchrun(*args, f"--out_dir={tmp_path}/two")
+    assert done.returncode == 0, done.stderr
+    assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) < tolerance
+    a, b = (checkpoint.load(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
+    shapes = [{k: v.shape for k, v in c["model"].items()} for c in (a, b)]
+    assert shapes[0] == shapes[1] and all(type(v) is torch.Tensor for v in b["model"].values())
+    flat = [torch.utils._pytree.tree_flatten(c["optimizer"])[0] for c in (a, b)]
+    assert [getattr(v, "shape", v) for v in flat[0]] == [getattr(v, "shape", v) for v in flat[1]]
+    if "--sample_interval=1" in settings:
+        assert done.stdout.count("sample: ") == 4
+
+
+@pytest.mark.slow
+def test_a_resume_may_change_the_number_of_processes(tmp_path, dataset):
+    """1 process, then 2 with DDP, 2 with FSDP and 1 again: the losses of an uninterrupted run; sample.py reads each."""
+    args = [*LONG, f"--dataset={dataset}"]
+    assert run("train.py", *args, f"--out_dir={tmp_path}/whole", "--max_iters=50").returncode == 0
+    parts = [*args, f"--out_dir={tmp_path}/parts"]
+    assert run("train.py", *parts, "--max_iters=20").returncode == 0
+    for more in (["--max_iters=30"], ["--max_iters=40", "--parallel=fsdp"]):
+        done = torchrun(*parts, *more, "--init_from=resume")
+        assert done.returncode == 0, done.stderr
+        sample = run("sample.py", f"--ckpt={tmp_path}/parts/ckpt.pt", "--start=to", "--max_new_tokens=5", "--device=cpu")
+        assert sample.returncode == 0 and sample.stdout.startswith("to"), sample.stderr
+    assert run("train.py", *parts, "--max_iters=50", "--init_from=resume").returncode == 0
+    whole, mixed = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    # the parts were also evaluated where they ended, except where the next one began again
+    assert largest_difference(whole, {k: mixed[k] for k in whole}) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--gradient_accumulation_steps=3"], "gradient_accumulation_steps=3 counts micro-steps over all ranks"),
+        (["--no_such_flag=1"], "unknown setting no_such_flag"),
+        (["--dataset=nowhere"], "nowhere is not prepared"),
+        (["--backend=nccl"], "--backend=nccl exchanges between GPUs only"),
+    ],
+)
+def test_what_all_ranks_find_wrong_is_said_once(tmp_path, dataset, args, words):
+    """One line by rank 0, with its exit status, not one by every rank."""
+    base = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    done = torchrun(*base, *args, timeout=60)
+    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert done.returncode and len(said) == 1 and words in said[0], done.stderr
+    status = 1 if "nowhere" in words else 2
+    assert f"exitcode: {status})" in done.stderr and not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "error"), [(1, "RuntimeError"), (1, "UserError"), (0, "UserError")])
+def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
+    """Within a minute, with its own error shown and what was saved before in place."""
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import os\n"
+        "import train\n"
+        "from configurator import UserError, run_script\n"
+        "from data.loader import Dataset\n"
+        "batch = Dataset.batch\n"
+        "def failing(self, seed, iteration, micro, batch_size):\n"
+        f"    if iteration == 15 and os.environ['RANK'] == '{rank}':\n"
+        f"        raise {error}('the disk of this rank is gone')\n"
+        "    return batch(self, seed, iteration, micro, batch_size)\n"
+        "Dataset.batch = failing\n"
+        "run_script(train.main)\n"
+    )
+    began = time.monotonic()
+    args = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=1000"]
+    done = torchrun(*args, script=script, timeout=90)
+    assert time.monotonic() - began < 60
+    assert done.returncode and "the disk of this rank is gone" in done.stderr, done.stderr
+    assert checkpoint.load(tmp_path / "o" / "ckpt.pt")["iter_num"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["torchrun", "rank 1"])
+def test_a_signal_stops_all_ranks_at_the_same_iteration(tmp_path, dataset, whom):
+    """SIGTERM to torchrun, which passes it on, or to one rank: a checkpoint, and a resume that goes on from it."""
+    args = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    command = torchrun_command(*args, "--max_iters=100000")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while "iter 25:" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        target = process.pid if whom == "torchrun" else process_of_rank(process.pid, 1)
+        os.kill(target, signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    stopped = checkpoint.load(tmp_path / "o" / "ckpt.pt")["iter_num"]
+    assert f"stopped before iteration {stopped}; go on with --init_from=resume" in out and stopped > 25, (out, err)
+    if whom == "rank 1":
+        assert f"exitcode: {128 + signal.SIGTERM})" in err, err
+    done = run("train.py", *args, f"--max_iters={stopped + 5}", "--init_from=resume")
+    assert done.returncode == 0 and f"iterations {stopped} to" in done.stdout, done.stderr
+
+
+def process_of_rank(agent: int, rank: int) -> int:
+    """The process that torchrun (agent) started as a rank."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("finding the process of a rank needs /proc")
+    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"no process of rank {rank} below {agent}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_float16_skips_alike_on_all_ranks(tmp_path, dataset, parallel):
+    """A loss scale that overflows, in one shard or in all, is halved by every rank until it fits, as in one process."""
+    args = [*LONG, f"--dataset={dataset}", "--dtype=float16", "--eval_interval=10"]
+    scales = []
+    for name in ("one", "two"):
+        here = [*args, f"--out_dir={tmp_path}/{name}"]
+        assert run("train.py", *here, "--max_iters=10").returncode == 0
+        held = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
+        held["scaler"]["scale"] = 2.0**30
+        torch.save(held, tmp_path / name / "ckpt.pt")
+        here += ["--max_iters=60", "--init_from=resume", f"--parallel={parallel}"]
+        done = run("train.py", *here) if name == "one" else torchrun(*here)
+        assert done.returncode == 0 and " skipped" in done.stdout, done.stderr
+        scales.append(checkpoint.load(tmp_path / name / "ckpt.pt")["scaler"]["scale"])
+    # One process divides each loss by 4 micro-steps, two divide it by 2 and then average: half the scale fits.
+    assert scales[0] < 2.0**30 and scales[1] in (scales[0], scales[0] / 2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert two[60, "val_loss"] == pytest.approx(one[60, "val_loss"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_shipped_mla_config_trains_on_two_processes(tmp_path, dataset):
+    """config/train_mla.py with 2 micro-steps, one for each process, learns."""
+    args = [f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=50", "--gradient_accumulation_steps=2"]
+    done = torchrun("config/train_mla.py", *args)
+    assert done.returncode == 0, done.stderr
+    log = [e for e in entries(tmp_path / "o") if "val_loss" in e]
+    assert log[-1]["iter"] == 50 and log[-1]["val_loss"] < 0.8 * log[0]["val_loss"]
