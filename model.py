@@ -773,6 +773,7 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         stream: bool = False,
         cache_dtype: torch.dtype | None = None,
+        cache: KVCache | LatentCache | None = None,
     ) -> Tensor | Iterator[Tensor]:
         """
         Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n), or with stream=True an iterator over the
@@ -781,6 +782,8 @@ class GPT(nn.Module):
         temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a row that drew one
         repeats it, and generation ends when every row has. use_cache=False recomputes a sliding window every step,
         as nanoGPT does. With the cache, a full context keeps its last block_size // 2 tokens and prefills those again.
+        cache: go on with one that holds the first cache.pos tokens of idx; afterwards it holds the last cache.pos of
+        all tokens but the very last. cache_dtype: of the cache made otherwise.
         """
         if idx.dim() != 2 or idx.size(1) < 1:
             raise ValueError(f"idx of shape {tuple(idx.shape)} does not work: it must be (B, T) with at least one token")
@@ -792,18 +795,27 @@ class GPT(nn.Module):
             raise ValueError(f"top_p={top_p} does not work: it must be above 0 and at most 1, or None for off")
         stops = () if stop is None else (stop,) if isinstance(stop, int) else tuple(stop)
         sampling = (temperature, top_k, top_p, generator)
-        tokens = self._generate(idx, max_new_tokens, sampling, stops, use_cache, cache_dtype)
+        if cache is not None and not 0 <= cache.pos <= idx.size(1) <= cache.max_len:
+            raise ValueError(
+                f"the cache holds {cache.pos} of at most {cache.max_len} tokens, idx has {idx.size(1)}: it must begin "
+                "with those and fit"
+            )
+        if cache is None and use_cache and max_new_tokens > 0:
+            length = min(self.config.block_size, idx.size(1) + max_new_tokens)
+            cache = self.make_cache(idx.size(0), length, cache_dtype)
+        tokens = self._generate(idx, max_new_tokens, sampling, stops, cache)
         return tokens if stream else torch.cat([idx, *tokens], dim=1)
 
     @torch.inference_mode()
     def _generate(
-        self, idx: Tensor, n: int, sampling: tuple, stops: tuple[int, ...], use_cache: bool, dtype: torch.dtype | None
+        self, idx: Tensor, n: int, sampling: tuple, stops: tuple[int, ...], cache: KVCache | LatentCache | None
     ) -> Iterator[Tensor]:
         block_size = self.config.block_size
         window = idx[:, -block_size:]  # what the model sees next
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        cache = self.make_cache(idx.size(0), min(block_size, window.size(1) + n), dtype) if use_cache and n > 0 else None
-        new = last = window  # new: of the window, what the cache does not hold yet
+        if cache is not None:
+            cache.pos = min(cache.pos, window.size(1) - 1)  # the last token is computed again if it was held already
+        new = last = window if cache is None else window[:, cache.pos :]  # of the window, what the cache lacks
         for _ in range(n):
             if cache is None:
                 logits = self(window)[0]
