@@ -1,10 +1,14 @@
 """Sampling, as a user does it. Run: python -m pytest tests/test_sample.py"""
 
+import io
+import json
+
 import pytest
 import torch
 
 import checkpoint
 from data.tokenizer import Tokenizer
+from sample import StopText
 from tests.conftest import QUICK, fails_with_one_line, run
 
 
@@ -67,6 +71,8 @@ def test_sampling_options_change_what_is_drawn(trained):
         (["--num_samples=0"], 2, ["num_samples=0"]),
         (["--svd_rank=2"], 2, ["use_svd"]),
         (["--use_svd=True", "--svd_rank=99"], 1, ["svd_rank=99", "1 to the head size 8"]),
+        (["--stop="], 2, ["stop=''"]),
+        (["--interactive", "--json"], 2, ["interactive takes one prompt"]),
         (["--device=tpu"], 2, ["--device=tpu"]),
     ],
 )
@@ -74,6 +80,56 @@ def test_bad_input_is_one_line(trained, args, status, words):
     """One line on stderr, the right exit status, nothing on stdout."""
     done = run("sample.py", f"--out_dir={trained}", "--start=to", "--max_new_tokens=3", *args)
     assert fails_with_one_line(done, status, *words) and done.stdout == ""
+
+
+def test_prompts_one_per_line(trained, tmp_path):
+    """Prompts of several lengths, batched or not, give each its own greedy continuation, as text and as JSON."""
+    (tmp_path / "prompts.txt").write_text("to be\nthe mind\n\nor no\n")
+    args = [f"--out_dir={trained}", "--max_new_tokens=7", "--temperature=0"]
+    batch = [*args, f"--start=FILE:{tmp_path}/prompts.txt", "--one_per_line"]
+    alone = [run("sample.py", *args, f"--start={p}").stdout[:-1] for p in ("to be", "the mind", "or no")]
+    assert run("sample.py", *batch).stdout.split("\n---------------\n")[:-1] == alone
+    rows = [json.loads(line) for line in run("sample.py", *batch, "--json", "--num_samples=2").stdout.splitlines()]
+    assert [r["prompt"] + r["text"] for r in rows] == [text for text in alone for _ in range(2)]
+    assert all(r["tokens"] == 7 and r["seconds"] > 0 and set(r) == {"prompt", "text", "tokens", "seconds"} for r in rows)
+
+
+def test_stop_strings(trained):
+    """Output ends before the stop string, whether it is streamed or batched, and wherever tokens cut it."""
+    args = [f"--out_dir={trained}", "--start=to", "--max_new_tokens=60", "--temperature=0"]
+    whole = run("sample.py", *args).stdout[:-1]
+    stop = whole[9:12]
+    want = whole[: whole.index(stop, 2)]
+    assert run("sample.py", *args, f"--stop={stop}").stdout == want + "\n"
+    assert json.loads(run("sample.py", *args, f"--stop={stop}", "--json").stdout)["text"] == want[2:]
+    assert run("sample.py", *args, "--stop=no such text").stdout == whole + "\n"
+    until = StopText("abc")
+    assert [until.push(t) for t in ("xa", "b", "ab", "c", "d")] == ["x", "", "ab", "", ""] and until.done
+    assert StopText("abc").push("zab", last=True) == "zab"
+
+
+def test_cache_settings(trained):
+    """Without a cache the greedy text is the same; a bfloat16 cache takes half the bytes."""
+    args = [f"--out_dir={trained}", "--start=to", "--max_new_tokens=12", "--temperature=0"]
+    plain, without = run("sample.py", *args), run("sample.py", *args, "--use_cache=False")
+    assert plain.stdout == without.stdout and "no cache" in without.stderr
+    assert "cache: 48 bytes" in run("sample.py", *args, "--cache_dtype=bfloat16").stderr
+
+
+def test_interactive_keeps_its_cache(trained, monkeypatch):
+    """Every line goes behind what was said; the cache gives what a fresh one gives for the whole conversation."""
+    args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=3", "--temperature=0"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("to\nor\nTO\nbe\n\nnever read\n"))
+    done = run("sample.py", *args)
+    assert done.returncode == 0 and "character 'T'" in done.stderr  # and the conversation went on
+    model, _ = checkpoint.build_model(held := checkpoint.load(trained / "best.pt"), "x")
+    tokenizer, said, want = Tokenizer(held["tokenizer"]), [], ""
+    for line in ("to\n", "or\n", "be\n"):
+        said += tokenizer.encode(line)
+        said = said if len(said) <= 16 else said[-8:]
+        new = model.eval().generate(torch.tensor([said]), 3, temperature=0)[0, len(said) :].tolist()
+        said, want = said + new, want + tokenizer.decode(new) + "\n"
+    assert done.stdout == want
 
 
 def test_a_closed_pipe_ends_quietly(trained):
