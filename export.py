@@ -167,6 +167,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], texts: dict[str, str]
             (aside / name).write_text(text, encoding="utf-8")
         save_file(tensors, aside / ckpt.WEIGHTS, metadata={"format": "pt"})  # which transformers asks for
         for path in aside.iterdir():
+            path.chmod((aside / ckpt.CONFIG).stat().st_mode)  # safetensors makes its file readable by the owner alone
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if folder.exists():

@@ -197,6 +197,7 @@ def test_only_an_export_is_replaced(tmp_path):
     save(tmp_path / "run", **TINY_MLA)
     assert run("export.py", *args).returncode == 0
     second = (tmp_path / "e" / "model.safetensors").read_bytes()
+    assert len({path.stat().st_mode for path in (tmp_path / "e").iterdir()}) == 1
     assert first != second and sorted(p.name for p in tmp_path.iterdir()) == ["e", "run"]
     (tmp_path / "e" / "README.md").write_text("mine")
     assert fails_with_one_line(run("export.py", *args), 1, "holds other files")
