@@ -129,13 +129,14 @@ def draw(path: Path) -> None:
     steps = [e for e in entries if "loss" in e]
     if not evals:
         return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="iteration", ylabel="loss (nats per token)")
+    figure = Figure(figsize=(7, 4))
+    # A fixed place: a run waits for its last picture, and searching for a good one takes as long as drawing.
+    axes = figure.add_axes((0.09, 0.12, 0.88, 0.84), xlabel="iteration", ylabel="loss (nats per token)")
     thin = max(len(steps) // 2000, 1)
     axes.plot([e["iter"] for e in steps[::thin]], [e["loss"] for e in steps[::thin]], lw=0.5, alpha=0.5, label="batch")
     axes.plot([e["iter"] for e in evals], [e["train_loss"] for e in evals], marker=".", label="train")
     axes.plot([e["iter"] for e in evals], [e["val_loss"] for e in evals], marker=".", label="val")
-    axes.legend()
+    axes.legend(loc="upper right")
     aside = path.with_name(".loss.png.tmp")  # renamed when whole: a kill leaves no half picture
     figure.savefig(aside, dpi=110, format="png")
     os.replace(aside, path.with_name("loss.png"))

@@ -339,7 +339,8 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
                     save(it)
                     say(f"stopped before iteration {it}; go on with --init_from=resume")
                     raise SystemExit(128 + (stop.received or signal.SIGTERM))
-        say(f"done: best validation loss {best:.4f}, checkpoints in {cfg.out_dir}")
+        peak = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory" if device_type == "cuda" else ""
+        say(f"done: best validation loss {best:.4f}, checkpoints in {cfg.out_dir}{peak}")
     finally:
         bar.close()
         if log:
@@ -385,11 +386,26 @@ def open_model(cfg: TrainConfig, origins: dict[str, str], data: Dataset, warn) -
         return Start(model)
     start = Start(model, int(held.get("iter_num", 0)), float(held.get("best_val_loss", math.inf)))
     start.wandb_run_id = held.get("wandb_run_id")
+    changed = changed_settings(held.get("config") or {}, cfg)
+    if changed:
+        warn("from here on this is another run than the one it continues: " + ", ".join(changed))
     if note:
         warn("the optimizer starts anew, as the factors are new parameters")
     else:
         start.optimizer, start.scaler = held.get("optimizer"), held.get("scaler")
     return start
+
+
+def changed_settings(before: dict[str, Any], cfg: TrainConfig) -> list[str]:
+    """The settings that decide what a run computes and that are not what they were in the run's checkpoint."""
+    now = dataclasses.asdict(cfg)
+    names = "dataset seed batch_size gradient_accumulation_steps dropout grad_clip learning_rate weight_decay beta1 beta2"
+    names += " decay_lr warmup_iters min_lr muon_learning_rate muon_weight_decay dtype"
+    pairs = [(name, before[name], now[name]) for name in names.split() if name in before]
+    if cfg.decay_lr and before.get("decay_lr") and "max_iters" in before:
+        ends = [c.get("lr_decay_iters") or c["max_iters"] for c in (before, now)]  # where the cosine ends
+        pairs.append(("lr_decay_iters", *ends))
+    return [f"{name} {was!r}, now {is_!r}" for name, was, is_ in pairs if was != is_]
 
 
 def latest(out_dir: str) -> tuple[dict[str, Any], Path]:

@@ -132,6 +132,9 @@ def test_resume_names_the_flags_it_overrides(tmp_path, dataset):
     done = run("train.py", *args, "--max_iters=12", "--n_layer=5", "--init_from=resume")
     assert done.returncode == 0
     assert "n_layer=5 (--n_layer=5) is overridden" in done.stderr and "has n_layer=2" in done.stderr
+    assert "another run than the one it continues: lr_decay_iters 10, now 12\n" in done.stderr
+    done = run("train.py", *args, "--max_iters=12", "--seed=4", "--lr_decay_iters=12", "--init_from=resume", "--eval_only")
+    assert "continues: seed 1337, now 4\n" in done.stderr
     done = run("train.py", *args, "--max_iters=12", "--optimizer=muon", "--init_from=resume")
     assert fails_with_one_line(done, 1, "trained with adamw", "adamw + muon")
 
