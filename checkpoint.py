@@ -46,6 +46,8 @@ def save(out_dir: str | Path, checkpoint: dict[str, Any], best: bool) -> None:
     folder = Path(out_dir)
     aside = folder / f".{LATEST}.tmp"
     try:
+        # What a kill left here may be best.pt under this name too, so it must not be written to; and its space is free.
+        aside.unlink(missing_ok=True)
         needed, free = _tensor_bytes(checkpoint), shutil.disk_usage(folder).free
         if free < 1.05 * needed:
             raise UserError(f"no checkpoint written: it needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free")
@@ -58,7 +60,8 @@ def save(out_dir: str | Path, checkpoint: dict[str, Any], best: bool) -> None:
         os.replace(aside, folder / LATEST)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        aside.unlink(missing_ok=True)
+        for unfinished in (aside, folder / f".{BEST}.tmp"):
+            unfinished.unlink(missing_ok=True)
         raise UserError(f"no checkpoint written to {folder}: {str(error).splitlines()[0]}") from None
 
 

@@ -46,6 +46,15 @@ def test_best_and_latest_are_kept_apart(tmp_path):
         checkpoint.find(tmp_path / "nowhere")
 
 
+def test_a_kill_between_the_two_names_endangers_neither(tmp_path):
+    """best.pt is linked first; if the run is killed there, the next save must not write into the file they share."""
+    make(tmp_path, seed=0)
+    os.link(tmp_path / "best.pt", tmp_path / ".ckpt.pt.tmp")
+    make(tmp_path, seed=1)
+    assert checkpoint.load(tmp_path / "best.pt")["iter_num"] == 0
+    assert checkpoint.load(tmp_path / "ckpt.pt")["iter_num"] == 1
+
+
 def test_damaged_files_are_one_clear_line(tmp_path):
     """Truncated at 20 lengths, random bytes, nothing, a folder: a UserError naming the file every time."""
     make(tmp_path)
