@@ -92,7 +92,7 @@ class RunLog:
         self.file.close()
         if self.plotter is not None:
             try:
-                self.plotter.communicate(timeout=0 if at_once else 20)
+                self.plotter.communicate(timeout=0 if at_once else 10)
             except (OSError, ValueError, subprocess.TimeoutExpired):
                 self.plotter.kill()
         if self.wandb is not None and not at_once:
@@ -145,7 +145,7 @@ def draw(path: Path) -> None:
 def draw_on_request(path: Path) -> None:
     """Draw for every line on stdin, once for those that came in meanwhile, until stdin ends."""
     if hasattr(os, "nice"):
-        os.nice(19)
+        os.nice(10)
     try:
         import matplotlib.figure  # noqa: F401  while the run is busy with its first iterations
 
