@@ -174,6 +174,14 @@ def bench_layer(cfg: BenchConfig, device: str, dtype: torch.dtype, limits: Limit
     for name, model in (("MHA", mha), ("MLA", mla), ("MLA, 4 groups", grouped), ("MLA + SVD", svd)):
         caches[name] = fill(model.make_cache(1, S), S - 1)
         runs[name] = lambda attn=model.transformer.h[0].attn, cache=caches[name]: attn(x, cache)
+    attn, (k, v) = mha.transformer.h[0].attn, (t[0] for t in caches["MHA"].tensors)
+
+    def plain() -> Tensor:  # what most code does with a cache; nothing is written, which only favours it
+        q = attn.c_attn(x).split(C, dim=2)[0].view(1, 1, 24, 32).transpose(1, 2)
+        return attn.c_proj(F.scaled_dot_product_attention(q, k, v).view(1, 1, C))
+
+    runs["MHA by scaled_dot_product_attention"] = plain
+    caches["MHA by scaled_dot_product_attention"] = caches["MHA"]
     caches["MLA, expanding every step"] = caches["MLA"]
     runs["MLA, expanding every step"] = lambda: mla.transformer.h[0].attn(x, caches["MLA"], absorb=False)
     if cfg.vs_hf:
@@ -185,7 +193,7 @@ def bench_layer(cfg: BenchConfig, device: str, dtype: torch.dtype, limits: Limit
         row["this / MLA"] = f"{seconds / took['MLA']:.1f}"
         if name in caches:
             nbytes = caches[name].nbytes
-            per_key = 2 * 32 if name == "MHA" else 2 * L // (4 if "groups" in name else 1)
+            per_key = 2 * 32 if "MHA" in name else 2 * L // (4 if "groups" in name else 1)
             row["cache MB"] = f"{nbytes / 1e6:.1f}"
             if "expanding" not in name:
                 row["x roofline"] = f"{seconds / limits.seconds(nbytes, 2 * 24 * per_key * S, dtype):.2f}"
