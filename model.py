@@ -264,14 +264,14 @@ def _attend_split(q: Tensor, rows: Tensor, T: int, scale: float, chunks: int) ->
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, T: int, scale: float) -> Tensor:
     """Causal attention of the last T of S tokens, the fastest way this device has. k may be v itself (latent rows)."""
-    S, X = k.size(-2), k.size(1)
+    S = k.size(-2)
     if q.device.type == "cpu" and T <= 8 and not torch.is_grad_enabled():
         if k is not v or k.dtype != torch.float32:
             # Measured, one token: flash on CPU is 1.3x (float32) to 4x (bfloat16) slower than two matrix products on
             # MHA's keys and 1.3x slower on bfloat16 latents; only on float32 latents is it 1.4x faster.
             return _attend_matmul(q, k, v, T, scale)
         chunks = min(4 * torch.get_num_threads(), (S - T) // 256)  # fewer than 256 keys do not repay the merge
-        if X == 1 and chunks > 1:
+        if q.size(0) < torch.get_num_threads() and chunks > 1:  # else the rows of the batch already fill the cores
             return _attend_split(q, k, T, scale, chunks)
     mask = None if T == 1 else _causal_mask(T, S, q.size(-2) // T, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
