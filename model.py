@@ -237,7 +237,7 @@ def _attend_matmul(q: Tensor, k: Tensor, v: Tensor, T: int, scale: float, extra:
     if T > 1:
         mask = _causal_mask(T, k.size(-2), q.size(-2) // T, q.device)
         scores = scores.masked_fill(~mask, float("-inf"))
-    return F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return F.softmax(scores, dim=-1) @ v  # softmax computes in float32 whatever it reads and writes
 
 
 def _attend_split(q: Tensor, rows: Tensor, T: int, scale: float, chunks: int) -> Tensor:
