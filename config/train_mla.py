@@ -17,7 +17,7 @@ mla_rope_dim = 16
 batch_size = 6
 gradient_accumulation_steps = 2  # over all processes: the same run on one as under torchrun on two
 max_iters = 700
-eval_interval = 100
+eval_interval = 250
 eval_iters = 40
 log_interval = 25
 
