@@ -75,7 +75,7 @@ def root(tmp_path, monkeypatch):
 def test_optimizer_state_reaches_its_own_parameters(root, bias):
     """nanoGPT's AdamW state is by position: every weight gets its own moments back, name by name."""
     want = write_run(root / "out", bias=bias)
-    cfg = train.TrainConfig(out_dir=str(root / "out"), init_from="resume", dataset="letters", block_size=16)
+    cfg = train.TrainConfig(out_dir=str(root / "out"), init_from="resume", dataset="letters", block_size=16, beta2=0.99)
     start = train.open_model(cfg, {}, data.loader.Dataset("letters", 16), lambda line: pytest.fail(line))
     optimizers = train.make_optimizers(start.model, cfg, "cpu")
     train.restore_optimizers(optimizers, start.optimizer, root)

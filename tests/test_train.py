@@ -171,8 +171,7 @@ def test_a_signal_stops_after_the_iteration_with_a_checkpoint(tmp_path, dataset,
     command = [sys.executable, "train.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=100000"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        while "iter 20:" not in process.stdout.readline():
-            pass
+        assert any("iter 20:" in line for line in process.stdout)  # reads as far as that line
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     finally:
@@ -241,3 +240,17 @@ def test_import_and_help_are_quick():
     code = "import sys, train, sample; sys.exit(bool({'wandb', 'datasets', 'tiktoken', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60).returncode == 0
     assert time.perf_counter() - began < 30  # an import gone wrong, not a benchmark
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_and_samples_alike(tmp_path, dataset):
+    """--compile reaches the loss of the plain run, and samples the plain text greedily."""
+    losses, texts = [], []
+    for extra in ([], ["--compile"]):
+        args = [*QUICK, *MLA, *extra, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=20"]
+        done = run("train.py", *args, fresh=True, timeout=500)
+        assert done.returncode == 0 and ("compiling" in done.stdout) == bool(extra), done.stderr
+        losses.append(checkpoint.load(tmp_path / "o" / "best.pt")["best_val_loss"])
+        args = [f"--ckpt={tmp_path}/o/best.pt", "--start=to", "--max_new_tokens=20", "--temperature=0", *extra]
+        texts.append(run("sample.py", *args, fresh=True, timeout=500).stdout)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and texts[0] == texts[1] != ""
