@@ -18,7 +18,6 @@ from torch import Tensor
 from configurator import UserError
 
 DATA_ROOT = Path(__file__).resolve().parent
-UINT16_VOCAB = 65536  # the largest vocabulary whose ids fit uint16
 
 
 class Dataset:
