@@ -1,4 +1,4 @@
-# make demo   set up, prepare Shakespeare, train config/train_mla.py (about 3 minutes on 2 cores), sample
+# make demo   set up, prepare Shakespeare, train config/train_mla.py (under a minute on 2 cores), sample
 # make test   set up, run the tests
 # Both do only what is not done yet.
 
