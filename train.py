@@ -475,14 +475,10 @@ def make_optimizers(model: GPT, cfg: TrainConfig, device_type: str) -> dict[str,
             weight_decay=cfg.muon_weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-    mark_highest_lr(optimizers, cfg)
-    return optimizers
-
-
-def mark_highest_lr(optimizers: dict[str, torch.optim.Optimizer], cfg: TrainConfig) -> None:
     for name, opt in optimizers.items():
         for group in opt.param_groups:
             group["highest_lr"] = cfg.learning_rate if name == "adamw" else cfg.muon_learning_rate
+    return optimizers
 
 
 def optimizer_state(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Any]:

@@ -61,9 +61,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
 
-    def stream_decoder(self) -> "StreamDecoder":
-        return StreamDecoder(self)
-
 
 class StreamDecoder:
     """Turns tokens into text one at a time, holding back bytes until they complete a character."""
