@@ -1,6 +1,6 @@
 # make demo   set up, prepare Shakespeare, train config/train_mla.py (under a minute on 2 cores), sample
-# make test   set up, run the tests
-# Both do only what is not done yet.
+# make test   set up, run the tests, then ruff on the tracked files
+# Both skip what is done already.
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -14,14 +14,14 @@ demo: .venv/ready data/shakespeare_char/meta.json
 	$(PY) sample.py --out_dir=out-demo --start="ROMEO:" --max_new_tokens=400
 
 test: .venv/ready-dev
-	.venv/bin/ruff check .
 	$(PY) -m pytest
+	@$(MAKE) --no-print-directory lint
 
 test-slow: .venv/ready-dev
 	$(PY) -m pytest -m slow
 
 lint: .venv/ready-dev
-	.venv/bin/ruff check .
+	git ls-files -z '*.py' | xargs -0 .venv/bin/ruff check
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanoMLA needs Python 3.11 or newer: make PYTHON=python3.12 ...")'

@@ -1,4 +1,5 @@
-# The loss of GPT-2 (774M parameters) as it was published on OpenWebText, or on any dataset in its tokens.
+# The loss of GPT-2 (774M parameters), as published, on OpenWebText or another dataset in its
+# tokens.
 #   python train.py config/eval_gpt2_large.py --dataset=shakespeare
 
 init_from = "gpt2-large"

@@ -1,5 +1,6 @@
-# The main job: MLA on Shakespeare, one token per character. Under a minute on two CPU cores; a GPU needs no flag.
-# The cache holds 32 numbers per token and layer where ordinary attention of this width needs 256.
+# The main example: MLA on Shakespeare, one token per character. It takes less than a minute on two
+# CPU cores, and runs on a GPU without further flags. The cache has 32 numbers per token and layer;
+# ordinary attention of this width needs 256.
 
 out_dir = "out-mla"
 dataset = "shakespeare_char"
@@ -9,13 +10,13 @@ n_head = 4
 n_embd = 128
 block_size = 64
 
-pos_emb = "rope"  # rotary positions with MLA's decoupled rotary key learn fastest
+pos_emb = "rope"  # with MLA's decoupled rotary key it learns faster than learned positions
 use_mla = True
 mla_latent_dim = 16
 mla_rope_dim = 16
 
 batch_size = 6
-gradient_accumulation_steps = 2  # over all processes: the same run on one as under torchrun on two
+gradient_accumulation_steps = 2  # over all processes: one process and two make the same run
 max_iters = 700
 eval_interval = 250
 eval_iters = 40

@@ -1,4 +1,5 @@
-# nanoGPT's baby GPT on Shakespeare, one token per character, with ordinary attention. Minutes on one GPU.
+# nanoGPT's baby GPT on Shakespeare, one token per character, with ordinary attention. It takes
+# minutes on one GPU.
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"

@@ -1,4 +1,5 @@
-# nanoGPT's README settings for a CPU: ordinary attention, AdamW, float32. The yardstick for train_mla.py.
+# The settings for a CPU from nanoGPT's README: ordinary attention, AdamW, float32. train_mla.py is
+# compared with this run.
 
 out_dir = "out-shakespeare-char-cpu"
 dataset = "shakespeare_char"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from configurator import run_script
-from data import helpers
 from model import GPTConfig
+from nanomla.dataset import Meta, write_dataset
+from nanomla.prepare import encode_chars
+from nanomla.settings import run_script
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from more, and a busy machine loses much
 
@@ -41,10 +42,10 @@ def dataset(tmp_path_factory):
     words = ["to be", "or not", "that is", "the question", "whether", "'tis nobler", "in the mind"]
     text = "".join(draw.choice(words) + draw.choice([" ", "\n", ", "]) for _ in range(800))[:6000]
     chars = "".join(sorted(set(text)))
-    ids = helpers.encode_chars(text, chars)
-    meta = {"vocab_size": len(chars), "tokenizer": {"kind": "char", "chars": chars}, "source": "test", "sha256": ""}
-    meta["split_bytes"] = {"train": 5400, "val": 600}
-    helpers.write_dataset(folder, {"train": [ids[:5400]], "val": [ids[5400:]]}, meta)
+    ids = encode_chars(text, chars)
+    meta = Meta(len(chars), {"kind": "char", "chars": chars}, source="test", sha256="")
+    meta.split_bytes = {"train": 5400, "val": 600}
+    write_dataset(folder, {"train": [ids[:5400]], "val": [ids[5400:]]}, meta)
     return folder
 
 
@@ -59,12 +60,20 @@ def randomise(model, std=0.3):
     return model.eval()
 
 
-def run(script: str, *args: str, fresh: bool = False, timeout: float = 120) -> subprocess.CompletedProcess:
-    """A script of this repository as a user starts it; fresh: in a process of its own, which takes seconds longer."""
+def run(
+    script: str, *args: str, fresh: bool = False, timeout: float = 120
+) -> subprocess.CompletedProcess:
+    """
+    A script as a user starts it: "train.py", "tools.bench" (with python -m) or a path.
+    fresh: in a process of its own, which takes seconds longer.
+    """
     argv = [script, *map(str, args)]
     if fresh or "/" in script:
-        command = [sys.executable, *argv]
-        return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=timeout)
+        start = argv if script.endswith(".py") else ["-m", *argv]
+        command = [sys.executable, *start]
+        return subprocess.run(
+            command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=timeout
+        )
     module = importlib.import_module(script.removesuffix(".py"))
     out, err, status, old = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = argv
@@ -79,7 +88,11 @@ def run(script: str, *args: str, fresh: bool = False, timeout: float = 120) -> s
 
 
 # A run that takes a second or two.
-QUICK = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=1", "--eval_interval=10", "--eval_iters=2", "--warmup_iters=2", "--learning_rate=1e-2", "--device=cpu"]
+QUICK = [
+    "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
+    "--gradient_accumulation_steps=1", "--eval_interval=10", "--eval_iters=2", "--warmup_iters=2",
+    "--learning_rate=1e-2", "--device=cpu",
+]  # fmt: skip
 
 
 def fails_with_one_line(done: subprocess.CompletedProcess, status: int, *words: str) -> bool:

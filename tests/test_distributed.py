@@ -1,4 +1,7 @@
-"""Several processes under torchrun, on the CPU. Run: python -m pytest tests/test_distributed.py -m "slow or not slow" """
+"""
+Several processes under torchrun, on the CPU.
+Run: python -m pytest tests/test_distributed.py -m "slow or not slow"
+"""
 
 import os
 import signal
@@ -10,18 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from nanomla import checkpoint
+from nanomla.distributed import resolve_dtype
 from tests.conftest import QUICK, ROOT, run
 from tests.test_train import entries
 
-# 4 micro-steps an iteration, so 2 for each of two processes; 3 evaluation batches, so that one rank has one less.
-LONG = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=4"]
-LONG += ["--eval_interval=20", "--eval_iters=3", "--warmup_iters=2", "--learning_rate=1e-2", "--lr_decay_iters=50"]
-LONG += ["--device=cpu", "--dtype=float32", "--dropout=0.1", "--use_mla=True", "--pos_emb=rope"]
+# 4 micro-steps an iteration, so 2 for each of two processes; 3 evaluation batches, so that one rank
+# has one less.
+LONG = [
+    "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
+    "--gradient_accumulation_steps=4", "--eval_interval=20", "--eval_iters=3", "--warmup_iters=2",
+    "--learning_rate=1e-2", "--lr_decay_iters=50", "--device=cpu", "--dtype=float32",
+    "--dropout=0.1", "--use_mla=True", "--pos_emb=rope",
+]  # fmt: skip
 
 
 def torchrun_command(*args, script="train.py"):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *map(str, args)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [*torchrun, script, *map(str, args)]
 
 
 def environment():
@@ -29,9 +38,9 @@ def environment():
 
 
 def torchrun(*args, script="train.py", timeout=180):
-    return subprocess.run(
-        torchrun_command(*args, script=script), cwd=ROOT, env=environment(), check=False, capture_output=True, text=True, timeout=timeout
-    )
+    command = torchrun_command(*args, script=script)
+    options = {"capture_output": True, "text": True, "timeout": timeout}
+    return subprocess.run(command, cwd=ROOT, env=environment(), check=False, **options)
 
 
 def losses(folder):
@@ -50,8 +59,21 @@ def largest_difference(a, b):
     return max(abs(a[k] - b[k]) for k in a)
 
 
+def test_automatic_precision():
+    """bfloat16 on a CPU only where it has the arithmetic and the model is wide enough to gain."""
+    assert resolve_dtype("auto", "cpu", 128) == "float32"
+    assert resolve_dtype("auto", "mps", 999) == "float32"
+    assert resolve_dtype("bfloat16", "cpu", 16) == "bfloat16"
+    has = torch.cpu.get_capabilities()
+    wide = "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+    assert resolve_dtype("auto", "cpu", 384) == wide
+
+
 def test_two_processes_equal_one(tmp_path, dataset):
-    """4 micro-steps in one process and 2 in each of two: the same losses to 1e-5 over 50 iterations, with dropout."""
+    """
+    4 micro-steps in one process and 2 in each of two: the same losses to 1e-5 over 50 iterations,
+    with dropout.
+    """
     args = [*LONG, f"--dataset={dataset}", "--max_iters=50"]
     assert run("train.py", *args, f"--out_dir={tmp_path}/one").returncode == 0
     done = torchrun(*args, f"--out_dir={tmp_path}/two")
@@ -61,7 +83,8 @@ def test_two_processes_equal_one(tmp_path, dataset):
     assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) < 1e-5
 
 
-# Muon orthogonalises in bfloat16, which makes a difference in the last bit of a gradient one of 0.4% in a few weights.
+# Muon orthogonalises in bfloat16: a difference in the last bit of a gradient becomes one of 0.4% in
+# a few weights.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
@@ -75,16 +98,19 @@ def test_two_processes_equal_one(tmp_path, dataset):
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
 )
 def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings, tolerance):
-    """As above for FSDP, a latent that blocks share, MHA and Muon; FSDP's checkpoint is as whole as one process's."""
+    """
+    As above for FSDP, a latent that blocks share, MHA and Muon; FSDP's checkpoint has the same full
+    tensors as that of one process.
+    """
     args = [*LONG, f"--dataset={dataset}", "--max_iters=50", *settings]
     assert run("train.py", *args, f"--out_dir={tmp_path}/one").returncode == 0
     done = torchrun(*args, f"--out_dir={tmp_path}/two")
     assert done.returncode == 0, done.stderr
     assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) < tolerance
     a, b = (checkpoint.load(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
-    shapes = [{k: v.shape for k, v in c["model"].items()} for c in (a, b)]
-    assert shapes[0] == shapes[1] and all(type(v) is torch.Tensor for v in b["model"].values())
-    flat = [torch.utils._pytree.tree_flatten(c["optimizer"])[0] for c in (a, b)]
+    shapes = [{k: v.shape for k, v in c.model.items()} for c in (a, b)]
+    assert shapes[0] == shapes[1] and all(type(v) is torch.Tensor for v in b.model.values())
+    flat = [torch.utils._pytree.tree_flatten(c.optimizer)[0] for c in (a, b)]
     assert [getattr(v, "shape", v) for v in flat[0]] == [getattr(v, "shape", v) for v in flat[1]]
     if "--sample_interval=1" in settings:
         assert done.stdout.count("sample: ") == 4
@@ -92,52 +118,59 @@ def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings, tol
 
 @pytest.mark.slow
 def test_a_resume_may_change_the_number_of_processes(tmp_path, dataset):
-    """1 process, then 2 with DDP, 2 with FSDP and 1 again: the losses of an uninterrupted run; sample.py reads each."""
+    """
+    1 process, then 2 with DDP, 2 with FSDP and 1 again: the losses of an uninterrupted run;
+    sample.py reads each checkpoint.
+    """
     args = [*LONG, f"--dataset={dataset}"]
-    assert run("train.py", *args, f"--out_dir={tmp_path}/whole", "--max_iters=50").returncode == 0
+    assert run("train.py", *args, f"--out_dir={tmp_path}/full", "--max_iters=50").returncode == 0
     parts = [*args, f"--out_dir={tmp_path}/parts"]
     assert run("train.py", *parts, "--max_iters=20").returncode == 0
     for more in (["--max_iters=30"], ["--max_iters=40", "--parallel=fsdp"]):
         done = torchrun(*parts, *more, "--init_from=resume")
         assert done.returncode == 0, done.stderr
-        sample = run("sample.py", f"--ckpt={tmp_path}/parts/ckpt.pt", "--start=to", "--max_new_tokens=5", "--device=cpu")
+        flags = ["--start=to", "--max_new_tokens=5", "--device=cpu"]
+        sample = run("sample.py", f"--ckpt={tmp_path}/parts/ckpt.pt", *flags)
         assert sample.returncode == 0 and sample.stdout.startswith("to"), sample.stderr
     assert run("train.py", *parts, "--max_iters=50", "--init_from=resume").returncode == 0
-    whole, mixed = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    full, parts = losses(tmp_path / "full"), losses(tmp_path / "parts")
     # the parts were also evaluated where they ended, except where the next one began again
-    assert largest_difference(whole, {k: mixed[k] for k in whole}) < 1e-5
+    assert largest_difference(full, {k: parts[k] for k in full}) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--gradient_accumulation_steps=3"], "gradient_accumulation_steps=3 counts micro-steps over all ranks"),
+        (["--gradient_accumulation_steps=3"], "steps=3 counts micro-steps over all ranks"),
         (["--no_such_flag=1"], "unknown setting no_such_flag"),
         (["--dataset=nowhere"], "nowhere is not prepared"),
         (["--backend=nccl"], "--backend=nccl exchanges between GPUs only"),
     ],
 )
-def test_what_all_ranks_find_wrong_is_said_once(tmp_path, dataset, args, words):
+def test_an_error_of_all_ranks_is_reported_once(tmp_path, dataset, args, words):
     """One line by rank 0, with its exit status, not one by every rank."""
-    base = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    base = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}"]
+    base += [f"--out_dir={tmp_path}/o"]
     done = torchrun(*base, *args, timeout=60)
-    said = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
-    assert done.returncode and len(said) == 1 and words in said[0], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert done.returncode and len(errors) == 1 and words in errors[0], done.stderr
     status = 1 if "nowhere" in words else 2
     assert f"exitcode: {status})" in done.stderr and not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "error"), [(1, "RuntimeError"), (1, "UserError"), (0, "UserError")])
+@pytest.mark.parametrize(
+    ("rank", "error"), [(1, "RuntimeError"), (1, "UserError"), (0, "UserError")]
+)
 def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
     """Within a minute, with its own error shown and what was saved before in place."""
     script = tmp_path / "failing.py"
     script.write_text(
         "import os\n"
         "import train\n"
-        "from configurator import UserError, run_script\n"
-        "from data.loader import Dataset\n"
+        "from nanomla.dataset import Dataset\n"
+        "from nanomla.settings import UserError, run_script\n"
         "batch = Dataset.batch\n"
         "def failing(self, seed, iteration, micro, batch_size):\n"
         f"    if iteration == 15 and os.environ['RANK'] == '{rank}':\n"
@@ -147,20 +180,26 @@ def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
         "run_script(train.main)\n"
     )
     began = time.monotonic()
-    args = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=1000"]
+    args = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}"]
+    args += [f"--out_dir={tmp_path}/o", "--max_iters=1000"]
     done = torchrun(*args, script=script, timeout=90)
     assert time.monotonic() - began < 60
     assert done.returncode and "the disk of this rank is gone" in done.stderr, done.stderr
-    assert checkpoint.load(tmp_path / "o" / "ckpt.pt")["iter_num"] == 10
+    assert checkpoint.load(tmp_path / "o" / "ckpt.pt").iter_num == 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["torchrun", "rank 1"])
 def test_a_signal_stops_all_ranks_at_the_same_iteration(tmp_path, dataset, whom):
-    """SIGTERM to torchrun, which passes it on, or to one rank: a checkpoint, and a resume that goes on from it."""
-    args = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    """
+    SIGTERM to torchrun, which passes it on, or to one rank: a checkpoint, and a resume that goes on
+    from it.
+    """
+    args = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}"]
+    args += [f"--out_dir={tmp_path}/o"]
     command = torchrun_command(*args, "--max_iters=100000")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes)
     try:
         while "iter 25:" not in (line := process.stdout.readline()):
             assert line, process.stderr.read()
@@ -169,8 +208,9 @@ def test_a_signal_stops_all_ranks_at_the_same_iteration(tmp_path, dataset, whom)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    stopped = checkpoint.load(tmp_path / "o" / "ckpt.pt")["iter_num"]
-    assert f"stopped before iteration {stopped}; go on with --init_from=resume" in out and stopped > 25, (out, err)
+    stopped = checkpoint.load(tmp_path / "o" / "ckpt.pt").iter_num
+    line = f"stopped before iteration {stopped}; go on with --init_from=resume"
+    assert line in out and stopped > 25, (out, err)
     if whom == "rank 1":
         assert f"exitcode: {128 + signal.SIGTERM})" in err, err
     done = run("train.py", *args, f"--max_iters={stopped + 5}", "--init_from=resume")
@@ -190,20 +230,24 @@ def process_of_rank(agent: int, rank: int) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_float16_skips_alike_on_all_ranks(tmp_path, dataset, parallel):
-    """A loss scale that overflows, in one shard or in all, is halved by every rank until it fits, as in one process."""
+    """
+    A loss scale that overflows, in one shard or in all, is halved by every rank until it fits, as
+    in one process.
+    """
     args = [*LONG, f"--dataset={dataset}", "--dtype=float16", "--eval_interval=10"]
     scales = []
     for name in ("one", "two"):
         here = [*args, f"--out_dir={tmp_path}/{name}"]
         assert run("train.py", *here, "--max_iters=10").returncode == 0
-        held = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
-        held["scaler"]["scale"] = 2.0**30
-        torch.save(held, tmp_path / name / "ckpt.pt")
+        stored = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
+        stored["scaler"]["scale"] = 2.0**30
+        torch.save(stored, tmp_path / name / "ckpt.pt")
         here += ["--max_iters=60", "--init_from=resume", f"--parallel={parallel}"]
         done = run("train.py", *here) if name == "one" else torchrun(*here)
         assert done.returncode == 0 and " skipped" in done.stdout, done.stderr
-        scales.append(checkpoint.load(tmp_path / name / "ckpt.pt")["scaler"]["scale"])
-    # One process divides each loss by 4 micro-steps, two divide it by 2 and then average: half the scale fits.
+        scales.append(checkpoint.load(tmp_path / name / "ckpt.pt").scaler["scale"])
+    # One process divides each loss by 4 micro-steps, two divide it by 2 and then average: half the
+    # scale fits.
     assert scales[0] < 2.0**30 and scales[1] in (scales[0], scales[0] / 2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two[60, "val_loss"] == pytest.approx(one[60, "val_loss"], rel=0.02)
@@ -212,8 +256,8 @@ def test_float16_skips_alike_on_all_ranks(tmp_path, dataset, parallel):
 @pytest.mark.slow
 def test_the_shipped_mla_config_trains_on_two_processes(tmp_path, dataset):
     """config/train_mla.py with 2 micro-steps, one for each process, learns."""
-    args = [f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=50", "--gradient_accumulation_steps=2"]
-    done = torchrun("config/train_mla.py", *args)
+    args = [f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=50"]
+    done = torchrun("config/train_mla.py", *args, "--gradient_accumulation_steps=2")
     assert done.returncode == 0, done.stderr
     log = [e for e in entries(tmp_path / "o") if "val_loss" in e]
     assert log[-1]["iter"] == 50 and log[-1]["val_loss"] < 0.8 * log[0]["val_loss"]

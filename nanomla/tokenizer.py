@@ -4,15 +4,15 @@ import codecs
 from collections.abc import Iterable
 from typing import Any
 
-from configurator import UserError
+from nanomla.settings import UserError
 
 
 class Tokenizer:
     """
-    spec: {"kind": "char", "chars": "..."}, {"kind": "byte"} or {"kind": "tiktoken", "name": "gpt2"}.
+    Text to ids and back.
 
-    encode(text) -> list of ids; decode(ids) -> text; token_bytes(id) -> the UTF-8 bytes of one token.
-    Raises UserError for a spec it does not know and for a character outside a char vocabulary.
+    spec: {"kind": "char", "chars": ...}, {"kind": "byte"} or {"kind": "tiktoken", "name": "gpt2"}.
+    Raises UserError for an unknown spec.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ class Tokenizer:
         elif kind == "byte":
             self.vocab_size = 256
         elif kind == "tiktoken":
-            from data.bpe import load_encoding  # tiktoken only when a dataset uses it
+            from nanomla.bpe import load_encoding  # the other kinds should not need tiktoken
 
             self.bpe = load_encoding(spec["name"])
             self.vocab_size = self.bpe.n_vocab
@@ -34,6 +34,7 @@ class Tokenizer:
         self.kind: str = kind
 
     def encode(self, text: str) -> list[int]:
+        """Text as ids. Raises UserError for a character outside a char vocabulary."""
         if self.kind == "byte":
             return list(text.encode("utf-8"))
         if self.kind == "tiktoken":
@@ -42,11 +43,16 @@ class Tokenizer:
             return [self.ids[c] for c in text]
         except KeyError as missing:
             raise UserError(
-                f"the character {missing.args[0]!r} is not in this model's vocabulary of {self.vocab_size} characters"
+                f"the character {missing.args[0]!r} is not in this model's vocabulary of "
+                f"{self.vocab_size} characters"
             ) from None
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token; ids past the vocabulary (a padded lm_head can draw one) have none."""
+        """
+        The UTF-8 bytes of one token.
+
+        Ids past the vocabulary have none; a model can draw one if its lm_head is padded.
+        """
         if not 0 <= token < self.vocab_size:
             return b""
         if self.kind == "char":
@@ -55,22 +61,25 @@ class Tokenizer:
             return bytes([token])
         try:
             return self.bpe.decode_single_token_bytes(token)
-        except KeyError:  # a gap between the ordinary and the special tokens
+        except KeyError:  # cl100k_base skips ids between its ordinary and its special tokens
             return b""
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Ids as text. U+FFFD stands for bytes that are not UTF-8."""
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
 
 
 class StreamDecoder:
-    """Turns tokens into text one at a time, holding back bytes until they complete a character."""
+    """Decodes token by token. The bytes of an unfinished character wait for the rest of it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
+        """The characters that this token completes."""
         return self.decoder.decode(self.tokenizer.token_bytes(token))
 
     def finish(self) -> str:
+        """U+FFFD for the bytes of a character that was never completed."""
         return self.decoder.decode(b"", final=True)

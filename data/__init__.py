@@ -1,1 +1,0 @@
-"""Datasets: the batch loader, the tokenizers, and one folder per dataset with its prepare.py."""

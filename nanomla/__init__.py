@@ -1,0 +1,1 @@
+"""The modules behind the scripts: settings, checkpoints, formats, data, engine, kernels."""

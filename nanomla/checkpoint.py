@@ -1,0 +1,281 @@
+"""
+A run's checkpoints: what is in them, and how they are written, read and made into models.
+
+A file holds nanoGPT's dictionary plus a few keys of ours; all of them are fields of Checkpoint. It
+holds tensors and plain values only and is read with weights_only=True, so that opening it runs no
+code.
+out_dir/ckpt.pt is the latest state, for resuming; out_dir/best.pt had the lowest validation loss.
+"""
+
+import dataclasses
+import math
+import os
+import pickle
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig
+from nanomla.dataset import DATA_ROOT, read_meta
+from nanomla.settings import UserError
+from nanomla.surgery import factorise_values
+
+FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
+LATEST, BEST = "ckpt.pt", "best.pt"
+TOKENIZER = "nanomla_tokenizer.json"  # a tokenizer's spec in a folder of weights
+
+
+@dataclass
+class Checkpoint:
+    """
+    Weights and what belongs to them.
+
+    All fields but `source` are the keys on disk. Weights that do not come from a run
+    (nanomla/formats.py) have model, model_args and tokenizer; the other fields keep their defaults.
+    Raises TypeError or ValueError for an iter_num or a best_val_loss that is no number.
+    """
+
+    model: dict[str, Tensor]  # the state dict
+    model_args: dict[str, Any]  # the fields of GPTConfig
+    optimizer: dict[str, Any] | None = None  # as nanomla.optim.optimizer_state returns it
+    scaler: dict[str, Any] | None = None  # the state of float16's GradScaler
+    iter_num: int = 0  # iterations done
+    best_val_loss: float = math.inf  # nats per token
+    config: dict[str, Any] = field(default_factory=dict)  # the run's settings by name
+    tokenizer: dict[str, Any] | None = None  # what nanomla.tokenizer.Tokenizer is made from
+    wandb_run_id: str | None = None
+    source: str = ""  # what messages call it: a file, folder or name; not written
+
+    def __post_init__(self) -> None:
+        self.iter_num = int(self.iter_num)
+        self.best_val_loss = float(self.best_val_loss)  # nanoGPT stores a tensor
+        if not isinstance(self.config, dict):
+            self.config = {}
+
+
+def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
+    """
+    Write out_dir/ckpt.pt and, if best, out_dir/best.pt: whole or not at all, and durably.
+
+    The bytes go to a temporary file and are synced, then the file is renamed to ckpt.pt. best.pt is
+    the same file under a second name. It gets that name first, so that a kill between the two steps
+    does not lose the best weights. Raises UserError, with the old files untouched, if there is too
+    little space or the write fails.
+    """
+    folder = Path(out_dir)
+    tmp = folder / f".{LATEST}.tmp"
+    content = {"format": FORMAT, **vars(checkpoint)}
+    del content["source"]
+    try:
+        # A killed run may have left this name. It is removed first: the file may also be best.pt,
+        # which must not be written to, and it takes up space.
+        tmp.unlink(missing_ok=True)
+        needed, free = _tensor_bytes(content), shutil.disk_usage(folder).free
+        if free < 1.05 * needed:
+            sizes = f"it needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free"
+            raise UserError(f"no checkpoint written: {sizes}")
+        with open(tmp, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if best:
+            _link_or_copy(tmp, folder / BEST)
+        os.replace(tmp, folder / LATEST)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        for unfinished in (tmp, folder / f".{BEST}.tmp"):
+            unfinished.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no checkpoint written to {folder}: {reason}") from None
+
+
+def load(path: str | Path) -> Checkpoint:
+    """
+    Read a checkpoint file, ours or nanoGPT's, onto the CPU.
+
+    Its tensors are mapped from the file, which must not be written to while they are in use.
+    Keys that are no field of Checkpoint are ignored. Raises UserError naming the file and what is
+    wrong with it.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except pickle.UnpicklingError:
+        reason = "refused, it is no checkpoint of tensors and plain values"
+        raise UserError(f"{path}: {reason}") from None
+    except Exception as error:  # noqa: BLE001  a damaged file can fail anywhere in the reader
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        raise UserError(f"{path}: truncated or not a checkpoint ({reason})") from None
+    needed = ("model", "model_args")
+    missing = [k for k in needed if not isinstance(content, dict) or k not in content]
+    if missing:
+        lacks = " and no ".join(missing)
+        raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint, it has no {lacks}")
+    if content.get("format", FORMAT) != FORMAT:
+        raise UserError(f"{path}: format {content['format']}, this version reads {FORMAT}")
+    names = [f.name for f in dataclasses.fields(Checkpoint) if f.name != "source"]
+    values = {name: content[name] for name in names if content.get(name) is not None}
+    try:
+        return Checkpoint(**values, source=str(path))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint ({error})") from None
+
+
+def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
+    """The checkpoint file to read in a run's folder. Raises UserError if there is none."""
+    names = (BEST, LATEST) if prefer_best else (LATEST, BEST)
+    for name in names:
+        if (Path(out_dir) / name).is_file():
+            return Path(out_dir) / name
+    raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
+
+
+def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
+    """
+    Make a checkpoint's model on the CPU, in torch's default dtype.
+
+    overrides: settings of GPTConfig that may differ from the stored ones: dropout, and use_svd,
+    svd_rank and svd_method to factorise the values.
+    Returns the model and, if values were factorised, a line that states how much of them was kept.
+    Raises UserError if settings, names or shapes do not belong together.
+    """
+    known = {f.name for f in dataclasses.fields(GPTConfig)}
+    try:
+        unknown = sorted(set(checkpoint.model_args) - known)
+        if unknown:
+            names = ", ".join(unknown)
+            raise ValueError(f"model_args has settings this version does not know: {names}")
+        stored = GPTConfig(**checkpoint.model_args)
+        config = dataclasses.replace(stored, **overrides)
+        state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
+        _fill_ties(state, config)
+        note = None
+        if config.use_svd and (not stored.use_svd or config.svd_rank != stored.svd_rank):
+            state, kept = factorise_values(state, config)
+            ranks = f"rank {config.svd_rank} of {config.hs}"
+            note = f"values factorised to {ranks}: {kept:.2%} of the squared singular values kept"
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{checkpoint.source}: {error}") from None
+    with torch.device("meta"):  # takes no memory and draws no weights, as all of them are replaced
+        model = GPT(config)
+    load_state(model, state, checkpoint.source)
+    return model, note
+
+
+def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
+    """
+    Give a model copies of these weights, in torch's default dtype.
+
+    Raises UserError naming what is missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    kinds = {"missing": missing, "unknown": unknown}
+    if missing or unknown:
+        named = [f"{len(n)} {kind} (first {n[0]})" for kind, n in kinds.items() if n]
+        raise UserError(f"{source}: its weights are of another model: {', '.join(named)}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            shapes = f"has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+            raise UserError(f"{source}: {name} {shapes}")
+    # Copies, because the tensors may be mapped from a file or be views of one another.
+    plain = {"dtype": torch.get_default_dtype(), "memory_format": torch.contiguous_format}
+    copies = {name: state[name].detach().to(copy=True, **plain) for name in own}
+    model.load_state_dict(copies, assign=True)
+    model.tie_weights()
+
+
+def tokenizer_spec(checkpoint: Checkpoint) -> dict[str, Any]:
+    """
+    The spec of a checkpoint's tokenizer.
+
+    nanoGPT's checkpoints name their dataset only. Its characters are then read from its meta file
+    below data/; without one, a vocabulary of GPT-2's size means GPT-2's BPE. Raises UserError if
+    there is nothing that turns ids into text.
+    """
+    if checkpoint.tokenizer:
+        return checkpoint.tokenizer
+    source = checkpoint.source
+    vocab_size = checkpoint.model_args.get("vocab_size", GPTConfig.vocab_size)
+    dataset = checkpoint.config.get("dataset")
+    folder = None if dataset is None else DATA_ROOT / str(dataset)
+    spec = read_meta(folder).tokenizer if folder else None
+    if spec and spec.get("kind") == "char" and len(spec["chars"]) != vocab_size:
+        has = f"the dataset now in {folder} has {len(spec['chars'])}"
+        remedy = "put the data folder it was trained on in its place"
+        raise UserError(f"{source} knows {vocab_size} characters, but {has}; {remedy}")
+    if spec:
+        return spec
+    if vocab_size not in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
+        remedy = f"add a {TOKENIZER}"
+        if folder:
+            remedy = f"put the data folder it was trained on, with its meta.pkl, at {folder}"
+        problem = f"nothing says what text its {vocab_size} token ids stand for"
+        raise UserError(f"{source}: {problem}; {remedy}")
+    return {"kind": "tiktoken", "name": "gpt2"}
+
+
+def is_mask_buffer(name: str) -> bool:
+    """Whether this is one of GPT-2's old buffers for the causal mask, which are no weights."""
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DDP put before it."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
+    """
+    Add the second names of weights that are tied in the model and stored once.
+
+    Raises ValueError if lm_head and wte are stored both and differ.
+    """
+    wte = state.get("transformer.wte.weight")
+    if wte is not None and not torch.equal(state.setdefault("lm_head.weight", wte), wte):
+        raise ValueError("lm_head and wte are different weights; in this model they are one")
+    if config.use_mla and config.mla_share_latent:
+        for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
+            for layer in range(1, config.n_layer):
+                state.setdefault(name.replace(".h.0.", f".h.{layer}."), state[name])
+
+
+def _tensor_bytes(value: Any) -> int:
+    """The bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_tensor_bytes, value.values()))
+    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _link_or_copy(file: Path, name: Path) -> None:
+    """Give `file` a second name, replacing what has it; a copy where hard links do not work."""
+    tmp = name.with_name(f".{name.name}.tmp")
+    tmp.unlink(missing_ok=True)
+    try:
+        os.link(file, tmp)
+    except OSError:
+        shutil.copyfile(file, tmp)
+        with open(tmp, "rb") as copy:
+            os.fsync(copy.fileno())
+    os.replace(tmp, name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames durable, where folders can be synced."""
+    if hasattr(os, "O_DIRECTORY"):
+        fd = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

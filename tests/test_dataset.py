@@ -1,0 +1,188 @@
+"""The batch loader and meta.json. Run: python -m pytest tests/test_dataset.py"""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nanomla.dataset import Dataset, Meta, read_meta, write_dataset
+from nanomla.settings import UserError
+from tests.conftest import ROOT
+
+
+def write(folder, train, val, vocab_size):
+    splits = {"train": [np.array(train)], "val": [np.array(val)]}
+    return write_dataset(folder, splits, Meta(vocab_size=vocab_size))
+
+
+def test_round_trip_through_files(tmp_path):
+    """Tokens written in pieces come back; a large vocabulary is stored as uint32."""
+    splits = {"train": [np.arange(5), np.arange(5, 12)], "val": [np.full(9, 70000)]}
+    meta = write_dataset(tmp_path, splits, Meta(vocab_size=70001))
+    assert meta.dtype == "uint32" and meta.tokens == {"train": 12, "val": 9}
+    data = Dataset(str(tmp_path), block_size=4)
+    assert data.splits["train"].tolist() == list(range(12)) and data.splits["val"][0] == 70000
+    written = json.loads((tmp_path / "meta.json").read_text())
+    assert written == {"vocab_size": 70001, "dtype": "uint32", "tokens": {"train": 12, "val": 9}}
+    assert read_meta(tmp_path) == meta
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_pieces_fill_in_the_meta(tmp_path):
+    """Fields set while the pieces are written reach meta.json, in the schema's order."""
+    meta = Meta(vocab_size=9, source="test")
+
+    def pieces(split):
+        yield np.arange(9)
+        meta.split_bytes[split], meta.sha256 = 9, "00"
+
+    written = write_dataset(tmp_path, {s: pieces(s) for s in ("train", "val")}, meta)
+    assert written == read_meta(tmp_path) and written.split_bytes == {"train": 9, "val": 9}
+    keys = ["vocab_size", "source", "sha256", "split_bytes", "dtype", "tokens"]
+    assert list(json.loads((tmp_path / "meta.json").read_text())) == keys
+
+
+def test_interrupted_write_keeps_the_old_dataset(tmp_path):
+    """A writer that dies half-way leaves what was there, and nothing beside it."""
+    write(tmp_path, range(20), range(20), 20)
+
+    def dies():
+        yield np.arange(10)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, {"train": dies(), "val": []}, Meta(vocab_size=99))
+    assert len(Dataset(str(tmp_path), 4).splits["train"]) == 20
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_batches_are_a_pure_function(dataset):
+    """The same arguments give the same batch whatever was drawn before, others another one."""
+    data = Dataset(str(dataset), block_size=8)
+    x, y = data.batch(seed=1, iteration=5, micro=2, batch_size=6)
+    data.batch(9, 9, 9, 3)
+    again = Dataset(str(dataset), block_size=8).batch(1, 5, 2, 6)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+    assert x.shape == y.shape == (6, 8) and x.dtype == torch.int64
+    assert x.is_contiguous() and y.is_contiguous()
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    for other in ((2, 5, 2, 6), (1, 6, 2, 6), (1, 5, 3, 6)):
+        assert not torch.equal(x, data.batch(*other)[0])
+
+
+def test_batches_reach_both_ends(tmp_path):
+    """Every window can be drawn, the last token included as a target."""
+    write(tmp_path, range(12), range(12), 12)
+    data = Dataset(str(tmp_path), block_size=8)
+    starts, ends = set(), set()
+    for i in range(50):
+        x, y = data.batch(0, i, 0, 4)
+        starts |= set(x[:, 0].tolist())
+        ends |= set(y[:, -1].tolist())
+    assert starts == {0, 1, 2, 3} and ends == {8, 9, 10, 11}
+
+
+def test_evaluation_windows_are_fixed_and_spread(tmp_path):
+    """They depend on their index alone, and cover the split from its first to its last token."""
+    write(tmp_path, range(200), range(200), 200)
+    data = Dataset(str(tmp_path), block_size=8)
+    batches = [data.eval_batch("val", i, 4, 3) for i in range(4)]
+    starts = torch.cat([x[:, 0] for x, _ in batches])
+    assert starts[0] == 0 and batches[-1][1][-1, -1] == 199 and (starts.diff() > 0).all()
+    assert torch.equal(batches[2][0], Dataset(str(tmp_path), 8).eval_batch("val", 2, 4, 3)[0])
+
+
+def test_bytes_per_token(dataset, tmp_path):
+    """From meta.json's byte counts; None without them."""
+    assert Dataset(str(dataset), 8).bytes_per_token("val") == 1
+    write(tmp_path, range(20), range(20), 20)
+    assert Dataset(str(tmp_path), 8).bytes_per_token("val") is None
+
+
+def test_dataset_errors_say_what_to_do(tmp_path, dataset):
+    """Not prepared, too short, cut in half, ids out of range, a broken meta file: one line each."""
+    known = "datasets you can prepare: .*shakespeare_char"
+    with pytest.raises(UserError, match=f"not prepared.*{known}"):
+        Dataset("no_such_dataset", 8)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "prepare.py").touch()
+    with pytest.raises(UserError, match="not prepared.*prepare it with: python .*mine/prepare.py"):
+        Dataset(str(tmp_path / "mine"), 8)
+    with pytest.raises(UserError, match="too few.*block_size=5400.*--block_size=5399"):
+        Dataset(str(dataset), 5400)
+    write(tmp_path, range(50), range(50), 30)
+    with pytest.raises(UserError, match="holds token id 49, but the vocabulary has 30"):
+        Dataset(str(tmp_path), 40).batch(0, 0, 0, 64)
+    (tmp_path / "train.bin").write_bytes(b"123")
+    with pytest.raises(UserError, match="3 bytes is no whole number"):
+        Dataset(str(tmp_path), 4)
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(UserError, match="meta.json"):
+        Dataset(str(tmp_path), 4)
+
+
+def test_files_of_two_datasets(tmp_path):
+    """A .bin file with another number of tokens than meta.json counts is not read."""
+    write(tmp_path, range(50), range(50), 50)
+    (tmp_path / "val.bin").write_bytes(bytes(2 * 49))
+    with pytest.raises(UserError, match=r"val.bin holds 49 tokens, but its meta file counts 50"):
+        Dataset(str(tmp_path), 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "it holds no JSON object"),
+        ('{"dtype": "int8"}', "dtype is neither uint16 nor uint32"),
+        ('{"dtype": null}', "dtype is neither uint16 nor uint32"),
+        ('{"vocab_size": "65"}', "vocab_size='65' is not a whole number"),
+        ('{"vocab_size": true}', "vocab_size=True is not a whole number"),
+        ('{"tokenizer": "gpt2"}', "tokenizer='gpt2' is not an object"),
+        ('{"split_bytes": [1, 2]}', r"split_bytes=\[1, 2\] is not an object of whole numbers"),
+        ('{"tokens": {"train": "9"}}', "tokens={'train': '9'} is not an object of whole numbers"),
+    ],
+)
+def test_meta_with_wrong_types(content, message, tmp_path):
+    """One line that names file and field."""
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=rf"meta.json: not a dataset's meta file \({message}\)$"):
+        read_meta(tmp_path)
+
+
+def test_meta_that_says_little(tmp_path):
+    """Without a meta file nothing is known; unknown keys are ignored."""
+    assert read_meta(tmp_path) == Meta() and Meta().dtype == "uint16"
+    (tmp_path / "meta.json").write_text('{"vocab_size": 5, "colour": "red"}')
+    assert read_meta(tmp_path) == Meta(vocab_size=5)
+
+
+def test_nanogpt_meta_pkl(tmp_path):
+    """nanoGPT's meta.pkl is understood; one that would run code is refused without running it."""
+    chars = "\n ab"
+    stoi = {c: i for i, c in enumerate(chars)}
+    content = {"vocab_size": 4, "stoi": stoi, "itos": dict(enumerate(chars))}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+    assert read_meta(tmp_path) == Meta(4, {"kind": "char", "chars": chars})
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    for content in (pickle.dumps({"itos": Hostile()}), b"garbage", pickle.dumps([1])):
+        (tmp_path / "meta.pkl").write_bytes(content)
+        with pytest.raises(UserError, match="refused"):
+            read_meta(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_preparing_needs_no_torch():
+    """The prepare.py scripts start without it, in a fraction of its import's time and memory."""
+    code = (
+        "import sys, nanomla.prepare, nanomla.bpe, nanomla.tokenizer; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    assert done.stdout.strip() == b"False"

@@ -1,0 +1,138 @@
+"""Who imports whom, and how long things are. Run: python -m pytest tests/test_house.py"""
+
+import ast
+import graphlib
+import tomllib
+from pathlib import Path
+
+from model import ATTENTION, GPT, Attention, Cache
+from tests.conftest import ROOT, TINY_MLA, tiny_config
+
+FLOORS = ["nanomla.kernels", "model", "nanomla", "train sample", "tools data"]  # bottom to top
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name, without tests and configs."""
+    folders = [ROOT, *(ROOT / f for f in ("nanomla", "nanomla/kernels", "tools", "data"))]
+    files = [p for f in folders for p in f.glob("**/*.py" if f.name == "data" else "*.py")]
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files}
+    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def floor(name: str) -> int:
+    """The floor a module is on."""
+    for i, prefixes in enumerate(FLOORS):
+        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes.split()):
+            return i
+    raise AssertionError(f"{name} is on no floor")
+
+
+def imports(tree: ast.AST, known: set[str], inside_functions: bool) -> set[str]:
+    """The project's modules that a file imports, at module level or anywhere."""
+    found = set()
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        if inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
+    return found & known
+
+
+MODULES = modules()
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def test_nothing_imports_upward():
+    """kernels <- model <- nanomla <- train, sample <- tools; a lazy import may go up from model
+    alone."""
+    for name, tree in TREES.items():
+        for target in imports(tree, set(MODULES), inside_functions=False):
+            assert floor(target) <= floor(name), f"{name} imports {target}, which is above it"
+        for target in imports(tree, set(MODULES), inside_functions=True):
+            lazily_up = name == "model" and floor(target) <= floor("nanomla")
+            assert lazily_up or floor(target) <= floor(name), (
+                f"{name} imports {target} in a function"
+            )
+
+
+def test_nothing_imports_in_a_circle():
+    """The modules can be ordered so that each is below all that import it."""
+    graph = {n: imports(t, set(MODULES), False) - {n} for n, t in TREES.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES) > 20
+
+
+def test_sizes():
+    """model.py can be read in one sitting, no function is longer than a screen, the README is
+    short."""
+    assert len((ROOT / "model.py").read_text().splitlines()) <= 1000
+    assert (ROOT / "README.md").stat().st_size <= 11_000
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 60, f"{node.name} in {name} has {lines} lines"
+
+
+def test_public_functions_have_type_hints():
+    """Every argument and result of a public function outside tests is annotated."""
+    for name, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                args = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                missing = [arg.arg for arg in args if arg.annotation is None]
+                assert not missing and node.returns, f"{node.name} in {name}: {missing}"
+
+
+def test_one_table_decides_the_attention():
+    """Every entry is an attention block that names its cache; nothing else looks at the class."""
+    for key, block in ATTENTION.items():
+        assert issubclass(block, Attention) and issubclass(block.Cache, Cache), key
+    assert tiny_config().attention == "mha" and tiny_config(**TINY_MLA).attention == "mla"
+    classes = [block.__name__ for block in ATTENTION.values()]
+    naming = {n for n, tree in TREES.items() if any(c in ast.dump(tree) for c in classes)}
+    assert naming == {"model"}
+
+
+def test_state_dict_names_and_order_stay():
+    """Old checkpoints and optimizer states, which go by position, rely on them."""
+
+    def names(**settings):
+        model = GPT(tiny_config(n_layer=1, bias=False, **settings))
+        found = [n for n, _ in model.named_parameters()]
+        return [n.removeprefix("transformer.h.0.") for n in found if ".attn." in n]
+
+    mha = ["attn.c_attn.weight", "attn.c_proj.weight"]
+    assert names() == mha
+    assert names(use_svd=True) == ["attn.v_up", *mha, "attn.v_down.weight"]
+    latent = ["attn.kv_latent_proj.weight", "attn.latent_norm.weight", "attn.k_expand.weight"]
+    mla = {"use_mla": True, "mla_latent_dim": 7}
+    assert names(**mla) == [
+        "attn.c_proj.weight",
+        "attn.q_proj.weight",
+        *latent,
+        "attn.v_expand.weight",
+    ]
+    low_rank = ["q_latent_proj", "q_latent_norm", "q_expand"]
+    assert names(**mla, use_svd=True, mla_q_latent_dim=5) == [
+        "attn.v_up", "attn.c_proj.weight", "attn.v_down.weight",
+        *(f"attn.{n}.weight" for n in low_rank), *latent,
+    ]  # fmt: skip
+
+
+def test_rotary_tables_are_kept_once():
+    """One table in the model, none in its layers, and none of it in the state dict."""
+    model = GPT(tiny_config(**{**TINY_MLA, "n_layer": 3}))
+    assert [n for n, _ in model.named_buffers()] == ["rope_cos", "rope_sin"]
+    assert not any("rope" in name for name in model.state_dict())
+
+
+def test_installed_modules_are_those_of_the_project():
+    """pyproject names every package and module that an install has to bring."""
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in MODULES.values()} - {"."}
+    assert set(setup["packages"]) == {p for p in packages if not p.startswith("data")}
+    assert set(setup["py-modules"]) == {n for n in MODULES if "." not in n} - set(setup["packages"])

@@ -1,0 +1,94 @@
+"""Every fast path against the reference. Run: python -m pytest tests/test_kernels.py"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Linear
+from nanomla import kernels
+from nanomla.kernels import cpu, reference
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_through_a_split_weight(threads, bias):
+    """Linear's decoding path, which cuts the weight into blocks for the cores, is nn.Linear; so is
+    a head count of 7."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for out in (520, 7 * 73):
+            layer = Linear(300, out, bias)
+            for shape in ((1, 1, 300), (4, 1, 300), (2, 8, 300), (1, 17, 300)):
+                x = torch.randn(shape)
+                with torch.no_grad():
+                    torch.testing.assert_close(
+                        layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5, rtol=1e-5
+                    )
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 3, 5])
+def threads(request):
+    """Runs a test with several numbers of threads, by which the fast paths cut their work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+CASES = [  # B, X, T, m, S, D, W
+    (1, 1, 1, 4, 2049, 9, None), (1, 1, 3, 2, 1500, 9, None), (2, 1, 8, 3, 5000, 9, None),
+    (1, 1, 1, 1, 1, 1, 1), (1, 1, 5, 1, 5, 7, 7), (2, 3, 1, 1, 40, 7, 5), (2, 3, 4, 2, 40, 7, 5),
+    (2, 3, 9, 1, 40, 7, 7), (3, 2, 6, 2, 6, 8, None), (2, 4, 1, 2, 300, 8, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attend_is_the_reference(case, dtype, tolerance, threads):
+    """Decoding, chunks and whole prompts, own values and latents, against float64."""
+    B, X, T, m, S, D, W = case
+    q, k = torch.randn(B, X, T * m, D), torch.randn(B, X, S, D)
+    v = None if W is None else torch.randn(B, X, S, W)
+    q, k, v = (t if t is None else t.to(dtype) for t in (q, k, v))
+    exact = [t if t is None else t.double() for t in (q, k, v)]
+    want = reference.attend(*exact, T, 0.3)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            got = kernels.attend(q, k, v, T, 0.3)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
+
+
+def test_split_keys_is_the_reference():
+    """Every number of chunks, with remainders, one new token and several."""
+    for T, S, chunks in itertools.product((1, 3, 8), (19, 64, 257), (1, 2, 5, 9)):
+        q, rows = torch.randn(2, 1, T * 4, 9), torch.randn(2, 1, S, 9)
+        got = cpu.split_keys(q, rows, T, 0.3, chunks)
+        torch.testing.assert_close(
+            got, reference.attend(q, rows, None, T, 0.3), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_extra_scores_are_added_before_scaling():
+    """Scores of one more key part given apart equal those of the longer key."""
+    q, k = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 30, 12)
+    v = torch.randn(2, 3, 30, 5)
+    extra = q[..., 7:] @ k[..., 7:].mT
+    got = kernels.attend(q[..., :7], k[..., :7], v, 4, 0.3, extra)
+    torch.testing.assert_close(got, reference.attend(q, k, v, 4, 0.3), atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_by_a_loop():
+    """Softmax-weighted means over the keys that each token may see, position by position."""
+    T, m, S = 3, 2, 7
+    q, k, v = torch.randn(1, 1, T * m, 4), torch.randn(1, 1, S, 4), torch.randn(1, 1, S, 5)
+    got = reference.attend(q, k, v, T, 0.5)
+    for t, i in itertools.product(range(T), range(m)):
+        seen = S - T + t + 1
+        weights = (k[0, 0, :seen] @ q[0, 0, t * m + i] * 0.5).softmax(0)
+        torch.testing.assert_close(got[0, 0, t * m + i], weights @ v[0, 0, :seen])

@@ -1,0 +1,232 @@
+"""Settings from defaults, files and flags. Run: python -m pytest tests/test_settings.py"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import numpy as np
+import pytest
+
+from nanomla.settings import UsageError, check, configure, declared, describe, flat
+from tests.conftest import fails_with_one_line, run
+from train import TrainConfig
+
+
+@dataclass
+class Part:
+    width: Annotated[int, "#part", "how wide", ">= 1", "decides the run"] = 4
+    count: Annotated[int, "hidden by the outer one"] = 0
+
+    def __post_init__(self):
+        check(self)
+        if self.width == 13:
+            raise ValueError("width=13 does not work: width must be another number")
+
+
+@dataclass
+class Settings:
+    part: Part = field(default_factory=lambda: Part(width=5))
+    flag: Annotated[bool, "#values", "a switch"] = False
+    count: Annotated[int, "how many", ">= 0"] = 3
+    rate: Annotated[float, "how fast", "> 0", "< 100"] = 0.5
+    name: Annotated[str, "#names", "what"] = "x"
+    limit: Annotated[int | None, "at most", ">= 1"] = None
+    kind: Annotated[Literal["a", "b"], "which"] = "a"
+
+    def __post_init__(self):
+        check(self)
+
+
+def test_later_wins_over_files_and_flags(tmp_path):
+    """Defaults, then each file, then each flag, in the order given."""
+    (tmp_path / "a.py").write_text(
+        "import math\n_half = 2\ncount = _half * 4\nrate = 1\nlimit = 7\n"
+    )
+    (tmp_path / "b.py").write_text("count = 9\nname = 'file'\n")
+    cfg, origins = configure(
+        Settings, [f"{tmp_path}/a.py", "--count=5", f"{tmp_path}/b.py", "--limit=None"]
+    )
+    assert (cfg.count, cfg.rate, cfg.name, cfg.limit) == (9, 1.0, "file", None)
+    assert isinstance(cfg.rate, float)
+    assert origins["count"].endswith("b.py") and origins["limit"] == "--limit=None"
+    assert [line.split(" ")[0] for line in describe(cfg, origins)] == ["count", "rate", "name"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "value"),
+    [
+        ("--count=1e3", "count", 1000),
+        ("--count=-0", "count", 0),
+        ("--rate=2", "rate", 2.0),
+        ("--rate=1e-4", "rate", 1e-4),
+        ("--flag=True", "flag", True),
+        ("--flag=true", "flag", True),
+        ("--flag=false", "flag", False),
+        ("--flag", "flag", True),
+        ("--limit=12", "limit", 12),
+        ("--limit=none", "limit", None),
+        ("--name=12", "name", "12"),
+        ("--name=", "name", ""),
+        ("--name=a=b", "name", "a=b"),
+        ("--kind=b", "kind", "b"),
+    ],
+)
+def test_flag_types(flag, field, value):
+    """A flag's text becomes the declared type."""
+    got = getattr(configure(Settings, [flag])[0], field)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--cuont=3", ["cuont", "did you mean count"]),
+        ("--count=2.5", ["--count=2.5", "whole number"]),
+        ("--count=many", ["whole number", "'many'"]),
+        ("--count=True", ["whole number"]),
+        ("--rate=inf", ["finite"]),
+        ("--rate=nan", ["finite"]),
+        ("--flag=1", ["True or False"]),
+        ("--limit=x", ["whole number"]),
+        ("--kind=c", ["a, b"]),
+        ("--count", ["needs a value"]),
+        ("--count=-1", ["--count=-1", "a whole number of at least 0"]),
+        ("--rate=0", ["a finite number above 0 and below 100"]),
+        ("--rate=100", ["above 0 and below 100"]),
+        ("--limit=0", ["None or a whole number of at least 1"]),
+        ("--width=0", ["width must be a whole number of at least 1"]),
+        ("--width=13", ["width=13", "another number"]),
+        ("--part=3", ["unknown setting part"]),
+        ("-count=3", ["--key=value"]),
+        ("missing.py", ["missing.py", "cannot read"]),
+    ],
+)
+def test_bad_arguments(argument, words):
+    """Each mistake is a UsageError whose one line names the place and what would work."""
+    with pytest.raises(UsageError) as caught:
+        configure(Settings, [argument])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("count = = 3", ["not a Python config file"]),
+        ("count = 1 / 0", ["ZeroDivisionError"]),
+        ("cuont = 3", ["unknown setting cuont", "count"]),
+        ("count = 'three'", ["whole number"]),
+        ("flag = 1", ["True or False"]),
+        ("name = 3", ["text"]),
+        ("kind = 'z'", ["a, b"]),
+    ],
+)
+def test_bad_config_files(tmp_path, text, words):
+    """Files are checked as flags are, and errors name the file."""
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        configure(Settings, [f"{tmp_path}/bad.py"])
+    assert all(word in str(caught.value) for word in [*words, "bad.py"])
+
+
+def test_optional_model_settings_from_flags_and_files(tmp_path):
+    """mla_latent_dim, whose default None stands for a 4x smaller cache, is set from both."""
+    path = f"{tmp_path}/c.py"
+    (tmp_path / "c.py").write_text("use_mla = True\nmla_latent_dim = 48\n")
+    for flags, want in (([], 48), (["--mla_latent_dim=16"], 16), (["--mla_latent_dim=None"], 384)):
+        assert configure(TrainConfig, [path, *flags])[0].model.mla_latent_dim == want
+
+
+def test_nested_settings_are_flat():
+    """A nested dataclass is set by its fields' own names; an outer name hides a nested one."""
+    cfg, origins = configure(Settings, ["--width=7", "--count=9"])
+    assert (cfg.part.width, cfg.part.count, cfg.count) == (7, 0, 9)
+    assert flat(cfg)["width"] == 7 and flat(cfg)["count"] == 9 and "part" not in flat(cfg)
+    assert describe(cfg, origins) == ["width = 7  (--width=7)", "count = 9  (--count=9)"]
+    assert configure(Settings, [])[0].part.width == 5 and declared(Settings)["width"].default == 5
+    assert describe(*configure(Settings, ["--width=5"])) == []
+    assert [n for n, s in declared(Settings).items() if s.decides_run] == ["width"]
+
+
+def test_plain_values_whatever_is_given():
+    """Values of related classes become plain ones; others are an error, from Python as from
+    flags."""
+    cfg = Settings(count=np.int64(4), rate=np.float32(2), name=np.str_("n"), limit=6.0)
+    plain = (cfg.count, cfg.rate, cfg.name, cfg.limit)
+    assert plain == (4, 2.0, "n", 6) and [type(v) for v in plain] == [int, float, str, int]
+    for bad in (
+        {"count": True},
+        {"count": "4"},
+        {"rate": None},
+        {"flag": 1},
+        {"rate": float("nan")},
+    ):
+        with pytest.raises(ValueError, match="does not work: .* must be"):
+            Settings(**bad)
+
+
+def test_every_setting_is_declared_in_full():
+    """One topic and one meaning each, or a TypeError for the author; all scripts' settings pass."""
+    from data.openwebtext.prepare import PrepareConfig as OpenWebText
+    from data.text.prepare import PrepareConfig as Text
+    from sample import SampleConfig
+    from tools.bench import ReportConfig, TimingConfig
+    from tools.export import ExportConfig
+
+    scripts = (
+        TrainConfig,
+        SampleConfig,
+        TimingConfig,
+        ReportConfig,
+        ExportConfig,
+        Text,
+        OpenWebText,
+    )
+    for config_class in scripts:
+        assert all(s.topic and s.meaning for s in declared(config_class).values())
+
+    @dataclass
+    class NoTopic:
+        x: Annotated[int, "a number"] = 1
+
+    @dataclass
+    class TwoMeanings:
+        x: Annotated[int, "#topic", "a number", "decides the ruin"] = 1
+
+    for broken in (NoTopic, TwoMeanings):
+        with pytest.raises(TypeError, match="one #topic and one meaning"):
+            declared(broken)
+
+
+def test_files_may_hold_other_scripts_keys(tmp_path):
+    """Only those that are named, and only in files: as a flag such a key is an error."""
+    (tmp_path / "c.py").write_text("count = 4\nmax_iters = 3\n")
+    cfg, _ = configure(Settings, [f"{tmp_path}/c.py"], ignored_in_files=["max_iters"])
+    assert cfg.count == 4
+    for argv in ([f"{tmp_path}/c.py"], ["--max_iters=3"]):
+        with pytest.raises(UsageError, match="unknown setting max_iters"):
+            configure(Settings, argv, ignored_in_files=["max_iters"] if argv[0][0] == "-" else [])
+
+
+def test_help_lists_every_setting():
+    """--help names every key under its topic, with the value in force and its origin; exits 0."""
+    done = run("train.py", "config/train_mla.py", "--n_layer=7", "--help")
+    assert done.returncode == 0
+    assert all(f"  --{name}  " in done.stdout for name in declared(TrainConfig))
+    lines = done.stdout.splitlines()
+    assert lines.index("model:") < lines.index("attention:")
+    assert "  --n_layer  int, 7 (--n_layer=7): transformer blocks" in lines
+    assert any(li.startswith("  --n_head  int, 4 (config/train_mla.py): ") for li in lines)
+    assert any(line.startswith("  --seed  int, 1337: ") for line in lines)
+
+
+def test_mistyped_flag_as_a_user_sees_it():
+    """One line that suggests the key, exit status 2, no traceback."""
+    done = run("train.py", "config/train_mla.py", "--mla_latnt_dim=16", fresh=True)
+    assert fails_with_one_line(done, 2, "mla_latnt_dim", "did you mean mla_latent_dim")
+
+
+def test_every_shipped_config_parses():
+    """Each file in config/ names only settings that exist, with values that work."""
+    from pathlib import Path
+
+    for path in sorted((Path(__file__).parents[1] / "config").glob("*.py")):
+        assert configure(TrainConfig, [str(path)])[0].out_dir != "", path

@@ -1,0 +1,1 @@
+"""Programs beside training and sampling, each run as `python -m tools.NAME`."""
