@@ -24,7 +24,8 @@ lint: .venv/ready-dev
 	git ls-files -z '*.py' | xargs -0 .venv/bin/ruff check
 
 .venv/ready: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanoMLA needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	 "nanoMLA needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
 	@touch $@

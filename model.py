@@ -22,6 +22,7 @@ nanomla/kernels/reference.py defines attend and linear.
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,9 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanomla.kernels import attend, linear
+from nanomla.kernels import Quantized, attend, dequantise, linear, quantise
+from nanomla.kernels.slots import slot_attention
 
-Rotation = tuple[Tensor, Tensor]  # cos and sin of T positions x frequencies, each (T, dim / 2)
+# cos and sin of T positions x frequencies, each (T, dim / 2); None: positions are not rotated
+Rotation = tuple[Tensor, Tensor] | None
 
 
 @dataclass
@@ -48,16 +51,29 @@ class GPTConfig:
     n_embd: Annotated[int, "width of the residual stream", ">= 1"] = 768
     dropout: Annotated[float, "share of values dropped", ">= 0", "< 1", "decides the run"] = 0.0
     bias: Annotated[bool, "biases in linear layers and layer norms, as in GPT-2"] = True
-    gelu: Annotated[Literal["exact", "tanh"], "the MLP's activation; GPT-2's is tanh"] = "exact"
+    norm: Annotated[Literal["layernorm", "rmsnorm"], "of the blocks"] = "layernorm"
+    norm_eps: Annotated[float, "added to the variance in those norms", "> 0"] = 1e-5
+    mlp: Annotated[Literal["gelu", "swiglu"], "two matrices, or three with a gate"] = "gelu"
+    mlp_hidden: Annotated[int | None, "inner width; None: 4 x n_embd, swiglu 8/3 x", ">= 1"] = None
+    gelu: Annotated[Literal["exact", "tanh"], "its formula; GPT-2's is tanh"] = "exact"
+    tie_weights: Annotated[bool, "lm_head is the token embedding"] = True
     pos_emb: Annotated[Literal["learned", "rope"], "a table as in GPT-2, or rotary"] = "learned"
     rope_theta: Annotated[float, "rotary base, usually 10000.0", "> 0"] = 10000.0
-    use_mla: Annotated[bool, "#attention", "keys and values through a cached latent"] = False
-    mla_latent_dim: Annotated[int | None, "latent's width; None: a 4x smaller cache", ">= 1"] = None
+    n_kv_head: Annotated[
+        int | None, "#attention", "MHA's key/value heads; None: n_head, 1: multi-query", ">= 1"
+    ] = None
+    head_dim: Annotated[int | None, "head size; None: n_embd / n_head", ">= 1"] = None
+    use_mla: Annotated[bool, "keys and values through a cached latent"] = False
+    mla_latent_dim: Annotated[int | None, "latent's width; None: hs / 2 per head", ">= 1"] = None
     mla_groups: Annotated[int, "latents per token, each for n_head / mla_groups heads", ">= 1"] = 1
     mla_rope_dim: Annotated[int | None, "rotary key's width; None: half a head with rope"] = None
+    mla_nope_dim: Annotated[int | None, "query width without position", ">= 1"] = None
+    mla_rope: Annotated[Literal["decoupled", "latent"], "key or latent"] = "decoupled"
     mla_q_latent_dim: Annotated[int | None, "rank of low-rank queries; None: full", ">= 1"] = None
     mla_norm: Annotated[Literal["rmsnorm", "layernorm", "none"], "norm on the latent"] = "rmsnorm"
     mla_share_latent: Annotated[bool, "all layers use layer 0's down-projection"] = False
+    use_latent_tokens: Annotated[bool, "attend to n_latent_tokens that summarise the past"] = False
+    n_latent_tokens: Annotated[int | None, "of every head, its constant state", ">= 1"] = None
     use_svd: Annotated[bool, "keep every head's values in a subspace of rank svd_rank"] = False
     svd_rank: Annotated[int | None, "that rank; None: full, as without use_svd", ">= 1"] = None
     svd_method: Annotated[Literal["exact", "randomized"], "how value maps are factorised"] = "exact"
@@ -65,41 +81,94 @@ class GPTConfig:
     def __post_init__(self) -> None:
         from nanomla.settings import check
         check(self)  # types and ranges, as declared above
-        C, nh, hs = self.n_embd, self.n_head, self.hs
-        _require(C % nh == 0, "n_head", nh, f"a divisor of n_embd={C}: {_divisors(C)}")
-        even = self.use_mla or self.pos_emb == "learned" or hs % 2 == 0
-        _require(even, "n_head", nh, f"one that leaves an even head size, not {hs}")
-        if self.use_mla:
-            self._resolve_mla()
+        C, nh, rope = self.n_embd, self.n_head, self.pos_emb == "rope"
+        fits = self.head_dim is not None or C % nh == 0
+        _require(fits, "n_head", nh, f"a divisor of n_embd={C}: {_divisors(C)}; or set head_dim")
+        works = f"a divisor of n_head={nh}: {_divisors(nh)}"
+        _require(nh % self.nkv == 0, "n_kv_head", self.nkv, works)
+        if self.use_latent_tokens:
+            m, other = self.n_latent_tokens, "False with use_latent_tokens"
+            _require(m is not None, "n_latent_tokens", m, "a number, such as 16")
+            _require(not self.use_mla, "use_mla", True, other)
+            _require(not self.use_svd, "use_svd", True, other)
+            _require(not rope, "pos_emb", "rope", "'learned' with use_latent_tokens")
+        elif self.use_mla:
+            (self._resolve_mla if self.mla_rope == "decoupled" else self._resolve_rotary_latent)()
+        elif rope:
+            name, works = "head_dim" if self.head_dim else "n_head", "one for an even head size"
+            _require(self.hs % 2 == 0, name, getattr(self, name), f"{works}, not {self.hs}")
         if self.use_svd:
-            rv = self.svd_rank = hs if self.svd_rank is None else self.svd_rank
-            _require(rv <= hs, "svd_rank", rv, f"from 1 to the head size {hs}")
+            rv = self.svd_rank = self.hs if self.svd_rank is None else self.svd_rank
+            _require(rv <= self.hs, "svd_rank", rv, f"from 1 to the head size {self.hs}")
 
     def _resolve_mla(self) -> None:
         """Replace None by what it stands for, and check MLA's sizes against each other."""
-        nh, hs, G, full = self.n_head, self.hs, self.mla_groups, 2 * self.n_embd
+        hs, rope = self.hs, self.pos_emb == "rope"
+        r = self.mla_rope_dim
+        if r is None:
+            r = self.mla_rope_dim = hs // 2 // 2 * 2 if rope else 0
+        _require(r >= 0 and r % 2 == 0, "mla_rope_dim", r, "None or an even number")
+        fits = r < hs or self.mla_nope_dim is not None
+        _require(fits, "mla_rope_dim", r, f"an even number below the head size {hs}")
+        _require(r == 0 or rope, "mla_rope_dim", r, "0 with pos_emb='learned', or pos_emb='rope'")
+        self._check_latent(r, self.nope + r + hs)
+
+    def _resolve_rotary_latent(self) -> None:
+        """The same for a latent that is key and value at once and turns with its position."""
+        rope, nope = self.pos_emb == "rope", self.mla_nope_dim
+        _require(rope, "mla_rope", "latent", "'decoupled' without pos_emb='rope'")
+        _require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
+        self._check_latent(0, 2 * self.hs)
+        L = self.mla_latent_dim
+        if self.mla_rope_dim is None:
+            _require(L % 2 == 0, "mla_latent_dim", L, "an even number; or set mla_rope_dim")
+        r = self.mla_rope_dim = L if self.mla_rope_dim is None else self.mla_rope_dim
+        works = f"an even number up to the latent's {L}"
+        _require(0 < r <= L and r % 2 == 0, "mla_rope_dim", r, works)
+
+    def _check_latent(self, beside: int, per_head: int) -> None:
+        """The latent and what is beside it must be less than the keys and values of all heads."""
+        nh, G, full = self.n_head, self.mla_groups, self.n_head * per_head
         _require(nh % G == 0, "mla_groups", G, f"a divisor of n_head={nh}: {_divisors(nh)}")
         if self.mla_latent_dim is None:
-            _require(hs > 1, "mla_latent_dim", None, f"a number, as head size {hs} has no half")
-            self.mla_latent_dim = nh // G * (hs // 2)
-        if self.mla_rope_dim is None:
-            self.mla_rope_dim = hs // 2 // 2 * 2 if self.pos_emb == "rope" else 0
-        L, r, rope = self.mla_latent_dim, self.mla_rope_dim, self.pos_emb == "rope"
-        even = 0 <= r < hs and r % 2 == 0
-        _require(even, "mla_rope_dim", r, f"None or an even number below the head size {hs}")
-        _require(r == 0 or rope, "mla_rope_dim", r, "0 with pos_emb='learned', or pos_emb='rope'")
-        count = f"{G} x {L} + {r} cached numbers a token would not be fewer than MHA's {full}"
-        _require(G * L + r < full, "mla_latent_dim", L, f"at most {(full - 1 - r) // G}: {count}")
+            works = f"a number, as head size {self.hs} has no half"
+            _require(self.hs > 1, "mla_latent_dim", None, works)
+            self.mla_latent_dim = nh // G * (self.hs // 2)
+        L = self.mla_latent_dim
+        works = f"at most {(full - 1 - beside) // G}: {G} x {L} + {beside} cached numbers a token"
+        fewer = f"{works} would not be fewer than MHA's {full}"
+        _require(G * L + beside < full, "mla_latent_dim", L, fewer)
 
     @property
     def hs(self) -> int:
         """Head size."""
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+
+    @property
+    def nkv(self) -> int:
+        """Key/value heads of MHA."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def hidden(self) -> int:
+        """The MLP's inner width; with swiglu three matrices have about as many weights as two."""
+        if self.mlp_hidden is not None:
+            return self.mlp_hidden
+        return 4 * self.n_embd if self.mlp == "gelu" else max(round(self.n_embd / 24), 1) * 64
+
+    @property
+    def nope(self) -> int:
+        """Width of MLA's queries without position."""
+        return self.hs - self.mla_rope_dim if self.mla_nope_dim is None else self.mla_nope_dim
 
     @property
     def attention(self) -> str:
         """Which attention this is: a key of ATTENTION."""
-        return "mla" if self.use_mla else "mha"
+        if self.use_latent_tokens:
+            return "latent_tokens"
+        if not self.use_mla:
+            return "mha"
+        return "mla" if self.mla_rope == "decoupled" else "rotary_latent"
 
     @property
     def rotary_dim(self) -> int:
@@ -152,6 +221,23 @@ def latent_norm(kind: str, width: int) -> nn.Module:
     return RMSNorm(width, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(width, bias=False)
 
 
+def block_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+def by_group(y: Tensor, G: int) -> Tensor:
+    """y (B, nh, T, w) -> (B, G, T * m, w), row t * m + i: token t's i-th of m = nh / G."""
+    B, nh, T, w = y.shape
+    return y.unflatten(1, (G, nh // G)).transpose(2, 3).reshape(B, G, T * (nh // G), w)
+
+
+def by_head(y: Tensor, T: int) -> Tensor:
+    """The inverse of by_group: (B, G, T * m, w) -> (B, nh, T, w)."""
+    return y.unflatten(2, (T, y.size(2) // T)).transpose(2, 3).flatten(1, 2)
+
+
 def rope_tables(start: int, end: int, dim: int, theta: float) -> Rotation:
     """cos and sin for positions start to end - 1, float32 on the CPU (arXiv:2104.09864, eq. 15)."""
     exponent = -torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
@@ -160,7 +246,7 @@ def rope_tables(start: int, end: int, dim: int, theta: float) -> Rotation:
     return angle.cos().float(), angle.sin().float()
 
 
-def apply_rope(x: Tensor, rotation: Rotation | None) -> Tensor:
+def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate x (B, T, n, dim), or not; the first half of dim pairs with the second half."""
     if rotation is None:
         return x
@@ -188,45 +274,61 @@ class LowRankValues(NamedTuple):
 # ---- What all attention shares
 class Cache:
     """
-    What attention keeps of the tokens it has seen, in all layers; allocated once, and the caller's.
-    pos tokens are held; only advance and truncate change that. layout alone decides what is kept.
+    What attention keeps of the tokens it has seen, in all layers. It is allocated once and belongs
+    to the caller. It holds pos tokens, which only its methods change; layout decides what is kept.
     """
 
-    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+    grows = True  # with every token; else it is a state of n_latent_tokens rows
 
     def __init__(
         self, config: GPTConfig, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
     ) -> None:
         for name, size in (("batch_size", batch_size), ("max_len", max_len)):
             _require(size >= 1, name, size, "at least 1")
-        _require(dtype in self.DTYPES, "dtype", dtype, "float32, bfloat16, float16 or float64")
+        works = "one of " + ", ".join(str(known).removeprefix("torch.") for known in self.DTYPES)
+        _require(dtype in self.DTYPES, "dtype", dtype, works)
         self.batch_size, self.max_len, self.dtype, self._pos = batch_size, max_len, dtype, 0
-        rows, like = (config.n_layer, batch_size), {"dtype": dtype, "device": device}
-        self.tensors = [torch.zeros(*rows, h, max_len, w, **like) for h, w in self.layout(config)]
+        kinds = itertools.cycle([dtype] if dtype != torch.int8 else [dtype, torch.float16])
+        shapes = zip(self.shapes(config), kinds, strict=False)
+        self.tensors = [torch.zeros(*shape, dtype=kind, device=device) for shape, kind in shapes]
 
     @staticmethod
     def layout(config: GPTConfig) -> list[tuple[int, int]]:
-        """(heads, numbers per head) of each tensor that keeps a token in one layer."""
+        """(heads, width) of each tensor, (n_layer, B, heads, max_len, width)."""
         raise TypeError("use KVCache or LatentCache")
+
+    def shapes(self, config: GPTConfig) -> list[tuple[int, ...]]:
+        """The shapes of the tensors for this model; with int8 each is followed by its scales."""
+        rows = self.max_len if self.grows else config.n_latent_tokens
+        scale = [1] if self.dtype == torch.int8 else []
+        widths = [(h, n) for h, w in self.layout(config) for n in [w, *scale]]
+        return [(config.n_layer, self.batch_size, h, rows, w) for h, w in widths]
+
+    @classmethod
+    def numbers_at(cls, config: GPTConfig, n: int) -> int:
+        """Numbers that n tokens take in one layer."""
+        rows = n if cls.grows else config.n_latent_tokens
+        return rows * sum(heads * width for heads, width in cls.layout(config))
 
     @property
     def pos(self) -> int:
         """How many tokens are held."""
         return self._pos
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token of one row in all layers."""
-        return sum(t.nbytes for t in self.tensors) // (self.batch_size * self.max_len)
+    def nbytes_at(self, n: int) -> int:
+        """Bytes that n tokens take in all layers and rows."""
+        return sum(t.nbytes // t.size(3) * (n if self.grows else t.size(3)) for t in self.tensors)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers and rows, as allocated."""
         return self.nbytes_at(self.max_len)
 
-    def nbytes_at(self, n: int) -> int:
-        """Bytes that n tokens take in all layers and rows."""
-        return n * self.batch_size * self.bytes_per_token
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token of one row takes in all layers."""
+        return (self.nbytes_at(1) - self.nbytes_at(0)) // self.batch_size
 
     def advance(self, T: int) -> None:
         """Count T more tokens as held, after every layer has written them."""
@@ -234,28 +336,36 @@ class Cache:
         self._pos += T
 
     def truncate(self, pos: int) -> None:
-        """Forget all but the first pos tokens."""
-        _require(0 <= pos <= self.pos, "pos", pos, f"from 0 to the {self.pos} tokens held")
-        self._pos = pos
+        """Forget all but the first pos tokens; a state can only forget all."""
+        can = range(self.pos + 1) if self.grows else (0, self.pos)
+        works = f"from 0 to the {self.pos} tokens held" if self.grows else f"0 or {self.pos}"
+        _require(pos in can, "pos", pos, works)
+        self._pos = int(pos)
+
+    def rewind(self, pos: int) -> None:
+        """Forget all but the first pos tokens, or all of them where that is impossible."""
+        self.truncate(min(pos, self.pos) if self.grows or pos >= self.pos else 0)
 
     def row(self, i: int) -> "Cache":
         """A cache for row i that shares this one's memory; it has its own pos."""
+        _require(i in range(self.batch_size), "i", i, f"from 0 to {self.batch_size - 1}")
         view = copy.copy(self)
         view.batch_size, view.tensors = 1, [t[:, i : i + 1] for t in self.tensors]
         return view
 
     def broadcast_row(self, i: int) -> None:
         """Copy the tokens held in row i to all rows."""
-        for t in self.tensors:
-            t[:, :, :, : self.pos] = t[:, i : i + 1, :, : self.pos].clone()
+        end = self.pos if self.grows else None
+        for t, row in zip(self.tensors, self.row(i).tensors, strict=True):
+            t[:, :, :, :end] = row[:, :, :, :end].clone()
 
     def check(self, config: GPTConfig, B: int, T: int, device: torch.device) -> None:
         """Raise ValueError if this model cannot write T tokens of B rows, before it writes any."""
         kind, needs = type(self), ATTENTION[config.attention].Cache
         if kind is not needs:
             raise ValueError(f"this model needs a {needs.__name__}, not a {kind.__name__}")
-        has = [(t.size(0), t.size(2), t.size(4)) for t in self.tensors]  # layers, heads, width
-        if has != (wants := [(config.n_layer, *sizes) for sizes in self.layout(config)]):
+        has = [tuple(t.shape) for t in self.tensors]
+        if has != (wants := self.shapes(config)):
             raise ValueError(f"the cache was made for another model: it has {has}, not {wants}")
         if (where := self.tensors[0].device) != device:
             raise ValueError(f"the cache is on {where}, the model on {device}")
@@ -274,10 +384,13 @@ class Cache:
         """Write the parts of T new tokens in one layer; returns all S tokens, packed, uncopied."""
         if torch.is_grad_enabled():
             raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
-        end = self.pos + parts[0].size(2)
-        for t, new in zip(self.tensors, self.pack(*parts), strict=True):
+        end, parts = self.pos + parts[0].size(2), self.pack(*parts)
+        if self.dtype == torch.int8:
+            parts = [t for part in parts for t in quantise(part)]
+        for t, new in zip(self.tensors, parts, strict=True):
             t[layer, :, :, self.pos : end] = new
-        return tuple(t[layer, :, :, :end] for t in self.tensors)
+        rows = tuple(t[layer, :, :, :end] for t in self.tensors)
+        return rows if self.dtype != torch.int8 else tuple(map(Quantized, rows[::2], rows[1::2]))
 
 
 class Costs:
@@ -301,33 +414,37 @@ class Costs:
 class Attention(Costs, nn.Module):
     """What every attention block has: its shape, low-rank values, the way back to the stream."""
 
-    Cache: type[Cache]  # keeps its past
+    Cache: type[Cache]  # what keeps the past tokens of this attention
 
-    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
+    def __init__(self, config: GPTConfig, layer: int, query_width: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        self.nh, self.hs, self.scale = config.n_head, config.hs, 1 / math.sqrt(config.hs)
+        self.nh, self.hs, self.scale = config.n_head, config.hs, 1 / math.sqrt(query_width)
 
-    def _add_output(self, value_in: int) -> None:
-        """Register what follows the average, in nanoGPT's order, which optimizer states rely on."""
+    def _add_output(self, value_in: int, value_heads: int) -> None:
+        """Register c_proj and low-rank values, in the order that optimizer states rely on."""
         config = self.config
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(self.nh * self.hs, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         if config.use_svd:
-            self.v_down = Linear(value_in, self.nh * config.svd_rank, bias=False)
-            self.v_up = nn.Parameter(torch.empty(self.nh, self.hs, config.svd_rank))
+            self.v_down = Linear(value_in, value_heads * config.svd_rank, bias=False)
+            self.v_up = nn.Parameter(torch.zeros(value_heads, self.hs, config.svd_rank))
 
     @property
     def values(self) -> LowRankValues | None:
         """The value maps under use_svd."""
         return LowRankValues(self.v_down.weight, self.v_up) if self.config.use_svd else None
 
-    def _rotation(self, x: Tensor, pos: int, given: Rotation | None) -> Rotation | None:
+    def _rotation(self, x: Tensor, pos: int, given: Rotation) -> Rotation:
         """The tables for x (B, T, C) from position pos on: GPT's, or made here when used alone."""
         if given is not None or not self.config.rotary_dim:
             return given
         tables = rope_tables(pos, pos + x.size(1), self.config.rotary_dim, self.config.rope_theta)
         return tables[0].to(x.device), tables[1].to(x.device)
+
+    def numbers_per_token(self) -> int:
+        """Multiplications per head and new token that no weight and no key takes part in."""
+        return 0
 
     def _output(self, y: Tensor) -> Tensor:
         """Heads side by side, y (B, nh, T, hs) -> (B, T, C), and back into the residual stream."""
@@ -337,43 +454,53 @@ class Attention(Costs, nn.Module):
 
 # ---- MHA
 class KVCache(Cache):
-    """MHA's cache: keys of width hs and values of width rv (hs without SVD) for every head."""
+    """MHA's cache: keys of width hs, values of width rv (hs without SVD), for nkv heads."""
 
     @staticmethod
     def layout(config: GPTConfig) -> list[tuple[int, int]]:
         rv = config.svd_rank if config.use_svd else config.hs
-        return [(config.n_head, config.hs), (config.n_head, rv)]
+        return [(config.nkv, config.hs), (config.nkv, rv)]
 
 
 class CausalSelfAttention(Attention):
-    """GPT-2's attention (MHA), with rotary positions where the config says so."""
+    """
+    GPT-2's attention (MHA), with rotary positions where the config says so. With fewer key/value
+    heads, nh / nkv query heads share each: grouped-query attention (arXiv:2305.13245), or
+    multi-query attention with one.
+    """
 
     Cache = KVCache
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
-        super().__init__(config, layer)
-        maps = 2 if config.use_svd else 3  # queries, keys and, unless they are low-rank, values
-        self.c_attn = Linear(config.n_embd, maps * config.n_embd, bias=config.bias)
-        self._add_output(config.n_embd)
+        super().__init__(config, layer, config.hs)
+        self.nkv = config.nkv
+        keys = self.nkv * self.hs  # as many numbers as values, which are apart if they are low-rank
+        self.parts = [self.nh * self.hs, keys] + [keys] * (not config.use_svd)
+        self.c_attn = Linear(config.n_embd, sum(self.parts), bias=config.bias)
+        self._add_output(config.n_embd, self.nkv)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, rotation=None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, rotation: Rotation = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
-        (B, T, C), pos = x.shape, 0 if cache is None else cache.pos
+        (B, T, _), pos = x.shape, 0 if cache is None else cache.pos
         values, rotation = self.values, self._rotation(x, pos, rotation)
-        q, k, *v = self.c_attn(x).split(C, dim=2)
-        q, k = (apply_rope(t.view(B, T, self.nh, self.hs), rotation) for t in (q, k))
+        q, k, *v = self.c_attn(x).split(self.parts, dim=2)
+        q, k = (apply_rope(t.view(B, T, -1, self.hs), rotation) for t in (q, k))
         if values is None:
             v = v[0]
         else:  # with a cache, the coordinates in the subspace that it keeps
             v = F.linear(x, values.dense()) if cache is None else self.v_down(x)
-        q, k, v = (t.view(B, T, self.nh, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, .)
+        v = v.view(B, T, self.nkv, -1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs), (B, nkv, T, .)
         if cache is not None:
             past = cache.update(self.layer, k, v)
         if pos > 0:
-            y = attend(q.to(cache.dtype), *past, T, self.scale).to(x.dtype)
-            return self._output(y if values is None else values.expand(y))
+            q = by_group(q, self.nkv)  # each key is read once for its m heads
+            y = attend(q, *past, T, self.scale).to(x.dtype)
+            return self._output(by_head(y if values is None else values.expand(y), T))
         if cache is not None and values is not None:
             v = values.expand(v)  # the new tokens are all there is, and need no rounding
+        if self.nkv < self.nh:
+            k, v = (t.repeat_interleave(self.nh // self.nkv, dim=1) for t in (k, v))
         dropout = self.config.dropout * self.training
         return self._output(attend(q, k, v, T, self.scale, dropout=dropout))
 
@@ -386,7 +513,7 @@ class CausalSelfAttention(Attention):
 class LatentCache(Cache):
     """
     MLA's cache: G * L latent numbers after their norm, r rotary numbers after their rotation. With
-    one group they lie side by side, [c ; kr], and one pass over a row serves as key and value. With
+    one group they lie side by side, [c ; kr], so that a row is read once, as key and as value. With
     several, each group's latents are contiguous and the rotary key is kept once.
     """
 
@@ -406,7 +533,43 @@ class LatentCache(Cache):
         return (rows, *kr) if rows.size(-1) == L else (rows[..., :L], rows[..., L:])
 
 
-class MultiHeadLatentAttention(Attention):
+class LatentAttention(Attention):
+    """What attention through a latent has in common: its projections, and values out of latents."""
+
+    def _add_projections(self, query_width: int, beside: int) -> None:
+        """Register queries of every head, and latents with what is cached beside them."""
+        config, C, bias = self.config, self.config.n_embd, self.config.bias
+        self.G, self.L, self.r = config.mla_groups, config.mla_latent_dim, config.mla_rope_dim
+        self._add_output(self.L, self.nh)
+        if config.mla_q_latent_dim is None:
+            self.q_proj = Linear(C, self.nh * query_width, bias=bias)
+        else:
+            width = config.mla_q_latent_dim
+            self.q_latent_proj = Linear(C, width, bias=False)  # [q_a_proj]
+            self.q_latent_norm = latent_norm(config.mla_norm, width)
+            self.q_expand = Linear(width, self.nh * query_width, bias=False)  # [q_b_proj]
+        self.kv_latent_proj = Linear(C, self.G * self.L + beside, bias=bias)  # [kv_a_proj_with_mqa]
+        self.latent_norm = latent_norm(config.mla_norm, self.L)
+
+    def _add_values(self) -> None:
+        if not self.config.use_svd:
+            self.v_expand = Linear(self.L, self.nh * self.hs, bias=False)  # W_UV [kv_b_proj]
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, nh, .)."""
+        full = self.config.mla_q_latent_dim is None
+        q = self.q_proj(x) if full else self.q_expand(self.q_latent_norm(self.q_latent_proj(x)))
+        return q.view(*x.shape[:2], self.nh, -1)
+
+    def _read_values(self, o: Tensor) -> Tensor:
+        """From every head's average of latents, (B, nh, T, L), to its values, (B, nh, T, hs)."""
+        values = self.values
+        if values is None:
+            return per_head(o, self.v_expand.weight.view(self.nh, self.hs, self.L).mT)
+        return values.expand(per_head(o, values.down.view(self.nh, -1, self.L).mT))
+
+
+class MultiHeadLatentAttention(LatentAttention):
     """
     MLA: keys and values are functions of a cached latent and one shared rotary key; the equations
     are on top of this file. With groups, head h reads latent h // m (arXiv:2505.21487).
@@ -415,28 +578,19 @@ class MultiHeadLatentAttention(Attention):
     Cache = LatentCache
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
-        super().__init__(config, layer)
-        self.G, self.L, self.r = config.mla_groups, config.mla_latent_dim, config.mla_rope_dim
-        C, nh, hs, L, bias = config.n_embd, self.nh, self.hs, self.L, config.bias
-        self._add_output(L)
-        if config.mla_q_latent_dim is None:
-            self.q_proj = Linear(C, C, bias=bias)
-        else:
-            self.q_latent_proj = Linear(C, config.mla_q_latent_dim, bias=False)  # [q_a_proj]
-            self.q_latent_norm = latent_norm(config.mla_norm, config.mla_q_latent_dim)
-            self.q_expand = Linear(config.mla_q_latent_dim, C, bias=False)  # [q_b_proj]
-        self.kv_latent_proj = Linear(C, self.G * L + self.r, bias=bias)  # [kv_a_proj_with_mqa]
-        self.latent_norm = latent_norm(config.mla_norm, L)
-        self.k_expand = Linear(L, nh * (hs - self.r), bias=False)  # W_UK [first rows of kv_b_proj]
-        if not config.use_svd:
-            self.v_expand = Linear(L, nh * hs, bias=False)  # W_UV [last rows of kv_b_proj]
+        self.nope = config.nope  # [qk_nope_head_dim]
+        super().__init__(config, layer, self.nope + config.mla_rope_dim)
+        self._add_projections(self.nope + config.mla_rope_dim, config.mla_rope_dim)
+        self.k_expand = Linear(self.L, self.nh * self.nope, bias=False)  # W_UK [kv_b_proj]
+        self._add_values()
 
     def forward(
-        self, x: Tensor, cache: LatentCache | None = None, rotation=None, absorb: bool | None = None
-    ) -> Tensor:
+        self, x: Tensor, cache: LatentCache | None = None, rotation: Rotation = None,
+        absorb: bool | None = None,
+    ) -> Tensor:  # fmt: skip
         """
         x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it.
-        absorb: attend over latents (True), over expanded keys (False), or the cheaper (None).
+        absorb: attend over latents (True) or expanded keys (False); None: the cheaper with a cache.
         """
         T, pos = x.size(1), 0 if cache is None else cache.pos
         q, *latent = self._project(x, self._rotation(x, pos, rotation))
@@ -449,97 +603,237 @@ class MultiHeadLatentAttention(Attention):
         if absorb:
             return self._output(self._absorbed(q, *packed))
         if pos > 0:  # the keys and values of earlier tokens have to be built again
-            latent = [t.to(q.dtype) for t in LatentCache.unpack(*packed, L=self.L)]
+            rows = [dequantise(t, q.dtype) for t in packed]
+            latent = LatentCache.unpack(*rows, L=self.L)
         k, v = self._expand(*latent)
-        dropout = self.config.dropout * self.training
+        dropout = self.config.dropout * (self.training and pos == 0)
         return self._output(attend(q, k, v, T, self.scale, dropout=dropout))
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """
-        Multiplications per head, D = 2 hs - r rows of W_UK and W_UV: expanded S L D + 2 T S hs,
-        absorbed T L D + T S (2 L + r). Measured at L = 192, hs = 32, r = 16, S = 4,096, 2 cores:
-        absorbing takes 0.15 of expanding's time at T = 1, 0.7 at 24, 1.3 at 32.
+        Multiplications per head, D = nope + hs rows of W_UK and W_UV: expanded S L D + T S (D + r),
+        absorbed T L D + T S (2 L + r). Measured at L = 192, hs = 32, r = 16, S = 4,096: absorbing
+        takes 0.15 of expanding's time at T = 1, 0.7 at 24, 1.3 at 32.
         """
-        LD = self.L * (2 * self.hs - self.r)
-        return T * (LD + S * (2 * self.L + self.r)) < S * (LD + 2 * T * self.hs)
+        D = self.nope + self.hs
+        absorbed = T * (self.L * D + S * (2 * self.L + self.r))
+        return absorbed < S * (self.L * D + T * (D + self.r))
 
-    def _project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        """q (B, nh, T, hs), c (B, G, T, L) after its norm and, with r > 0, kr (B, 1, T, r)."""
-        B, T, _ = x.shape
-        full = self.config.mla_q_latent_dim is None
-        q = self.q_proj(x) if full else self.q_expand(self.q_latent_norm(self.q_latent_proj(x)))
-        q = q.view(B, T, self.nh, self.hs)
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, ...]:
+        """q (B, nh, T, nope + r), c (B, G, T, L) after its norm; with r > 0, kr (B, 1, T, r)."""
+        (B, T, _), q = x.shape, self._queries(x)
         c, kr = self.kv_latent_proj(x).split([self.G * self.L, self.r], dim=-1)
         c = self.latent_norm(c.reshape(B, T, self.G, self.L)).transpose(1, 2)
         if self.r == 0:
             return q.transpose(1, 2), c
-        content, q_rope = q.split([self.hs - self.r, self.r], dim=-1)
+        content, q_rope = q.split([self.nope, self.r], dim=-1)
         q = torch.cat([content, apply_rope(q_rope, rotation)], dim=-1)
         return q.transpose(1, 2), c, apply_rope(kr.unsqueeze(2), rotation).transpose(1, 2)
 
     def _expand(self, c: Tensor, kr: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """c (B, G, S, L) and kr (B, 1, S, r) -> every head's keys and values, (B, nh, S, hs)."""
+        """c (B, G, S, L), kr (B, 1, S, r) -> keys (B, nh, S, nope + r), values (B, nh, S, hs)."""
         c, values = c.transpose(1, 2), self.values  # (B, S, G, L)
         B, S = c.shape[:2]
-        k = per_group(c, self.k_expand.weight).view(B, S, self.nh, self.hs - self.r)
+        k = per_group(c, self.k_expand.weight).view(B, S, self.nh, self.nope)
         if kr is not None:
             k = torch.cat([k, kr.transpose(1, 2).expand(-1, -1, self.nh, -1)], dim=-1)
         v = per_group(c, self.v_expand.weight if values is None else values.dense())
         return k.transpose(1, 2), v.view(B, S, self.nh, self.hs).transpose(1, 2)
 
     def _absorbed(self, q: Tensor, rows: Tensor, kr: Tensor | None = None) -> Tensor:
-        """q (B, nh, T, hs) against S packed tokens -> (B, nh, T, hs)."""
-        B, nh, T, _ = q.shape
-        G, L, m, values = self.G, self.L, nh // self.G, self.values
-
-        def by_group(y: Tensor) -> Tensor:  # (B, nh, T, .) -> (B, G, T * m, .), row t * m + i
-            return y.unflatten(1, (G, m)).transpose(2, 3).reshape(B, G, T * m, -1).to(rows.dtype)
-
-        q, q_rope = q.split([self.hs - self.r, self.r], dim=-1)
-        q = per_head(q, self.k_expand.weight.view(nh, -1, L))  # W_UK_h^T q_h, (B, nh, T, L)
+        """q (B, nh, T, nope + r) against S packed tokens -> (B, nh, T, hs)."""
+        T, G = q.size(2), self.G
+        q, q_rope = q.split([self.nope, self.r], dim=-1)
+        q = per_head(q, self.k_expand.weight.view(self.nh, -1, self.L))  # W_UK_h^T q_h
         extra = None
         if kr is not None:  # one rotary key for all groups, beside their latents
-            extra = by_group(q_rope).flatten(1, 2) @ kr.squeeze(1).mT  # (B, G * T * m, S)
-            extra = extra.unflatten(1, (G, T * m))
+            kr = dequantise(kr, q.dtype)
+            extra = by_group(q_rope, G).flatten(1, 2) @ kr.squeeze(1).mT
+            extra = extra.unflatten(1, (G, -1))  # (B, G, T * m, S)
         elif self.r:
             q = torch.cat([q, q_rope], dim=-1)  # as the rows are
-        o = attend(by_group(q), rows, None, T, self.scale, extra)[..., :L]  # (B, G, T * m, L)
-        o = o.to(q.dtype).unflatten(2, (T, m)).transpose(2, 3).reshape(B, nh, T, L)
-        if values is None:
-            return per_head(o, self.v_expand.weight.view(nh, self.hs, L).mT)
-        return values.expand(per_head(o, values.down.view(nh, -1, L).mT))
+        o = attend(by_group(q, G), rows, None, T, self.scale, extra)[..., : self.L]
+        return self._read_values(by_head(o.to(q.dtype), T))  # from (B, G, T * m, L)
 
     def numbers_per_key(self, decoding: bool) -> int:
         """Multiplications per head, key and query, in the score and in the average."""
         return 2 * self.L + self.r if decoding else 2 * self.hs
 
 
+class RotaryLatentCache(Cache):
+    """The rotary latent's cache: G * L numbers, after their norm and rotation."""
+
+    @staticmethod
+    def layout(config: GPTConfig) -> list[tuple[int, int]]:
+        return [(config.mla_groups, config.mla_latent_dim)]
+
+
+class RotaryLatentAttention(LatentAttention):
+    """
+    The latent is key and value at once and carries the position itself (DeepSeek-V4's shared
+    key-value): row_j = R_j norm(W_down x_j), R_j rotating the last r numbers by position j, and
+
+        s_hij = (R_i q_hi) . row_j / sqrt(L)    o_hi = W_UV_h R_i^-1 sum_j p_hij row_j
+
+    so that both scores and values depend on the distance i - j. There is no expanded form.
+    """
+
+    Cache = RotaryLatentCache
+
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
+        super().__init__(config, layer, config.mla_latent_dim)
+        self._add_projections(config.mla_latent_dim, 0)
+        self._add_values()
+
+    def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
+        (B, T, _), pos = x.shape, 0 if cache is None else cache.pos
+        cos, sin = self._rotation(x, pos, rotation)
+        rows = self.latent_norm(self.kv_latent_proj(x).view(B, T, self.G, self.L))
+        rows = self._turn(rows, (cos, sin)).transpose(1, 2)  # (B, G, T, L)
+        q = self._turn(self._queries(x), (cos, sin)).transpose(1, 2)  # (B, nh, T, L)
+        if cache is not None:
+            (past,) = cache.update(self.layer, rows)
+        if pos > 0:
+            o = attend(by_group(q, self.G), past, None, T, self.scale)
+            o = by_head(o.to(x.dtype), T)
+        else:  # the new tokens are all there is; every head sees its group's rows
+            rows = rows.repeat_interleave(self.nh // self.G, dim=1)
+            dropout = self.config.dropout * self.training
+            o = attend(q, rows, None, T, self.scale, dropout=dropout)
+        o = self._turn(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
+        return self._output(self._read_values(o))
+
+    def _turn(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """Rotate the last r of L numbers of x (B, T, n, L)."""
+        still, turned = x.split([self.L - self.r, self.r], dim=-1)
+        return torch.cat([still, apply_rope(turned, rotation)], dim=-1)
+
+    def numbers_per_key(self, decoding: bool) -> int:
+        """Multiplications per head, key and query, in the score and in the average."""
+        return 2 * self.L
+
+
+# ---- Latent tokens
+class LatentTokenCache(Cache):
+    """
+    A state of m slots of 2 hs numbers per head, [K~ ; V~], however long the context. A pass leaves
+    its new state in pending until advance, so that a pass that is repeated counts no token twice.
+    A row shares the state: once it has moved on, broadcast it or truncate this cache.
+    """
+
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # rounded at each token
+    grows = False
+    pending: dict[int, Tensor] | None = None  # by layer
+
+    @staticmethod
+    def layout(config: GPTConfig) -> list[tuple[int, int]]:
+        return [(config.n_head, 2 * config.hs)]
+
+    def advance(self, T: int) -> None:
+        """Count T more tokens as held: the pending state is the state now."""
+        super().advance(T)
+        for layer, state in (self.pending or {}).items():
+            self.tensors[0][layer] = state
+        self.pending = None
+
+    def truncate(self, pos: int) -> None:
+        """Forget all tokens, with pos 0, or none, with the current pos."""
+        super().truncate(pos)
+        self.pending = None
+        if pos == 0:
+            self.tensors[0].zero_()
+
+    def update(self, layer: int, state: Tensor) -> tuple[Tensor]:
+        """Take state (B, nh, m, 2 hs) as that of the next advance."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
+        self.pending = {**(self.pending or {}), layer: state}
+        return (state,)
+
+
+class LatentTokenAttention(Attention):
+    """
+    Gated slot attention (arXiv:2409.07146, section 3): m latent tokens per head, the slots K~ and
+    V~ (m, hs), summarise the past. With gates a_t = sigmoid(W_a x_t)^(1/8) in (0, 1)^m,
+
+        K~_t = diag(a_t) K~_{t-1} + (1 - a_t) k_t^T, V~ alike
+        o_t = V~_t^T softmax(K~_t q_t / sqrt(hs))
+    """
+
+    Cache = LatentTokenCache
+
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
+        super().__init__(config, layer, config.hs)
+        self.m = config.n_latent_tokens
+        self.c_attn = Linear(config.n_embd, 3 * self.nh * self.hs, bias=config.bias)
+        self._add_output(config.n_embd, self.nh)
+        self.gate = Linear(config.n_embd, self.nh * self.m)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
+        (B, T, _), nh, hs, m = x.shape, self.nh, self.hs, self.m
+        qkv = self.c_attn(x).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        gate = self.gate(x).view(B, T, nh, m).transpose(1, 2).flatten(0, 1)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # as these sums run over all the past
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v = qkv.to(dtype).flatten(1, 2)  # (B * nh, T, hs)
+            log_a = F.logsigmoid(gate.to(dtype)) / 8
+            if cache is None:
+                state = q.new_zeros(B * nh, m, 2 * hs)
+            else:
+                state = cache.tensors[0][self.layer].to(dtype).flatten(0, 1)
+            y, state = slot_attention(state, q, torch.cat([k, v], dim=-1), log_a, self.scale)
+        if cache is not None:
+            cache.update(self.layer, state.view(B, nh, m, 2 * hs))
+        return self._output(y.view(B, nh, T, hs).to(qkv.dtype))
+
+    def numbers_per_key(self, decoding: bool) -> int:
+        """0: a query meets m slots, not the keys before it."""
+        return 0
+
+    def numbers_per_token(self) -> int:
+        """Multiplications per head and token: into the slots, and out of them."""
+        return 4 * self.m * self.hs
+
+
 # A new attention is a class above, its cache if it needs a new one, and an entry here.
-ATTENTION = {"mha": CausalSelfAttention, "mla": MultiHeadLatentAttention}
+ATTENTION = {
+    "mha": CausalSelfAttention,
+    "mla": MultiHeadLatentAttention,
+    "rotary_latent": RotaryLatentAttention,
+    "latent_tokens": LatentTokenAttention,
+}
 
 
 # ---- The transformer
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        C, hidden = config.n_embd, config.hidden
+        self.c_fc = Linear(C, hidden, bias=config.bias)
+        if config.mlp == "swiglu":  # arXiv:2002.05202
+            self.c_gate = Linear(C, hidden, bias=config.bias)
+        self.c_proj = Linear(hidden, C, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.gated = config.mlp == "swiglu"
         self.approximate = "tanh" if config.gelu == "tanh" else "none"  # torch's names
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = block_norm(config)
         self.attn = ATTENTION[config.attention](config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = block_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, rotation=None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, rotation)
         return x + self.mlp(self.ln_2(x))
 
@@ -559,9 +853,9 @@ class GPT(Costs, nn.Module):
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
-            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            "ln_f": block_norm(config),
         }
-        if config.pos_emb == "rope":  # it was drawn to give the same seed the same weights
+        if config.pos_emb == "rope":  # built first, so that a seed draws the other weights alike
             del parts["wpe"]
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -606,7 +900,8 @@ class GPT(Costs, nn.Module):
 
     def tie_weights(self) -> None:
         """Make one of the weights that are shared: lm_head and wte, and all latent projections."""
-        self.transformer.wte.weight = self.lm_head.weight  # arXiv:1608.05859
+        if self.config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight  # arXiv:1608.05859
         if self.config.use_mla and self.config.mla_share_latent:
             for block in self.transformer.h:
                 block.attn.kv_latent_proj = self.transformer.h[0].attn.kv_latent_proj
@@ -644,15 +939,17 @@ class GPT(Costs, nn.Module):
 
     def make_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Cache:
         """
-        An empty cache for max_len tokens of batch_size rows. dtype None: that of the activations.
+        An empty cache for max_len tokens of batch_size rows. dtype None: that of the activations,
+        but at least float32 for a state, which every token rounds again.
         Raises ValueError if max_len is over block_size, or for a dtype that Cache.DTYPES lacks.
         """
         limit, weight = self.config.block_size, self.lm_head.weight
+        kind = ATTENTION[self.config.attention].Cache
         _require(1 <= max_len <= limit, "max_len", max_len, f"from 1 to block_size={limit}")
         if dtype is None:
             autocast = torch.is_autocast_enabled(weight.device.type)
             dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        kind = ATTENTION[self.config.attention].Cache
+            dtype = dtype if kind.grows else torch.promote_types(dtype, torch.float32)
         return kind(self.config, batch_size, max_len, dtype, weight.device)
 
     def generate(
@@ -666,11 +963,11 @@ class GPT(Costs, nn.Module):
 
         temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a row
         that drew one repeats it, and when all have, generation ends. use_cache=False recomputes a
-        sliding window every step. cache holds the first cache.pos tokens of idx, and afterwards the
-        last of all but the very last; cache_dtype is that of the cache made otherwise. Raises
-        ValueError for arguments out of range.
+        sliding window every step. A given cache holds the first cache.pos tokens of idx, and after
+        the call all of the result but its last; cache_dtype is that of the cache made otherwise.
+        Raises ValueError for arguments out of range.
         """
-        from nanomla.engine import Sampler, check_prompt, crop_context
+        from nanomla.engine import Sampler, check_prompt, crop_context, next_token
         sampler, block_size = Sampler(temperature, top_k, top_p, generator), self.config.block_size
         B, T = check_prompt(idx, cache)
         if cache is None and use_cache and max_new_tokens > 0:
@@ -679,12 +976,12 @@ class GPT(Costs, nn.Module):
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
         context, tokens = idx[:, -block_size:], [idx]
         with torch.inference_mode():
-            if cache is not None:  # the last token is computed again if it is held already
-                cache.truncate(min(cache.pos, context.size(1) - 1))
+            if cache is not None:  # the last token is computed again if the cache holds it
+                cache.rewind(context.size(1) - 1)
             for _ in range(max_new_tokens):
                 context = crop_context(context, cache, block_size)
-                logits = self(context if cache is None else context[:, cache.pos :], cache=cache)[0]
-                new = torch.where(done, tokens[-1][:, -1:], sampler(logits[:, -1]))  # (B, 1)
+                new = next_token(self, context, cache, sampler)  # (B, 1)
+                new = torch.where(done, tokens[-1][:, -1:], new)
                 tokens.append(new)
                 if stops:
                     done = torch.isin(new, torch.tensor(stops, device=idx.device))

@@ -30,6 +30,7 @@ from nanomla.surgery import SVD_SETTINGS
 from nanomla.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass
@@ -63,7 +64,7 @@ class SampleConfig:
     device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[Dtype, "of the weights; auto: bfloat16 on CUDA, else float32"] = "auto"
     use_cache: Annotated[bool, "False: recompute the context every step instead"] = True
-    cache_dtype: Annotated[Dtype, "of the cache; auto: that of the weights"] = "auto"
+    cache_dtype: Annotated[CacheDtype, "of the cache; auto: that of the weights"] = "auto"
     compile: Annotated[bool, "torch.compile the MLPs: slow to start, then faster"] = False
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     auto = "bfloat16" if bf16 else "float32"
     dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
-    cache_dtype = dtype if cfg.cache_dtype == "auto" else getattr(torch, cfg.cache_dtype)
+    cache_dtype = None if cfg.cache_dtype == "auto" else getattr(torch, cfg.cache_dtype)
     model.to(device, dtype).eval()
     if cfg.compile:
         print("compiling (the first tokens take longer)", file=sys.stderr)
@@ -108,9 +109,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         seconds = print_several(engine, cfg, text.splitlines() if cfg.one_per_line else [text])
 
-    cache = model.make_cache(1, 1, cache_dtype)
-    smaller = f"{model.get_memory_savings(1):.3g}x smaller than MHA's"
-    size = f"cache: {cache.bytes_per_token:,} bytes per token, {smaller}"
+    cache, context = model.make_cache(1, 1, cache_dtype), model.config.block_size
+    size = f"cache: {cache.bytes_per_token:,} bytes per token"
+    if cache.bytes_per_token == 0:
+        size = f"cache: {cache.nbytes:,} bytes at any length"
+    smaller = f"{model.get_memory_savings(context):.3g}x smaller than MHA's"
+    size += f", {smaller}" + f" at {context:,} tokens" * (cache.bytes_per_token == 0)
     rate = engine.tokens_made / max(seconds, 1e-9)
     where = f"on {device} in {str(dtype).removeprefix('torch.')}"
     print(f"{rate:,.0f} tokens/s {where}; {size if cfg.use_cache else 'no cache'}", file=sys.stderr)

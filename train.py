@@ -127,7 +127,7 @@ class Run:
         if rest:
             raise UsageError(
                 f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} counts micro-steps "
-                f"over all ranks and must divide by their number, {world.size}"
+                f"over all ranks and must be divisible by their number, {world.size}"
             )
 
         # data and model
@@ -168,10 +168,8 @@ class Run:
 
         shape = (cfg.gradient_accumulation_steps, cfg.batch_size, config.block_size)
         self.tokens_per_iter = math.prod(shape)
-        cached = costs.cached_numbers(config) * config.n_layer
         print0(
-            f"model: {self.model.get_num_params():,} parameters, {cached} cached numbers a token, "
-            f"{self.model.get_memory_savings(1):.3g}x fewer than MHA",
+            f"model: {self.model.get_num_params():,} parameters, {costs.cache_in_words(config)}",
             f"run: {world.device}, {self.dtype}, {world.size} process{'es' * (world.size > 1)}, "
             f"{self.tokens_per_iter:,} tokens per iteration ({' x '.join(map(str, shape))}), "
             f"iterations {self.first} to {cfg.max_iters}",
@@ -184,8 +182,9 @@ class Run:
             prepare_out_dir(cfg.out_dir, keep=resume)
             self.log = RunLog(cfg.out_dir, resume_at=self.first if resume else 0)
             if cfg.wandb_log:
-                named = (cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg))
-                self.wandb_run_id = self.log.start_wandb(*named, self.wandb_run_id)
+                self.wandb_run_id = self.log.start_wandb(
+                    cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg), self.wandb_run_id
+                )
         self.world.barrier()
         hidden = not (self.world.is_main and sys.stderr.isatty())
         self.bar = tqdm(total=cfg.max_iters, initial=self.first, unit="iter", disable=hidden)
@@ -233,7 +232,8 @@ class Run:
         Forward, backward and update of one iteration; returns its loss, gradient norm and seconds.
 
         The loss is the mean over all micro-steps of all ranks. `stopping` becomes True on every
-        rank if any has received a signal. Raises UserError if loss or norm is not finite.
+        rank if any has received a signal. A checkpoint that is due is written before the update.
+        Raises UserError if loss or norm is not finite.
         """
         began = time.perf_counter()
         loss_sum = self._accumulate_gradients(it)
@@ -312,8 +312,9 @@ class Run:
         rate = tokens * (it - self.first) / self.seconds if self.seconds else tokens / seconds
         eta = (cfg.max_iters - it - 1) * tokens / rate
         lr, ms = cfg.lr_factor(it) * cfg.learning_rate, seconds * 1e3
-        run_on = (self.data.block_size, rate / world.size, world.device_type, self.dtype)
-        use = costs.mfu(self.model, *run_on)
+        tokens_per_s = rate / world.size
+        context, kind = self.data.block_size, world.device_type
+        use = costs.mfu(self.model, context, tokens_per_s, kind, self.dtype)
         print0(
             f"iter {it}: loss {loss:.4f}, norm {norm:.3f}, lr {lr:.2e}, {ms:.1f} ms, "
             f"{rate:,.0f} tokens/s, ETA {clock(eta)}, MFU {f'{use:.1%}' if use else 'n/a'}"

@@ -26,6 +26,7 @@ from nanomla.surgery import factorise_values
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
+LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per number they rotate
 TOKENIZER = "nanomla_tokenizer.json"  # a tokenizer's spec in a folder of weights
 
 
@@ -155,6 +156,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
         stored = GPTConfig(**checkpoint.model_args)
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise TypeError("its state dict holds values that are no tensors")
         _fill_ties(state, config)
         note = None
         if config.use_svd and (not stored.use_svd or config.svd_rank != stored.svd_rank):
@@ -163,6 +166,7 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
             note = f"values factorised to {ranks}: {kept:.2%} of the squared singular values kept"
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{checkpoint.source}: {error}") from None
+    _check_sizes(config, state, checkpoint.source)
     with torch.device("meta"):  # takes no memory and draws no weights, as all of them are replaced
         model = GPT(config)
     load_state(model, state, checkpoint.source)
@@ -176,20 +180,52 @@ def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
     Raises UserError naming what is missing, unknown or of another shape.
     """
     own = model.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    kinds = {"missing": missing, "unknown": unknown}
-    if missing or unknown:
-        named = [f"{len(n)} {kind} (first {n[0]})" for kind, n in kinds.items() if n]
-        raise UserError(f"{source}: its weights are of another model: {', '.join(named)}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-            raise UserError(f"{source}: {name} {shapes}")
+    _compare({name: tensor.shape for name, tensor in own.items()}, state, source)
     # Copies, because the tensors may be mapped from a file or be views of one another.
     plain = {"dtype": torch.get_default_dtype(), "memory_format": torch.contiguous_format}
     copies = {name: state[name].detach().to(copy=True, **plain) for name in own}
     model.load_state_dict(copies, assign=True)
     model.tie_weights()
+
+
+def _check_sizes(config: GPTConfig, state: dict[str, Tensor], source: str) -> None:
+    """
+    Raise UserError if the settings are not those of the weights, before a model is built from them:
+    blocks take memory even without weights, and so do the tables of rotary positions.
+    """
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+    if len(layers) != config.n_layer:
+        has = f"there are weights of {len(layers)} layers"
+        raise UserError(f"{source}: n_layer={config.n_layer}, but {has}")
+    widest = max((size for tensor in state.values() for size in tensor.shape), default=0)
+    if config.rotary_dim > widest:
+        sizes = f"a rotary width of {config.rotary_dim}, but its weights are at most {widest} wide"
+        raise UserError(f"{source}: the settings ask for {sizes}")
+    if config.pos_emb == "rope" and config.block_size > LONGEST_CONTEXT:
+        limit = f"at most {LONGEST_CONTEXT} rotary positions are supported"
+        raise UserError(f"{source}: block_size={config.block_size}, but {limit}; use a lower one")
+    try:
+        with torch.device("meta"):
+            small = GPT(dataclasses.replace(config, block_size=1)).state_dict()
+    except (RuntimeError, TypeError):  # sizes that do not fit 64 bits
+        raise UserError(f"{source}: its settings have sizes that no tensor can have") from None
+    wanted: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in small.items()}
+    if config.pos_emb == "learned":
+        wanted["transformer.wpe.weight"] = (config.block_size, config.n_embd)
+    _compare(wanted, state, source)
+
+
+def _compare(wanted: dict[str, tuple[int, ...]], state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError naming what is missing, unknown or of another shape than wanted."""
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    kinds = {"missing": missing, "unknown": unknown}
+    if missing or unknown:
+        named = [f"{len(n)} {kind} (first {n[0]})" for kind, n in kinds.items() if n]
+        raise UserError(f"{source}: its weights are of another model: {', '.join(named)}")
+    for name, shape in wanted.items():
+        if shape != state[name].shape:
+            shapes = f"has shape {tuple(state[name].shape)}, expected {tuple(shape)}"
+            raise UserError(f"{source}: {name} {shapes}")
 
 
 def tokenizer_spec(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -238,11 +274,13 @@ def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
     """
     Add the second names of weights that are tied in the model and stored once.
 
-    Raises ValueError if lm_head and wte are stored both and differ.
+    Raises ValueError if lm_head and wte are stored both and differ, but should be tied.
     """
     wte = state.get("transformer.wte.weight")
-    if wte is not None and not torch.equal(state.setdefault("lm_head.weight", wte), wte):
-        raise ValueError("lm_head and wte are different weights; in this model they are one")
+    tied = config.tie_weights and wte is not None
+    if tied and not torch.equal(state.setdefault("lm_head.weight", wte), wte):
+        problem = "lm_head and wte are different weights"
+        raise ValueError(f"{problem}; with tie_weights=True they must be one")
     if config.use_mla and config.mla_share_latent:
         for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
             for layer in range(1, config.n_layer):

@@ -16,9 +16,19 @@ GPU_PEAKS = {
 
 
 def cached_numbers(config: GPTConfig) -> int:
-    """Numbers that one token takes in the cache of one layer."""
-    layout = ATTENTION[config.attention].Cache.layout(config)
-    return sum(heads * width for heads, width in layout)
+    """Numbers that one more token takes in the cache of one layer; 0 for a constant state."""
+    cache = ATTENTION[config.attention].Cache
+    return cache.numbers_at(config, 1) - cache.numbers_at(config, 0)
+
+
+def cache_in_words(config: GPTConfig) -> str:
+    """What the cache holds, beside MHA's of the same width, for people to read."""
+    fewer = f"{memory_savings(config, config.block_size):.3g}x fewer than MHA"
+    numbers = cached_numbers(config)
+    if numbers:
+        return f"{numbers} cached numbers per token and layer, {fewer}"
+    state = ATTENTION[config.attention].Cache.numbers_at(config, 1)
+    return f"a state of {state} numbers per layer, {fewer} at {config.block_size} tokens"
 
 
 def count_kv_parameters(module: nn.Module) -> int:
@@ -26,8 +36,8 @@ def count_kv_parameters(module: nn.Module) -> int:
     counts: dict[nn.Parameter, int] = {}
     for block in (m for m in module.modules() if isinstance(m, Attention)):
         for name, p in block.named_parameters():
-            if name.startswith("c_attn"):  # its first C rows make queries
-                counts[p] = p.numel() - p.numel() // p.size(0) * block.config.n_embd
+            if name.startswith("c_attn"):  # its first nh * hs rows make queries
+                counts[p] = p.numel() // p.size(0) * (p.size(0) - block.nh * block.hs)
             elif not name.startswith(("q_", "c_proj")):
                 counts[p] = p.numel()
     return sum(counts.values())
@@ -35,15 +45,17 @@ def count_kv_parameters(module: nn.Module) -> int:
 
 def compression_ratio(module: nn.Module) -> float:
     """MHA's key and value parameters over those of a GPT or an attention block."""
-    blocks = sum(isinstance(m, Attention) for m in module.modules())
-    C = module.config.n_embd
-    return blocks * 2 * C * (C + module.config.bias) / count_kv_parameters(module)
+    blocks, config = sum(isinstance(m, Attention) for m in module.modules()), module.config
+    dense = 2 * config.n_head * config.hs * (config.n_embd + config.bias)
+    return blocks * dense / count_kv_parameters(module)
 
 
 def memory_savings(config: GPTConfig, sequence_length: int) -> float:
-    """MHA's cache bytes at that length over this config's."""
-    dense = GPTConfig(n_head=config.n_head, n_embd=config.n_embd)
-    return sequence_length * cached_numbers(dense) / (sequence_length * cached_numbers(config))
+    """MHA's cache bytes at that length, at least 1, over this config's."""
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length={sequence_length} does not work: it must be at least 1")
+    dense = 2 * config.n_head * config.hs * sequence_length
+    return dense / ATTENTION[config.attention].Cache.numbers_at(config, sequence_length)
 
 
 def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
@@ -56,8 +68,10 @@ def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
     weights = model.lm_head.weight.numel()
     for block in model.transformer.h:
         weights += sum(p.numel() for p in block.parameters() if p.dim() > 1)
-    per_key = sum(block.attn.numbers_per_key(decoding=absorbed) for block in model.transformer.h)
-    return 2 * weights + 2 * model.config.n_head * per_key * context
+    attns = [block.attn for block in model.transformer.h]
+    per_head = sum(attn.numbers_per_key(decoding=absorbed) * context for attn in attns)
+    per_head += sum(attn.numbers_per_token() for attn in attns)
+    return 2 * weights + 2 * model.config.n_head * per_head
 
 
 def mfu(

@@ -6,11 +6,9 @@ From prompts to text: streams, batches, stop strings and chats, all decoding on 
         print(text, end="")
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,12 +73,19 @@ def check_prompt(idx: Tensor, cache: Cache | None) -> torch.Size:
 def crop_context(context: Tensor, cache: Cache | None, block_size: int) -> Tensor:
     """
     The last tokens of context (B, T) that a model can look at. A context that has outgrown its
-    cache goes on with its newest block_size // 2 tokens, and the cache is emptied for them.
+    cache goes on with its newest max_len // 2 tokens, and the cache is emptied for them.
     """
     if cache is None or context.size(1) <= cache.max_len:
         return context[:, -block_size:]
     cache.truncate(0)
-    return context[:, -max(min(block_size // 2, cache.max_len), 1) :]
+    return context[:, -max(cache.max_len // 2, 1) :]
+
+
+@torch.inference_mode()
+def next_token(model: GPT, context: Tensor, cache: Cache | None, sampler: Sampler) -> Tensor:
+    """The next token of context (B, T), (B, 1); a cache holds the first cache.pos tokens of it."""
+    logits, _ = model(context if cache is None else context[:, cache.pos :], cache=cache)
+    return sampler(logits[:, -1])
 
 
 @dataclass
@@ -169,7 +174,7 @@ class Engine:
     def stream(self, prompt: str) -> Iterator[str]:
         """The continuation of a prompt, piece by piece as it is made."""
         sample = Sample(self.tokenizer, self.sampling.stop)
-        yield from self._stream(sample, [self.encode(prompt)])
+        yield from self.extend(sample, self.encode(prompt))
 
     def complete(self, prompts: list[str], num_samples: int = 1) -> list[list[Sample]]:
         """
@@ -203,15 +208,20 @@ class Engine:
     def encode(self, text: str) -> list[int]:
         """A prompt's tokens."""
         prompt = self.tokenizer.encode(text)
+        vocab_size = self.model.config.vocab_size
+        if prompt and max(prompt) >= vocab_size:
+            known = f"the model knows {vocab_size} token ids"
+            raise UserError(f"the prompt has the token id {max(prompt)}, {known}")
         if len(prompt) > self.model.config.block_size:
             context = f"the model's context {self.model.config.block_size}"
             raise UserError(f"the prompt has {len(prompt)} tokens, {context}; shorten it")
         return prompt
 
-    def _stream(
-        self, sample: Sample, prompts: list[list[int]], cache: Cache | None = None
+    def extend(
+        self, sample: Sample, prompt: list[int], cache: Cache | None = None
     ) -> Iterator[str]:
-        for token in self._tokens(prompts, cache):
+        """Add tokens to a sample; yields the text that each completes. cache as in generate."""
+        for token in self._tokens([prompt], cache):
             self.tokens_made += 1
             yield sample.push(int(token))
             if sample.done:
@@ -220,9 +230,10 @@ class Engine:
 
     def _tokens(self, prompts: list[list[int]], cache: Cache | None = None) -> Iterator[Tensor]:
         """Continue prompts of one length side by side: an iterator over (B, 1)."""
-        settings = dataclasses.asdict(self.sampling) | {"generator": self.generator, "cache": cache}
-        del settings["stop"]
-        return stream_tokens(self.model, torch.tensor(prompts, device=self.device), **settings)
+        s, idx = self.sampling, torch.tensor(prompts, device=self.device)
+        sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
+        where = (s.use_cache, s.cache_dtype, cache)
+        return stream_tokens(self.model, idx, s.max_new_tokens, sampler, *where)
 
 
 class Chat:
@@ -235,13 +246,16 @@ class Chat:
 
     def reply(self, line: str) -> Iterator[str]:
         """The model's continuation of the conversation and this line, piece by piece."""
-        self.context += self.engine.encode(line + "\n")
+        new = self.engine.encode(line + "\n")
+        first = len(self.engine.encode(""))  # tokens that a tokenizer puts before every text
+        self.context += new[first:] if self.context else new
         if len(self.context) > self.cache.max_len:
-            self.context = self.context[-max(self.cache.max_len // 2, 1) :]
+            tail = self.context[-max(self.cache.max_len // 2 - first, 1) :]
+            self.context = new[:first] + tail
             self.cache.truncate(0)
         sample = Sample(self.engine.tokenizer, self.engine.sampling.stop)
         try:
-            yield from self.engine._stream(sample, [self.context], self.cache)
+            yield from self.engine.extend(sample, self.context, self.cache)
         finally:  # also when the caller stops listening
             if sample.tokens:
                 self.context = (self.context + sample.tokens)[-(self.cache.pos + 1) :]
@@ -251,25 +265,29 @@ def stream_tokens(
     model: GPT,
     idx: Tensor,
     max_new_tokens: int,
+    sampler: Sampler,
     use_cache: bool = True,
     cache_dtype: torch.dtype | None = None,
     cache: Cache | None = None,
-    **sampling: Any,
 ) -> Iterator[Tensor]:
     """
-    The new tokens of idx (B, T), each (B, 1) as it is drawn. The arguments are GPT.generate's. A
-    prompt that all rows share is prefilled once.
+    The new tokens of idx (B, T), each (B, 1) as it is drawn. The other arguments are those of
+    GPT.generate. A prompt that all rows share is prefilled once.
     """
     block_size = model.config.block_size
+    check_prompt(idx, cache)
     context = idx[:, -block_size:]
-    if cache is None and use_cache and max_new_tokens > 0:
+    if cache is not None:
+        cache.rewind(context.size(1) - 1)  # the last token is computed again if the cache holds it
+    elif use_cache and max_new_tokens > 0:
         longest = min(block_size, idx.size(1) + max_new_tokens)
         cache = model.make_cache(idx.size(0), longest, cache_dtype)
         prefill_shared(model, context, cache)
     for _ in range(max_new_tokens):
         context = crop_context(context, cache, block_size)
-        context = model.generate(context, 1, use_cache=use_cache, cache=cache, **sampling)
-        yield context[:, -1:]
+        token = next_token(model, context, cache, sampler)
+        context = torch.cat([context, token], dim=1)
+        yield token
 
 
 @torch.inference_mode()

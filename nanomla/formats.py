@@ -2,15 +2,20 @@
 Weights in other formats: each format's reader and writer stand side by side.
 
 A model in such a format is a folder with config.json and model.safetensors. The model_type in
-config.json names the format: "gpt2" is Hugging Face's GPT-2, "nanomla" is our own export of models
-that no other format describes. A reader turns settings and tensors into the arguments of GPTConfig
-and a state dict; a writer does the opposite.
+config.json names the format; FORMATS has them all. A reader turns settings and tensors into the
+arguments of GPTConfig and a state dict; a writer does the opposite.
+
+A config.json may hold anything. A reader compares its sizes with the tensors that are there before
+it computes with them, and no size from a config.json is ever allocated.
 """
 
 import dataclasses
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +27,25 @@ from model import GPT, GPTConfig
 from nanomla.bpe import load_encoding
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
 from nanomla.settings import UserError
+from nanomla.tokenizer import (
+    BYTE_LETTERS,
+    HF_TOKENIZER,
+    Tokenizer,
+    end_of_text,
+    read_hf,
+    read_json,
+    start_of_text,
+)
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 VOCAB, MERGES = "vocab.json", "merges.txt"  # GPT-2's tokenizer, as transformers reads it
-EXPORT_FILES = {CONFIG, WEIGHTS, TOKENIZER, VOCAB, MERGES}
+HF_TOKENIZER_CONFIG = "tokenizer_config.json"
+EXPORT_FILES = {
+    CONFIG, WEIGHTS, CARD, TOKENIZER, VOCAB, MERGES, HF_TOKENIZER, HF_TOKENIZER_CONFIG
+}  # fmt: skip
 MARK = {"exported_by": "nanoMLA"}  # in the config.json of every export
+# Without these, transformers takes the ids of the original models' tokenizers.
+NO_END = {"bos_token_id": None, "eos_token_id": None}
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -57,36 +76,128 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
     """
     Read one of PRETRAINED, from the Hugging Face hub or its cache, or a folder of weights.
 
-    The checkpoint has model, model_args and tokenizer (None without a nanomla_tokenizer.json).
-    Pickles are not read. Raises UserError naming the file that is missing, damaged or of another
-    kind of model.
+    The checkpoint has model, model_args and tokenizer (None if the folder has none). Pickles are
+    not read. Raises UserError naming the file that is missing, damaged or of another kind of model.
     """
     known = name_or_folder in PRETRAINED
     folder = _download(str(name_or_folder)) if known else Path(name_or_folder)
-    settings = _read_json(folder / CONFIG)
+    settings = read_json(folder / CONFIG)
     kind = settings.get("model_type")
-    try:
-        if kind == "gpt2":
-            args = gpt2_args(settings)
-        elif kind == "nanomla":
-            args = nanomla_args(settings)
-        else:
-            raise ValueError(f"model_type {kind!r} cannot be read, only gpt2 and nanomla")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
+    readers = {name: form.read for own, form in FORMATS.items() for name in (own, *form.also)}
+    if not isinstance(kind, str) or kind not in readers:
+        can = ", ".join(readers)
+        raise UserError(f"{folder / CONFIG}: model_type {_brief(kind)} cannot be read, only {can}")
     tensors = _read_tensors(folder)
-    state = gpt2_state(tensors) if kind == "gpt2" else tensors
-    spec = _read_json(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    try:
+        if settings.get("quantization_config") is not None:
+            raise ValueError("quantization_config: quantised weights cannot be read")
+        args, state = readers[kind](settings, tensors)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    spec = _read_tokenizer(folder, settings, args)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
+
+
+# --------------------------------------------------------------------------------------------------
+# What the formats share
+
+
+@dataclass(frozen=True)
+class Format:
+    """How models are read from and written in one format."""
+
+    has: str  # what a model in this format has
+    fields: dict[str, Callable[[GPTConfig], bool]] | None  # see in_the_way; None: any model
+    read: Callable[[dict[str, Any], dict[str, Tensor]], tuple[dict[str, Any], dict[str, Tensor]]]
+    write: Callable[[GPT], tuple[dict[str, Any], dict[str, Tensor]]]
+    also: tuple[str, ...] = ()  # other model types that it can read
+
+
+def in_the_way(config: GPTConfig, kind: str) -> list[str]:
+    """
+    The settings, as name=value, that keep a model from being written in this format.
+
+    A format's `fields` say for names of GPTConfig what a model can have. A field that is not listed
+    must have its default value. So a setting that is added to GPTConfig later cannot get lost in an
+    export.
+    """
+    fields = FORMATS[kind].fields
+    if fields is None:
+        return []
+    bad = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        works = fields.get(field.name, only(field.name, field.default))
+        if not works(config):
+            bad.append(f"{field.name}={value!r}")
+    return bad
+
+
+def fitting_format(config: GPTConfig) -> tuple[str, str]:
+    """The format to export this model in, and why, in a few words."""
+    ways = {kind: in_the_way(config, kind) for kind, form in FORMATS.items() if form.fields}
+    for kind, settings in ways.items():
+        if not settings:
+            return kind, FORMATS[kind].has
+    lacks = [f"{kind} has no {', '.join(settings)}" for kind, settings in ways.items()]
+    return "nanomla", "; ".join(lacks)
+
+
+def anything(_: GPTConfig) -> bool:
+    return True
+
+
+def only(name: str, value: Any) -> Callable[[GPTConfig], bool]:
+    return lambda config: getattr(config, name) == value
+
+
+def _whole(settings: dict[str, Any], name: str, least: int = 1) -> int:
+    """A size in config.json. Raises ValueError if it is missing or no whole number."""
+    if name not in settings:
+        raise ValueError(f"{name} is missing")
+    value = settings[name]
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name}={_brief(value)} must be a whole number of at least {least}")
+    return value
+
+
+def _number(settings: dict[str, Any], name: str, default: float) -> float:
+    value = settings.get(name, default)
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}={_brief(value)} must be a number above 0")
+    return float(value)
+
+
+def _flag(settings: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = settings.get(name, default)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={_brief(value)} must be true or false")
+    return value
+
+
+def _only(settings: dict[str, Any], name: str, *works: Any, default: Any) -> None:
+    """Raise ValueError if a setting of config.json has a value that this model cannot have."""
+    value = settings.get(name, default)
+    if not any(type(value) is type(w) and value == w for w in works):
+        known = " or ".join(map(repr, works))
+        raise ValueError(f"{name}={_brief(value)} is not supported, only {known}")
+
+
+def _brief(value: Any) -> str:
+    """A value as an error names it: one short line, whatever config.json holds."""
+    text = repr(value) if not isinstance(value, (dict, list)) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # --------------------------------------------------------------------------------------------------
 # Our own export: GPTConfig's fields, and the weights under their own names
 
 
-def nanomla_args(settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of GPTConfig in config.json."""
-    return {name: v for name, v in settings.items() if name not in ("model_type", *MARK)}
+def read_nanomla(
+    settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of GPTConfig in config.json, and the tensors as they are."""
+    return {name: v for name, v in settings.items() if name not in ("model_type", *MARK)}, tensors
 
 
 def as_nanomla(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -107,11 +218,9 @@ GPT2_SHAPE = {  # GPT-2's name: ours and GPT-2's default
 }
 GPT2_GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 GPT2_ONLY = {  # the one value that model.py computes; it is also GPT-2's default
-    "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
-    "tie_word_embeddings": True,
 }
 GPT2_TRANSPOSED = (  # stored as (in, out)
     "attn.c_attn.weight",
@@ -120,49 +229,43 @@ GPT2_TRANSPOSED = (  # stored as (in, out)
     "mlp.c_proj.weight",
 )
 
-ANY = object()
-GPT2_FIELDS = {  # for every field of GPTConfig, what a model can have to be written as GPT-2
-    **dict.fromkeys(("block_size", "vocab_size", "n_layer", "n_head", "n_embd"), ANY),
-    **dict.fromkeys(("dropout", "gelu"), ANY),  # these too are in GPT-2's config.json
-    "bias": ANY,  # GPT-2 always has biases; a model without them gets zeros
-    "pos_emb": "learned",
-    "use_mla": False,
-    "use_svd": False,
-    # These have no effect on a model with the three values above.
-    "rope_theta": ANY,
-    **dict.fromkeys(("mla_latent_dim", "mla_groups", "mla_rope_dim", "mla_q_latent_dim"), ANY),
-    **dict.fromkeys(("mla_norm", "mla_share_latent", "svd_rank", "svd_method"), ANY),
+WITHOUT_MLA = (  # they have no effect without use_mla
+    "mla_latent_dim", "mla_groups", "mla_rope_dim", "mla_nope_dim", "mla_rope", "mla_q_latent_dim",
+    "mla_norm", "mla_share_latent",
+)  # fmt: skip
+IDLE = ("svd_rank", "svd_method", "n_latent_tokens")  # without use_svd and use_latent_tokens
+SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_hidden")
+GPT2_FIELDS = {
+    **dict.fromkeys((*SIZES, "norm_eps", "tie_weights"), anything),
+    **dict.fromkeys(("dropout", "gelu"), anything),  # these too are in GPT-2's config.json
+    "bias": anything,  # GPT-2 always has biases; a model without them gets zeros
+    "n_kv_head": lambda config: config.nkv == config.n_head,
+    "head_dim": lambda config: config.hs * config.n_head == config.n_embd,
+    **dict.fromkeys(("rope_theta", *WITHOUT_MLA, *IDLE), anything),
 }
 
 
-def fits_gpt2(config: GPTConfig) -> bool:
+def read_gpt2(
+    settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
-    Whether a model of this shape can be written as a GPT-2.
+    transformers' GPT2Config as arguments of GPTConfig, and its tensors as a state dict.
 
-    A field that GPT2_FIELDS does not list must have its default value. So a setting that is added
-    to GPTConfig later cannot get lost in an export.
-    """
-    allowed = {field.name: field.default for field in dataclasses.fields(config)} | GPT2_FIELDS
-    return all(v is ANY or getattr(config, name) == v for name, v in allowed.items())
-
-
-def gpt2_args(settings: dict[str, Any]) -> dict[str, Any]:
-    """
-    transformers' GPT2Config as arguments of GPTConfig.
-
-    Raises ValueError or TypeError for a value that this model cannot have.
+    Raises ValueError for a value that this model cannot have.
     """
     for name, value in GPT2_ONLY.items():
-        if settings.get(name, value) != value:
-            raise ValueError(f"{name}={settings[name]!r} is not supported, only {value!r}")
-    args = {ours: settings.get(name, default) for name, (ours, default) in GPT2_SHAPE.items()}
-    if settings.get("n_inner") not in (None, 4 * args["n_embd"]):
-        raise ValueError(f"n_inner={settings['n_inner']!r} is not supported, only 4 * n_embd")
-    activation = settings.get("activation_function", "gelu_new")
-    if activation not in GPT2_GELU:
-        known = ", ".join(GPT2_GELU)
-        raise ValueError(f"activation_function={activation!r} is not supported, only {known}")
-    return {**args, "bias": True, "gelu": GPT2_GELU[activation]}
+        _only(settings, name, value, default=value)
+    _only(settings, "activation_function", *GPT2_GELU, default="gelu_new")
+    args = {
+        ours: _whole({name: default} | settings, name)
+        for name, (ours, default) in GPT2_SHAPE.items()
+    }
+    if settings.get("n_inner") is not None:
+        args["mlp_hidden"] = _whole(settings, "n_inner")
+    args["norm_eps"] = _number(settings, "layer_norm_epsilon", 1e-5)
+    args["tie_weights"] = _flag(settings, "tie_word_embeddings", True)
+    args["gelu"] = GPT2_GELU[settings.get("activation_function", "gelu_new")]
+    return {**args, "bias": True}, gpt2_state(tensors)
 
 
 def gpt2_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,14 +280,13 @@ def gpt2_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_gpt2(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors of a GPT2LMHeadModel, for a model whose config fits_gpt2."""
+    """config.json and the tensors of a GPT2LMHeadModel, for a model with nothing in_the_way."""
     config, tensors = model.config, {}
     for name, p in model.named_parameters():
         p = p.detach()
         tensors[name] = (p.t() if name.endswith(GPT2_TRANSPOSED) else p).contiguous()
-        if not config.bias and ".wte." not in name and ".wpe." not in name:
+        if not config.bias and not any(part in name for part in (".wte.", ".wpe.", "lm_head.")):
             tensors[name.replace(".weight", ".bias")] = torch.zeros(p.size(0), dtype=p.dtype)
-    end = 50256 if config.vocab_size > 50256 else None
     settings = {
         "model_type": "gpt2",
         **MARK,
@@ -192,11 +294,444 @@ def as_gpt2(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "activation_function": {"tanh": "gelu_new", "exact": "gelu"}[config.gelu],
         **{name: getattr(config, ours) for name, (ours, _) in GPT2_SHAPE.items()},
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
+        "n_inner": config.mlp_hidden,
+        "layer_norm_epsilon": config.norm_eps,
+        "tie_word_embeddings": config.tie_weights,
+        **NO_END,
     }
     return settings, tensors
+
+
+# --------------------------------------------------------------------------------------------------
+# Llama, as transformers' LlamaForCausalLM stores it; Mistral and Qwen2 can be read where they are
+# the same function
+
+BLOCK = {  # the modules of a block: ours, and as Llama and DeepSeek-V3 name them
+    "ln_1": "input_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "ln_2": "post_attention_layernorm",
+    "mlp.c_gate": "mlp.gate_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+LLAMA_BLOCK = BLOCK | {f"attn.{part}": f"self_attn.{part}_proj" for part in "qkv"}  # of c_attn
+TRUNK = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm"}
+
+ROPE_BLOCK = {  # what Llama and DeepSeek-V3 can have
+    **dict.fromkeys((*SIZES, "dropout", "norm_eps", "tie_weights", "rope_theta"), anything),
+    "norm": only("norm", "rmsnorm"),
+    "mlp": only("mlp", "swiglu"),
+    "gelu": anything,  # without effect with swiglu
+    "pos_emb": only("pos_emb", "rope"),
+    **dict.fromkeys(IDLE, anything),
+}
+LLAMA_FIELDS = {
+    **ROPE_BLOCK,
+    "bias": anything,
+    "n_kv_head": anything,
+    # transformers' LlamaConfig wants this of the width, also where head_dim is given.
+    "head_dim": lambda config: config.n_embd % config.n_head == 0,
+    **dict.fromkeys(WITHOUT_MLA, anything),
+}
+
+
+def read_llama(
+    settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """
+    The settings of LlamaConfig, MistralConfig or Qwen2Config as arguments of GPTConfig, and the
+    tensors as a state dict. If any linear map has a bias, the others get one of zeros.
+
+    Raises ValueError naming a setting that this model cannot have, or a size that is not that of
+    the tensors.
+    """
+    kind = settings["model_type"]
+    _refuse_windows(settings)
+    args = _rope_block_args(settings)
+    nh, C = args["n_head"], args["n_embd"]
+    nkv = nh  # what null means; of the others, only Llama's config may leave it out
+    if settings.get("num_key_value_heads", None if kind == "llama" else 0) is not None:
+        nkv = _whole(settings, "num_key_value_heads")
+    if settings.get("head_dim") is not None:
+        args["head_dim"] = _whole(settings, "head_dim")
+    elif C % nh:
+        problem = f"hidden_size={C} is no multiple of num_attention_heads={nh}"
+        raise ValueError(f"{problem}, and head_dim is missing")
+    biases = ("attn.c_attn",) if kind == "qwen2" else ()
+    if kind == "llama" and _flag(settings, "attention_bias"):
+        biases = ("attn.c_attn", "attn.c_proj")
+    if kind == "llama" and _flag(settings, "mlp_bias"):
+        biases += ("mlp.c_gate", "mlp.c_fc", "mlp.c_proj")
+    args |= {"n_kv_head": nkv, "bias": bool(biases)}
+    config, state = GPTConfig(**args), _our_names(settings, tensors, LLAMA_BLOCK)
+    rows = {"q": nh * config.hs, "k": nkv * config.hs, "v": nkv * config.hs}
+    for first in [name for name in state if ".attn.q." in name]:
+        names = {part: first.replace(".attn.q.", f".attn.{part}.") for part in rows}
+        parts = [_take(state, name, rows[part], LLAMA_BLOCK) for part, name in names.items()]
+        state[first.replace(".attn.q.", ".attn.c_attn.")] = torch.cat(parts)
+    if biases:
+        linear = {"attn.c_attn", "attn.c_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"}
+        _add_zero_biases(state, linear - set(biases))
+    return args, state
+
+
+def as_llama(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of a LlamaForCausalLM, for a model with nothing in_the_way."""
+    config, state = model.config, {}
+    rows = [config.n_head * config.hs, config.nkv * config.hs, config.nkv * config.hs]
+    for name, p in model.named_parameters():
+        if ".attn.c_attn." in name:
+            for part, tensor in zip("qkv", p.detach().split(rows), strict=True):
+                state[name.replace("c_attn", part)] = tensor
+        else:
+            state[name] = p.detach()
+    settings = {
+        "model_type": "llama",
+        **MARK,
+        "architectures": ["LlamaForCausalLM"],
+        **_rope_block_settings(config),
+        "num_key_value_heads": config.nkv,
+        "head_dim": config.hs,
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+    }
+    return settings, _their_names(state, LLAMA_BLOCK)
+
+
+def _refuse_windows(settings: dict[str, Any]) -> None:
+    """Raise ValueError unless every token can attend to all earlier ones."""
+    kind = settings["model_type"]
+    if kind == "mistral":  # a missing value means 4096
+        _only(settings, "sliding_window", None, default=4096)
+    elif kind == "qwen2":
+        _only(settings, "use_sliding_window", False, default=False)
+    layers = settings.get("layer_types")
+    if layers is not None:
+        full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
+        if not full:
+            problem = "is not supported, only full_attention in every layer"
+            raise ValueError(f"layer_types={_brief(layers)} {problem}")
+
+
+def _rope_block_args(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Llama's and DeepSeek-V3's settings have in common, as arguments of GPTConfig."""
+    _only(settings, "hidden_act", "silu", default="silu")
+    return {
+        "block_size": _whole(settings, "max_position_embeddings"),
+        "vocab_size": _whole(settings, "vocab_size"),
+        "n_layer": _whole(settings, "num_hidden_layers"),
+        "n_head": _whole(settings, "num_attention_heads"),
+        "n_embd": _whole(settings, "hidden_size"),
+        "mlp": "swiglu",
+        "mlp_hidden": _whole(settings, "intermediate_size"),
+        "norm": "rmsnorm",
+        "norm_eps": _number(settings, "rms_norm_eps", 1e-6),
+        "tie_weights": _flag(settings, "tie_word_embeddings"),
+        "pos_emb": "rope",
+        "rope_theta": _rope_theta(settings),
+    }
+
+
+def _rope_block_settings(config: GPTConfig) -> dict[str, Any]:
+    """The same settings of a GPTConfig under their names."""
+    return {
+        "max_position_embeddings": config.block_size,
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "hidden_size": config.n_embd,
+        "hidden_act": "silu",
+        "intermediate_size": config.hidden,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_weights,
+        "attention_dropout": config.dropout,
+        "rope_theta": config.rope_theta,  # where engines and transformers before 5 look for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **NO_END,
+    }
+
+
+def _rope_theta(settings: dict[str, Any]) -> float:
+    """
+    The rotary base. transformers 5 keeps it in rope_parameters, older versions beside rope_scaling.
+
+    Raises ValueError for scaled or partial rotations.
+    """
+    found = {"rope_theta": settings.get("rope_theta", 10000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        values = settings.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise TypeError(f"{name}={_brief(values)} is not supported, only null or an object")
+        kind = values.get("rope_type", values.get("type", "default"))
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if kind != "default" or values.keys() - known:
+            problem = "is not supported: this model's rotation is not scaled, only type 'default'"
+            raise ValueError(f"{name}={_brief(values)} {problem}")
+        found |= values
+    part = found.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
+    if part not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor={_brief(part)} is not supported, only 1.0")
+    return _number(found, "rope_theta", 10000.0)
+
+
+def _our_names(
+    settings: dict[str, Any], tensors: dict[str, Tensor], block: dict[str, str]
+) -> dict[str, Tensor]:
+    """
+    Tensors of Llama or DeepSeek-V3 under our names; names that are not known stay as they are.
+
+    Raises ValueError if the number of layers, of tokens or the width is not that in config.json.
+    """
+    modules, state = {theirs: ours for ours, theirs in block.items()}, {}
+    trunk = {theirs: ours for ours, theirs in TRUNK.items()}
+    for name, tensor in tensors.items():
+        if name.endswith(".rotary_emb.inv_freq"):  # a buffer in old files, computed from rope_theta
+            continue
+        full = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"  # a base model
+        module, _, kind = full.rpartition(".")
+        if found := re.fullmatch(r"model\.layers\.([0-9]+)\.(.+)", module):
+            layer, inner = found.groups()
+            state[f"transformer.h.{layer}.{modules.get(inner, inner)}.{kind}"] = tensor
+        else:
+            state[f"{trunk.get(module, module)}.{kind}"] = tensor
+    has = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
+    if has != settings["num_hidden_layers"]:
+        wrong = f"num_hidden_layers={settings['num_hidden_layers']}"
+        raise ValueError(f"{wrong}, but there are weights of {has} layers")
+    if "transformer.wte.weight" in state:
+        shape, wants = tuple(state["transformer.wte.weight"].shape), ("vocab_size", "hidden_size")
+        if shape != tuple(settings[name] for name in wants):
+            said = " and ".join(f"{name}={settings[name]}" for name in wants)
+            raise ValueError(f"{said}, but embed_tokens.weight has shape {shape}")
+    return state
+
+
+def _their_names(state: dict[str, Tensor], block: dict[str, str]) -> dict[str, Tensor]:
+    """The inverse of _our_names."""
+    return {_their_name(name, block): tensor.contiguous() for name, tensor in state.items()}
+
+
+def _their_name(name: str, block: dict[str, str]) -> str:
+    module, _, kind = name.rpartition(".")
+    if found := re.fullmatch(r"transformer\.h\.([0-9]+)\.(.+)", module):
+        module = f"model.layers.{found[1]}.{block[found[2]]}"
+    return f"{TRUNK.get(module, module)}.{kind}"
+
+
+def _take(state: dict[str, Tensor], name: str, rows: int, block: dict[str, str]) -> Tensor:
+    """Take a tensor out of a state dict. Raises ValueError if it does not have so many rows."""
+    if name not in state:
+        raise ValueError(f"there is no {_their_name(name, block)}")
+    tensor = state.pop(name)
+    if tensor.dim() == 0 or tensor.size(0) != rows:
+        shape = f"{_their_name(name, block)} has shape {tuple(tensor.shape)}"
+        raise ValueError(f"{shape}, by the settings it must have {rows} rows")
+    return tensor
+
+
+def _add_zero_biases(state: dict[str, Tensor], modules: set[str]) -> None:
+    """Biases of zeros for these modules of every block: here all linear maps have one, or none."""
+    for name, weight in list(state.items()):
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and weight.dim() == 2 and module.endswith(tuple(modules)):
+            state[f"{module}.bias"] = weight.new_zeros(weight.size(0))
+
+
+# --------------------------------------------------------------------------------------------------
+# DeepSeek-V3, as transformers' DeepseekV3ForCausalLM stores it, with dense layers only
+
+DEEPSEEK_BLOCK = BLOCK | {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.q_latent_proj": "self_attn.q_a_proj",
+    "attn.q_latent_norm": "self_attn.q_a_layernorm",
+    "attn.q_expand": "self_attn.q_b_proj",
+    "attn.kv_latent_proj": "self_attn.kv_a_proj_with_mqa",
+    "attn.latent_norm": "self_attn.kv_a_layernorm",
+    "attn.kv_expand": "self_attn.kv_b_proj",  # per head, k_expand's rows and then v_expand's
+}
+DEEPSEEK_FIELDS = {
+    **ROPE_BLOCK,
+    "bias": only("bias", False),
+    "n_kv_head": anything,  # without effect with use_mla
+    "head_dim": anything,
+    "use_mla": only("use_mla", True),
+    **dict.fromkeys(("mla_latent_dim", "mla_nope_dim", "mla_q_latent_dim"), anything),
+    "mla_rope_dim": lambda config: bool(config.mla_rope_dim),
+}
+
+
+def read_deepseek(
+    settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """
+    The settings of DeepseekV3Config as arguments of GPTConfig, and the tensors as a state dict.
+
+    DeepSeek stores the numbers that rotate together side by side (rope_interleave, its default);
+    here they are r / 2 apart. So the rotary rows are put in another order.
+    Raises ValueError naming a setting that this model cannot have, or a size that is not that of
+    the tensors.
+    """
+    _refuse_windows(settings)
+    args = _rope_block_args(settings)
+    layers, dense = args["n_layer"], settings.get("first_k_dense_replace", 3)
+    if type(dense) is not int or dense < layers:
+        problem = f"first_k_dense_replace={_brief(dense)} with num_hidden_layers={layers}"
+        raise ValueError(f"{problem}: mixtures of experts are not supported, only dense layers")
+    nh = args["n_head"]
+    if settings.get("num_key_value_heads") is not None:
+        _only(settings, "num_key_value_heads", nh, default=nh)
+    interleaved = settings.get("rope_interleave", True) is not None
+    interleaved = interleaved and _flag(settings, "rope_interleave", True)
+    biases = ("attn.kv_latent_proj", "attn.c_proj") if _flag(settings, "attention_bias") else ()
+    if "q_lora_rank" not in settings:
+        raise ValueError("q_lora_rank is missing")
+    if settings["q_lora_rank"] is not None:
+        args["mla_q_latent_dim"] = _whole(settings, "q_lora_rank")
+        if biases:
+            raise ValueError("attention_bias=True with a q_lora_rank is not supported, only False")
+    args |= {
+        "bias": bool(biases),
+        "use_mla": True,
+        "mla_latent_dim": (L := _whole(settings, "kv_lora_rank")),
+        "mla_rope_dim": (r := _whole(settings, "qk_rope_head_dim")),
+        "mla_nope_dim": (nope := _whole(settings, "qk_nope_head_dim")),
+        "head_dim": (hs := _whole(settings, "v_head_dim")),
+    }
+    GPTConfig(**args)  # checks the sizes against each other
+    state = _our_names(settings, tensors, DEEPSEEK_BLOCK)
+    for name in list(state):
+        if name.endswith(".attn.kv_expand.weight"):
+            both = _take(state, name, nh * (nope + hs), DEEPSEEK_BLOCK)
+            both = both.unflatten(0, (nh, nope + hs))
+            for part, rows in (("k", both[:, :nope]), ("v", both[:, nope:])):
+                state[name.replace("kv_expand", f"{part}_expand")] = rows.flatten(0, 1)
+        elif name.endswith((".attn.q_proj.weight", ".attn.q_expand.weight")):
+            rows = _take(state, name, nh * (nope + r), DEEPSEEK_BLOCK)
+            state[name] = _reorder(rows, nh, r, (r // 2, 2)) if interleaved else rows
+        elif ".attn.kv_latent_proj." in name:
+            rows = _take(state, name, L + r, DEEPSEEK_BLOCK)
+            state[name] = _reorder(rows, 1, r, (r // 2, 2)) if interleaved else rows
+    if biases:
+        _add_zero_biases(state, {"attn.q_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"})
+    return args, state
+
+
+def as_deepseek(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """
+    config.json and the tensors of a DeepseekV3ForCausalLM, for a model with nothing in_the_way.
+
+    The rotary rows are interleaved, as DeepSeek's own are: that order is the default, and engines
+    that do not read rope_interleave take it for granted.
+    """
+    config, state = model.config, {}
+    nh, r = config.n_head, config.mla_rope_dim
+    for name, p in model.named_parameters():
+        p = p.detach()
+        if ".attn.k_expand." in name:
+            values = model.get_parameter(name.replace("k_expand", "v_expand")).detach()
+            heads = [rows.unflatten(0, (nh, -1)) for rows in (p, values)]
+            state[name.replace("k_expand", "kv_expand")] = torch.cat(heads, dim=1).flatten(0, 1)
+        elif name.endswith((".attn.q_proj.weight", ".attn.q_expand.weight")):
+            state[name] = _reorder(p, nh, r, (2, r // 2))
+        elif ".attn.kv_latent_proj." in name:
+            state[name] = _reorder(p, 1, r, (2, r // 2))
+        elif ".attn.v_expand." not in name:
+            state[name] = p
+    settings = {
+        "model_type": "deepseek_v3",
+        **MARK,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **_rope_block_settings(config),
+        "num_key_value_heads": nh,
+        "kv_lora_rank": config.mla_latent_dim,
+        "q_lora_rank": config.mla_q_latent_dim,
+        "qk_rope_head_dim": r,
+        "qk_nope_head_dim": config.nope,
+        "v_head_dim": config.hs,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "first_k_dense_replace": config.n_layer,  # every layer is dense
+        "num_nextn_predict_layers": 0,
+    }
+    return settings, _their_names(state, DEEPSEEK_BLOCK)
+
+
+def _reorder(rows: Tensor, heads: int, r: int, grid: tuple[int, int]) -> Tensor:
+    """
+    Rows (heads * width, ...) with the last r of every head in another order: written into a grid
+    row by row and read column by column. (r / 2, 2) takes interleaved pairs to halves, (2, r / 2)
+    halves to pairs.
+    """
+    rows = rows.unflatten(0, (heads, -1))
+    content, rotary = rows.split([rows.size(1) - r, r], dim=1)
+    rotary = rotary.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
+    return torch.cat([content, rotary], dim=1).flatten(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# All formats: an export is written in the first that fits
+
+FORMATS = {
+    "gpt2": Format("learned positions, LayerNorm, GELU", GPT2_FIELDS, read_gpt2, as_gpt2),
+    "llama": Format(
+        "rotary positions, RMSNorm, SwiGLU",
+        LLAMA_FIELDS,
+        read_llama,
+        as_llama,
+        ("mistral", "qwen2"),
+    ),
+    "deepseek_v3": Format(
+        "MLA with a decoupled rotary key, RMSNorm, SwiGLU",
+        DEEPSEEK_FIELDS,
+        read_deepseek,
+        as_deepseek,
+    ),
+    "nanomla": Format("every setting of this project", None, read_nanomla, as_nanomla),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers: ours in nanomla_tokenizer.json, Hugging Face's in tokenizer.json, GPT-2's also in
+# vocab.json and merges.txt
+
+
+def _read_tokenizer(
+    folder: Path, settings: dict[str, Any], args: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The spec of a folder's tokenizer, or None if it has none."""
+    if (folder / TOKENIZER).exists():
+        return read_json(folder / TOKENIZER)
+    path = folder / HF_TOKENIZER
+    if not path.exists():
+        return None
+    spec, largest = read_hf(path, settings)
+    if largest >= args["vocab_size"]:
+        problem = f"it has ids up to {largest}, the model only vocab_size={args['vocab_size']}"
+        raise UserError(f"{path}: {problem}; they do not belong together")
+    return spec
+
+
+def tokenizer_files(spec: dict[str, Any], kind: str) -> dict[str, str]:
+    """
+    The content of the files, by name, that transformers reads this tokenizer from; {} if it cannot.
+
+    kind: the format of the weights. Raises UserError if tiktoken's tables are not available.
+    """
+    if kind == "nanomla":
+        return {}
+    if spec.get("kind") == "hf":
+        about = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        ids = {"bos_token": start_of_text(spec), "eos_token": end_of_text(spec)}
+        for name, token in ids.items():
+            text = None if token is None else Tokenizer(spec).hf.id_to_token(token)
+            about |= {} if text is None else {name: text}
+        return {HF_TOKENIZER: spec["json"], HF_TOKENIZER_CONFIG: as_json(about)}
+    if spec != {"kind": "tiktoken", "name": "gpt2"}:
+        return {}
+    about = as_json({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"})
+    return gpt2_tokenizer() | {HF_TOKENIZER_CONFIG: about}
 
 
 def gpt2_tokenizer() -> dict[str, str]:
@@ -209,14 +744,9 @@ def gpt2_tokenizer() -> dict[str, str]:
     encoding = load_encoding("gpt2")
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
     rank = {token: i for i, token in enumerate(tokens)}
-    # These files write a byte as one visible letter: as itself where it is one in Latin-1, and as
-    # the letters from 256 on otherwise.
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {b: chr(b) for b in visible}
-    letters |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in letters)}
 
     def spell(piece: bytes) -> str:
-        return "".join(letters[b] for b in piece)
+        return "".join(BYTE_LETTERS[b] for b in piece)
 
     lines = ["#version: 0.2"]
     for token in tokens[256:]:
@@ -319,18 +849,6 @@ def _download(name: str) -> Path:
     return Path(paths[0]).parent
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name} in this folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read (it is no JSON object)")
-    return content
-
-
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors in a folder's model.safetensors, or in the pieces that its index lists."""
     try:
@@ -339,7 +857,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"reading {folder} needs safetensors: pip install safetensors") from None
     files, index = [WEIGHTS], folder / f"{WEIGHTS}.index.json"
     if index.exists() and not (folder / WEIGHTS).exists():
-        pieces = _read_json(index).get("weight_map")
+        pieces = read_json(index).get("weight_map")
         pieces = pieces.values() if isinstance(pieces, dict) else ()
         files = sorted({Path(str(piece)).name for piece in pieces})
     tensors = {}
@@ -356,7 +874,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             reason = str(error)[:100]
             raise UserError(f"{folder / file}: truncated or not safetensors ({reason})") from None
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and not is_mask_buffer(name):
+        quantised = not tensor.is_floating_point() or tensor.element_size() < 2  # int8, float8
+        if quantised and not is_mask_buffer(name):
             problem = f"{name} is {tensor.dtype}; quantised weights cannot be read"
             raise UserError(f"{folder}: {problem}")
     return tensors

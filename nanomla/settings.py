@@ -8,8 +8,8 @@ A script declares its settings as one dataclass, each field as
     name: Annotated[type, "#topic", "its meaning", ">= 1", "< 10"] = default
 
 The topic is the heading that --help lists the setting under; it holds for the fields below, too,
-until the next one. Strings that begin with < or > bound the value. A string "decides the run" marks
-what a resumed run cannot change and remain the same run.
+until the next one. Strings that begin with < or > bound the value. The string "decides the run"
+marks a setting that makes a resumed run another run when it changes.
 A field whose type is a dataclass lends its fields, which are set by their own names: train.py's
 settings have a GPTConfig, and --n_layer=3 sets its n_layer.
 
@@ -151,6 +151,9 @@ def configure(
         except ValueError as error:
             raise UsageError(f"{where}: {key} must be {error}, not {value!r}") from None
         origins[key] = where
+        if values[key] is None and settings[key].part is not None:
+            # The nested dataclass decides what None stands for, as if nothing had been given.
+            del values[key], origins[key]
 
     for arg in argv:
         if arg in ("--help", "-h"):
@@ -263,7 +266,9 @@ def _checked(value: Any, setting: Setting) -> Any:
         pass
     wanted = "None or " * optional + _kind_in_words(kind)
     limits = " and ".join(f"{IN_WORDS[sign]} {limit}" for sign, limit in bounds)
-    raise ValueError(wanted + (" of " if limits.startswith("at") else " ") * bool(limits) + limits)
+    if limits.startswith("at"):  # at least, at most
+        limits = f"of {limits}"
+    raise ValueError(f"{wanted} {limits}".strip())
 
 
 def _coerce(value: Any, kind: Any) -> Any:

@@ -102,6 +102,9 @@ def without_effect(config: GPTConfig) -> list[str]:
     idle = [] if config.use_mla else [name for name in fields if name.startswith("mla_")]
     idle += [] if config.use_svd else ["svd_rank", "svd_method"]
     idle += [] if config.pos_emb == "rope" else ["rope_theta"]
+    idle += [] if config.use_latent_tokens else ["n_latent_tokens"]
+    idle += [] if config.attention == "mha" else ["n_kv_head"]
+    idle += [] if config.mlp == "gelu" else ["gelu"]
     return [name for name in idle if getattr(config, name) != fields[name].default]
 
 

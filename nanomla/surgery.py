@@ -63,13 +63,15 @@ def factorise_values(
     A value bias passes through attention unchanged, because the weights of the average sum to one.
     So it moves into c_proj's bias.
     """
-    state, C, shares = dict(state), config.n_embd, []
+    state, shares = dict(state), []
+    heads = config.n_head if config.use_mla else config.nkv
+    first = (config.n_head + config.nkv) * config.hs  # of c_attn's rows that make values
     for i in range(config.n_layer):
         attn = f"transformer.h.{i}.attn."
         if attn + "v_up" in state:
             v_up = state.pop(attn + "v_up")
             stored_rank = v_up.size(2)
-            v_down = state.pop(attn + "v_down.weight").view(config.n_head, stored_rank, -1)
+            v_down = state.pop(attn + "v_down.weight").view(heads, stored_rank, -1)
             if config.svd_rank > stored_rank:
                 problem = f"the checkpoint holds rank {stored_rank}"
                 raise ValueError(f"svd_rank={config.svd_rank} does not work: {problem}")
@@ -77,14 +79,16 @@ def factorise_values(
         elif config.use_mla:
             dense = state.pop(attn + "v_expand.weight")
         else:
-            dense = state[attn + "c_attn.weight"][2 * C :]
-            state[attn + "c_attn.weight"] = state[attn + "c_attn.weight"][: 2 * C].clone()
+            dense = state[attn + "c_attn.weight"][first:]
+            state[attn + "c_attn.weight"] = state[attn + "c_attn.weight"][:first].clone()
             if attn + "c_attn.bias" in state:
                 bias = state[attn + "c_attn.bias"]
-                state[attn + "c_attn.bias"] = bias[: 2 * C].clone()
-                moved = state[attn + "c_proj.weight"] @ bias[2 * C :]
+                state[attn + "c_attn.bias"] = bias[:first].clone()
+                shared = bias[first:].view(heads, -1)  # by n_head / heads query heads each
+                shared = shared.repeat_interleave(config.n_head // heads, dim=0)
+                moved = state[attn + "c_proj.weight"] @ shared.flatten()
                 state[attn + "c_proj.bias"] = state[attn + "c_proj.bias"] + moved
-        dense = dense.reshape(config.n_head, config.hs, -1)
+        dense = dense.reshape(heads, config.hs, -1)
         v_down, v_up, share = factorise(dense, config.svd_rank, config.svd_method)
         state[attn + "v_up"], state[attn + "v_down.weight"] = v_up, v_down
         shares.append(share)

@@ -33,6 +33,29 @@ def test_report_counts_a_config(tmp_path):
     assert "| cache bytes per token, float32 " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("flags", "figure", "ratio"),
+    [
+        (["--n_kv_head=1"], 2 * 2 * 32 * 4, "4.00"),
+        (
+            ["--use_mla=True", "--pos_emb=rope", "--mla_rope=latent", "--mla_latent_dim=16"],
+            128,
+            "16.00",
+        ),
+        (["--use_latent_tokens=True", "--n_latent_tokens=8"], 0, "constant state"),
+    ],
+)
+def test_report_stands_beside_plain_mha(flags, figure, ratio, tmp_path):
+    """Whatever the config has, the other column is MHA with as many key/value heads as heads."""
+    shape = ["--n_layer=2", "--n_head=4", "--n_embd=128", "--vocab_size=65", "--block_size=64"]
+    done = run("tools.bench", "--report", *shape, *flags, f"--json={tmp_path}/r.json")
+    assert done.returncode == 0, done.stderr
+    rows = {r[""]: r for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    row = rows["cache bytes per token, float32"]
+    assert row["this config"] == f"{figure:,}" and row["MHA"] == "2,048"
+    assert row["MHA / this"] == ratio
+
+
 def test_alternation_and_roofline():
     """Every entry runs once a round, slow ones in 3 rounds; the roofline is the larger limit."""
     calls = []
@@ -49,11 +72,12 @@ def test_alternation_and_roofline():
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        ([], 2, ["decode, train, svd"]),
+        ([], 2, ["decode, train, lengths, svd"]),
         (["decode", "train"], 2, ["one of"]),
         (["decode", "--n_layer=3"], 2, ["unknown setting n_layer"]),
         (["decode", "--learning_rate=1"], 2, ["unknown setting learning_rate"]),
         (["svd", "--rounds=3"], 2, ["unknown setting rounds"]),
+        (["lengths", "--vs_hf"], 2, ["unknown setting vs_hf"]),
         (["decode", "--rounds=0"], 2, ["rounds", "at least 1"]),
         (["--report", "--max_iters=3"], 2, ["unknown setting max_iters"]),
         (
@@ -69,20 +93,19 @@ def test_bad_input_is_one_line(args, status, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["decode", "train", "svd"])
-def test_commands_run(command, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "flags", "count"),
+    [
+        ("decode", ["--vs_hf", "--rounds=1"], 5),
+        ("train", ["--vs_hf", "--rounds=1"], 3),
+        ("lengths", ["--rounds=1"], 2),
+        ("svd", [], 1),
+    ],
+)
+def test_commands_run(command, flags, count, tmp_path):
     """Each prints its tables, transformers beside it, and writes them as JSON."""
-    done = run(
-        "tools.bench",
-        command,
-        "--vs-hf",
-        "--rounds=1",
-        f"--json={tmp_path}/b.json",
-        fresh=True,
-        timeout=500,
-    )
+    flags = [*flags, f"--json={tmp_path}/b.json"]
+    done = run("tools.bench", command, *flags, fresh=True, timeout=500)
     assert done.returncode == 0, done.stderr
     tables = {row["table"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
-    assert len(tables) == {"decode": 5, "train": 3, "svd": 1}[command] and all(
-        t in done.stdout for t in tables
-    )
+    assert len(tables) == count and all(t in done.stdout for t in tables)

@@ -165,8 +165,8 @@ def test_foreign_checkpoints_are_named(tmp_path):
         checkpoint.load(tmp_path / "odd.pt")
     save(tmp_path)
     for change, words in (
-        ({"n_layer": 3}, "missing"),
-        ({"n_layer": 1}, "unknown"),
+        ({"n_layer": 3}, "n_layer=3, but there are weights of 2 layers"),
+        ({"n_layer": 1}, "n_layer=1, but"),
         ({"n_embd": 32}, "has shape"),
         ({"n_head": 5}, "n_head=5 does not work"),
         ({"n_layer": "2"}, "n_layer='2' does not work: .* a whole number of at least 1"),
@@ -181,6 +181,8 @@ def test_foreign_checkpoints_are_named(tmp_path):
             checkpoint.build(Checkpoint({}, wrong, source="here"))
         with pytest.raises(UserError, match="here: "):
             checkpoint.build(Checkpoint(wrong, stored.model_args, source="here"))
+    with pytest.raises(UserError, match="here: .* no tensors"):
+        checkpoint.build(Checkpoint({"transformer.wte.weight": 1}, {}, source="here"))
 
 
 def test_nanogpt_checkpoint_opens(tmp_path):

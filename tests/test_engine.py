@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT
-from nanomla.engine import Engine, Sampling, StopText, prefill_shared, stream_tokens
+from nanomla.engine import (
+    Engine,
+    Sampler,
+    Sampling,
+    StopText,
+    prefill_shared,
+    stream_tokens,
+)
 from nanomla.settings import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import TINY_MLA, randomise, tiny_config
@@ -32,25 +39,37 @@ def test_rows_of_a_shared_prompt_differ():
     with torch.no_grad():
         got = model(idx[:, 2:], cache=cache)[0]
         torch.testing.assert_close(got, model(idx)[0], atol=1e-5, rtol=1e-4)
-    out = torch.cat(list(stream_tokens(model, idx, 6, temperature=2.0)), 1)
+    out = torch.cat(list(stream_tokens(model, idx, 6, Sampler(2.0))), 1)
     assert len(set(out[:, 0].tolist())) > 3 and len({tuple(r) for r in out.tolist()}) > 60
-    greedy = torch.cat(list(stream_tokens(model, idx, 6, temperature=0)), 1)
+    greedy = torch.cat(list(stream_tokens(model, idx, 6, Sampler(0))), 1)
     assert torch.equal(greedy, greedy[:1].expand(64, -1))
     assert torch.equal(greedy[:1], model.generate(idx[:1], 6, temperature=0)[:, 3:])
 
 
-@pytest.mark.parametrize("settings", [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}])
+LATENT_TOKENS = {"use_latent_tokens": True, "n_latent_tokens": 5}
+
+
+@pytest.mark.parametrize("settings", [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, LATENT_TOKENS])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_streamed_tokens_are_those_of_generate(settings, use_cache):
     """One at a time, past the context, whatever the rows hold: the tokens of one whole call."""
     model, idx = make(settings), torch.randint(23, (3, 5))
+    sampler = Sampler(1.5, generator=torch.Generator().manual_seed(4))
+    streamed = torch.cat(list(stream_tokens(model, idx, 40, sampler, use_cache)), 1)
+    generator = torch.Generator().manual_seed(4)
+    at_once = model.generate(idx, 40, 1.5, use_cache=use_cache, generator=generator)
+    assert torch.equal(streamed, at_once[:, 5:])
 
-    def draw(function):
-        generator = torch.Generator().manual_seed(4)
-        return function(idx, 40, temperature=1.5, use_cache=use_cache, generator=generator)
 
-    streamed = torch.cat(list(draw(lambda *a, **k: stream_tokens(model, *a, **k))), 1)
-    assert torch.equal(streamed, draw(model.generate)[:, 5:])
+@pytest.mark.parametrize("max_len", [5, 9, 16])
+def test_a_cache_shorter_than_the_context(max_len):
+    """A full cache goes on with half of what it holds, and is not filled again at every token."""
+    model, lengths = make(TINY_MLA), []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].size(1)))
+    cache = model.make_cache(1, max_len)
+    out = model.generate(torch.randint(23, (1, 4)), 30, temperature=0, cache=cache)
+    assert out.size(1) == 34 and cache.pos <= max_len
+    assert sum(n > 1 for n in lengths) <= 1 + 30 / (max_len - max_len // 2)
 
 
 def test_stream_complete_and_chat_agree():

@@ -35,7 +35,46 @@ def grid():
         }
 
 
-GRID = list(grid())
+LATENT_TOKENS = {"use_latent_tokens": True, "n_latent_tokens": 5}
+
+
+def family():
+    """What the later settings add to the grid: grouped heads, other blocks, the rotary latent."""
+    for heads, pos, rank in itertools.product([1, 2], ["learned", "rope"], [None, 3]):
+        yield {"n_kv_head": heads, "pos_emb": pos, "use_svd": rank is not None, "svd_rank": rank}
+    yield {"head_dim": 8, "n_kv_head": 2, "pos_emb": "rope", "bias": False}
+    yield {"head_dim": 5, "n_embd": 22, "n_kv_head": 1, "use_svd": True, "svd_rank": 2}
+    llama = {"norm": "rmsnorm", "mlp": "swiglu", "pos_emb": "rope", "tie_weights": False}
+    yield {**llama, "n_kv_head": 2, "bias": False, "norm_eps": 1e-3}
+    yield {**llama, "mlp_hidden": 40}
+    for settings in ({}, {"mla_groups": 2}, {"use_svd": True, "svd_rank": 3}):
+        yield {**TINY_MLA, **llama, "mla_nope_dim": 9, "head_dim": 8, **settings}
+        yield {**TINY_MLA, "mla_nope_dim": 3, "mla_rope_dim": 6, **settings}
+    latent = {"use_mla": True, "pos_emb": "rope", "mla_rope": "latent"}
+    widths = itertools.product([(8, None), (7, 4)], [1, 2, 4], [None, 10], [False, True], [None, 3])
+    for (L, r), groups, q_latent, share, rank in widths:
+        yield {
+            **latent, "mla_latent_dim": L, "mla_rope_dim": r, "mla_groups": groups, "bias": share,
+            "mla_q_latent_dim": q_latent, "mla_share_latent": share, "use_svd": rank is not None,
+            "svd_rank": rank,
+        }  # fmt: skip
+    yield {**latent, "mla_latent_dim": 6, "mla_norm": "layernorm", "head_dim": 5}
+    for m, blocks in itertools.product([1, 5], [{}, {"norm": "rmsnorm", "mlp": "swiglu"}]):
+        yield {"use_latent_tokens": True, "n_latent_tokens": m, **blocks}
+    yield {"use_latent_tokens": True, "n_latent_tokens": 3, "head_dim": 5, "bias": False}
+
+
+GRID = [*grid(), *family()]
+
+
+def numbers_by_hand(cfg):
+    """Cached numbers per token and layer."""
+    if cfg.use_latent_tokens:
+        return 0
+    if cfg.use_mla:
+        beside = cfg.mla_rope_dim if cfg.mla_rope == "decoupled" else 0
+        return cfg.mla_groups * cfg.mla_latent_dim + beside
+    return (cfg.n_kv_head or 4) * (cfg.hs + (cfg.svd_rank or cfg.hs))
 
 
 def make(settings):
@@ -59,6 +98,9 @@ def test_whole_grid(settings):
     idx = torch.randint(23, (3, 12))
     with torch.no_grad():
         full = all_logits(model, idx)
+        # Every row is computed as it is alone.
+        alone = torch.cat([all_logits(model, row[None]) for row in idx])
+        torch.testing.assert_close(alone, full, atol=1e-5, rtol=1e-4)
         # Causality: another token t leaves all logits before t as they were, and changes those from
         # t on.
         for t in (5, 11):
@@ -78,15 +120,12 @@ def test_whole_grid(settings):
                 end += size
                 assert cache.pos == end
                 torch.testing.assert_close(logits[:, 0], full[:, end - 1], atol=1e-5, rtol=1e-4)
-        numbers = (
-            cfg.mla_groups * 7 + cfg.mla_rope_dim if cfg.use_mla else 24 + 4 * (cfg.svd_rank or 6)
-        )
-        assert (
-            cache.bytes_per_token == 2 * numbers * 4
-            and cache.nbytes == 3 * 12 * cache.bytes_per_token
-        )
-        if cfg.use_mla:
-            x, attn = torch.randn(3, 12, 24), model.transformer.h[1].attn
+        numbers = numbers_by_hand(cfg)
+        assert cache.bytes_per_token == 2 * numbers * 4
+        state = 4 * 2 * cfg.hs * (cfg.n_latent_tokens or 0)
+        assert cache.nbytes == 3 * (12 * cache.bytes_per_token + 2 * state * 4)
+        if cfg.attention == "mla":
+            x, attn = torch.randn(3, 12, cfg.n_embd), model.transformer.h[1].attn
             torch.testing.assert_close(
                 attn(x, absorb=True), attn(x, absorb=False), atol=1e-5, rtol=1e-4
             )
@@ -147,6 +186,17 @@ def test_what_a_seed_gives_stays(variant):
         ({}, {"use_svd": True, "svd_rank": 3}),
         ({}, {"bias": False}),
         ({}, {"gelu": "tanh"}),
+        ({}, {"n_kv_head": 2}),
+        ({}, {"head_dim": 8}),
+        ({}, {"norm": "rmsnorm"}),
+        ({}, {"norm_eps": 1e-2}),
+        ({}, {"mlp": "swiglu"}),
+        ({}, {"mlp_hidden": 50}),
+        ({}, {"tie_weights": False}),
+        ({}, LATENT_TOKENS),
+        (LATENT_TOKENS, {**LATENT_TOKENS, "n_latent_tokens": 6}),
+        (TINY_MLA, {**TINY_MLA, "mla_nope_dim": 6}),
+        (TINY_MLA, {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8}),
         ({"pos_emb": "rope"}, {"pos_emb": "rope", "rope_theta": 100.0}),
         (TINY_MLA, {**TINY_MLA, "mla_latent_dim": 9}),
         (TINY_MLA, {**TINY_MLA, "mla_groups": 2}),
@@ -215,8 +265,8 @@ def test_gpt2_parity():
 
 
 @pytest.mark.parametrize("q_latent", [None, 12])
-@pytest.mark.parametrize("r", [4, 6])
-def test_deepseek_parity(q_latent, r):
+@pytest.mark.parametrize(("r", "nope"), [(4, 6), (6, 4), (6, 9), (12, 3)])
+def test_deepseek_parity(q_latent, r, nope):
     """MLA is transformers' DeepseekV3Attention with copied weights, at once and step by step, 1e-5
     in float32."""
     from transformers import DeepseekV3Config
@@ -230,7 +280,7 @@ def test_deepseek_parity(q_latent, r):
         q_lora_rank=q_latent,
         kv_lora_rank=L,
         qk_rope_head_dim=r,
-        qk_nope_head_dim=hs - r,
+        qk_nope_head_dim=nope,
         v_head_dim=hs,
         rope_interleave=False,
         attention_bias=False,
@@ -253,14 +303,15 @@ def test_deepseek_parity(q_latent, r):
             mla_latent_dim=L,
             mla_rope_dim=r,
             mla_q_latent_dim=q_latent,
+            mla_nope_dim=nope,
         )
     ).eval()
     ours = model.transformer.h[0].attn
-    kv_b = theirs.kv_b_proj.weight.view(nh, 2 * hs - r, L)
+    kv_b = theirs.kv_b_proj.weight.view(nh, nope + hs, L)
     ours.kv_latent_proj.weight.data = theirs.kv_a_proj_with_mqa.weight.data
     ours.latent_norm.weight.data = theirs.kv_a_layernorm.weight.data
-    ours.k_expand.weight.data = kv_b[:, : hs - r].reshape(-1, L).data
-    ours.v_expand.weight.data = kv_b[:, hs - r :].reshape(-1, L).data
+    ours.k_expand.weight.data = kv_b[:, :nope].reshape(-1, L).data
+    ours.v_expand.weight.data = kv_b[:, nope:].reshape(-1, L).data
     ours.c_proj.weight.data = theirs.o_proj.weight.data
     if q_latent is None:
         ours.q_proj.weight.data = theirs.q_proj.weight.data
@@ -282,6 +333,109 @@ def test_deepseek_parity(q_latent, r):
                 ours(x[:, t : t + 1], cache), want[:, t : t + 1], atol=1e-5, rtol=1e-5
             )
             cache.advance(1)
+
+
+@pytest.mark.parametrize(("nkv", "bias"), [(1, False), (2, True), (6, False)])
+def test_llama_attention_parity(nkv, bias):
+    """Grouped heads are transformers' LlamaAttention with copied weights, whole and step by
+    step."""
+    from transformers import LlamaConfig
+    from transformers.models.llama import modeling_llama as llama
+
+    nh, hs, C, T = 6, 8, 54, 9
+    theirs_cfg = LlamaConfig(
+        hidden_size=C, num_attention_heads=nh, num_key_value_heads=nkv, head_dim=hs,
+        attention_bias=bias, max_position_embeddings=32, attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, num_hidden_layers=1,
+    )  # fmt: skip
+    theirs = randomise(llama.LlamaAttention(theirs_cfg, 0), 0.2)
+    settings = {"n_layer": 1, "n_embd": C, "n_head": nh, "n_kv_head": nkv, "head_dim": hs}
+    model = GPT(tiny_config(**settings, pos_emb="rope", rope_theta=500.0, bias=bias)).eval()
+    ours, parts = model.transformer.h[0].attn, (theirs.q_proj, theirs.k_proj, theirs.v_proj)
+    ours.c_attn.weight.data = torch.cat([p.weight for p in parts]).data
+    ours.c_proj.weight.data = theirs.o_proj.weight.data
+    if bias:
+        ours.c_attn.bias.data = torch.cat([p.bias for p in parts]).data
+        ours.c_proj.bias.data = theirs.o_proj.bias.data
+    x = torch.randn(3, T, C)
+    rotary = llama.LlamaRotaryEmbedding(theirs_cfg)(x, torch.arange(T)[None])
+    mask = torch.full((T, T), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        want = theirs(x, position_embeddings=rotary, attention_mask=mask)[0]
+        torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=1e-5)
+        cache = model.make_cache(3, T)
+        assert cache.tensors[0].shape == (1, 3, nkv, T, hs)
+        for t in range(T):
+            got = ours(x[:, t : t + 1], cache)
+            torch.testing.assert_close(got, want[:, t : t + 1], atol=1e-5, rtol=1e-5)
+            cache.advance(1)
+
+
+def rotate_by_hand(x, position, theta=10000.0):
+    """x (r,) rotated: number i pairs with number i + r / 2 and turns by position *
+    theta^(-2i/r)."""
+    half, out = len(x) // 2, x.clone()
+    for i in range(half):
+        angle = torch.tensor(position * theta ** (-2 * i / len(x)), dtype=torch.float64)
+        out[i] = x[i] * angle.cos() - x[i + half] * angle.sin()
+        out[i + half] = x[i + half] * angle.cos() + x[i] * angle.sin()
+    return out
+
+
+@pytest.mark.parametrize(("L", "r", "G"), [(8, 8, 1), (9, 4, 1), (6, 2, 2)])
+def test_rotary_latent_by_a_loop(L, r, G):
+    """Position by position and head by head in float64, as the class's equations say."""
+    settings = {"n_layer": 1, "use_mla": True, "pos_emb": "rope", "mla_rope": "latent"}
+    sizes = {"mla_latent_dim": L, "mla_rope_dim": r, "mla_groups": G}
+    attn = make({**settings, **sizes, "bias": False}).transformer.h[0].attn.double()
+    T, nh, hs = 7, 4, 6
+    x = torch.randn(1, T, 24, dtype=torch.float64)
+
+    def turn(v, position):
+        return torch.cat([v[: L - r], rotate_by_hand(v[L - r :], position)])
+
+    with torch.no_grad():
+        q = (x[0] @ attn.q_proj.weight.T).view(T, nh, L)
+        c = (x[0] @ attn.kv_latent_proj.weight.T).view(T, G, L)
+        c = c / (c.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attn.latent_norm.weight
+        values, want = attn.v_expand.weight.view(nh, hs, L), torch.zeros(T, nh * hs).double()
+        for i, h in itertools.product(range(T), range(nh)):
+            rows = torch.stack([turn(c[j, h // (nh // G)], j) for j in range(i + 1)])
+            p = (rows @ turn(q[i, h], i) / L**0.5).softmax(0)
+            want[i, h * hs : (h + 1) * hs] = values[h] @ turn(p @ rows, -i)
+        want = want @ attn.c_proj.weight.T
+        # The rotary tables are float32, which bounds the agreement.
+        torch.testing.assert_close(attn(x)[0], want, atol=1e-6, rtol=1e-6)
+
+
+def test_rotary_latent_depends_on_distances_only():
+    """All positions shifted by the same number give the same output; other distances do not."""
+    settings = {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8, "mla_rope_dim": 6}
+    model, x = make(settings), torch.randn(2, 7, 24)
+    attn, tables = model.transformer.h[0].attn, (model.rope_cos, model.rope_sin)
+    shifted = attn(x, rotation=tuple(t[5:12] for t in tables))
+    torch.testing.assert_close(shifted, attn(x), atol=1e-5, rtol=1e-4)
+    stretched = attn(x, rotation=tuple(t[[0, 1, 2, 3, 5, 6, 7]] for t in tables))
+    assert not torch.allclose(stretched[:, 4:], attn(x)[:, 4:], atol=1e-3)
+
+
+GRADCHECK = [
+    {"n_kv_head": 2, "pos_emb": "rope"}, {"head_dim": 4, "n_kv_head": 1}, TINY_MLA,
+    {**TINY_MLA, "mla_nope_dim": 3, "mla_groups": 2},
+    {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8, "mla_groups": 2},
+    {**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 4, "use_svd": True, "svd_rank": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", GRADCHECK, ids=name)
+def test_gradients_by_finite_differences(settings):
+    """One block in float64, attention, norms and MLP, with respect to its input."""
+    blocks = {"norm": "rmsnorm", "mlp": "swiglu"} if "n_kv_head" in settings else {}
+    model = GPT(tiny_config(**{**settings, **blocks, "n_layer": 1})).double().eval()
+    block = model.transformer.h[0]
+    x = torch.randn(1, 4, 24, dtype=torch.float64, requires_grad=True)
+    rotation = (model.rope_cos[:4], model.rope_sin[:4]) if model.config.rotary_dim else None
+    assert torch.autograd.gradcheck(lambda x: block(x, None, rotation), (x,), atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -552,6 +706,20 @@ def test_absorbing_crossover():
         ({"n_layer": 0}, ["n_layer=0", "at least 1"]),
         ({"mla_latent_dim": 0}, ["mla_latent_dim=0", "at least 1"]),
         ({"n_embd": 20, "pos_emb": "rope"}, ["n_head=4", "even head size"]),
+        ({"n_kv_head": 3}, ["n_kv_head=3", "1, 2, 4"]),
+        ({"use_latent_tokens": True}, ["n_latent_tokens=None", "a number, such as 16"]),
+        ({**LATENT_TOKENS, "pos_emb": "rope"}, ["pos_emb='rope'", "'learned'"]),
+        ({**LATENT_TOKENS, "use_mla": True}, ["use_mla=True", "use_latent_tokens"]),
+        ({**LATENT_TOKENS, "use_svd": True}, ["use_svd=True", "use_latent_tokens"]),
+        ({"head_dim": 5, "pos_emb": "rope"}, ["head_dim=5", "even head size"]),
+        ({"norm": "batch"}, ["norm='batch'", "layernorm, rmsnorm"]),
+        ({"mlp": "relu"}, ["mlp='relu'", "gelu, swiglu"]),
+        ({"norm_eps": 0.0}, ["norm_eps=0.0", "above 0"]),
+        ({"use_mla": True, "mla_rope": "latent"}, ["mla_rope='latent'", "pos_emb='rope'"]),
+        ({**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": None}, ["mla_latent_dim=7", "even"]),
+        ({**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 10}, ["mla_rope_dim=10", "latent's 7"]),
+        ({**TINY_MLA, "mla_rope": "latent", "mla_nope_dim": 4}, ["mla_nope_dim=4", "None"]),
+        ({**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 48}, ["mla_latent_dim=48", "47"]),
     ],
 )
 def test_invalid_shapes_say_what_would_work(settings, words):
@@ -605,13 +773,13 @@ def test_stopping_and_seeds():
             idx, 12, temperature=1.5, generator=torch.Generator().manual_seed(4), **kw
         )
 
-    whole = draw()
-    assert torch.equal(whole, draw()) and not whole.is_inference()
-    stop = whole[0, 5].item()
+    drawn = draw()
+    assert torch.equal(drawn, draw()) and not drawn.is_inference()
+    stop = drawn[0, 5].item()
     stopped = draw(stop=stop)
     for row in stopped[:, 2:].tolist():
         assert stop not in row or set(row[row.index(stop) :]) == {stop}
-    assert stopped.shape[1] <= whole.shape[1]
+    assert stopped.shape[1] <= drawn.shape[1]
     assert model.generate(idx[:1], 12, temperature=0, stop=range(23)).shape == (1, 3)
 
 

@@ -23,6 +23,7 @@ from nanomla.settings import UsageError, UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import ROOT, fails_with_one_line, run
 from tests.test_bpe import encoding
+from tests.test_tokenizer import byte_level, sentencepiece
 
 text_prepare = importlib.import_module("data.text.prepare")
 SCRIPT = "data/text/prepare.py"
@@ -188,6 +189,53 @@ def test_between_documents(kind, tmp_path):
     assert sum(meta["split_bytes"].values()) == meta["bytes"] == length
 
 
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("end", [0, None])
+def test_a_tokenizer_json(make, end, tmp_path, monkeypatch):
+    """
+    Documents have the ids of uncut ones without special tokens, also in small pieces; the end of a
+    text, or a newline, is between them. The file does as well as its folder.
+    """
+    theirs, folder = make(), tmp_path / "hf"
+    theirs.no_truncation()
+    folder.mkdir()
+    theirs.save(str(folder / "tokenizer.json"))
+    if end is not None:
+        (folder / "config.json").write_text(json.dumps({"eos_token_id": end}))
+    monkeypatch.setattr(text_prepare, "PIECE", 20)
+    texts = ["to be or not to be, that is the question\nto be " * 3, "be <|end|> </s>", "töö"]
+    for index, text in enumerate(texts):
+        (tmp_path / f"{index}.txt").write_text(text, encoding="utf-8")
+    theirs.encode_special_tokens = True
+    between = [end] if end is not None else [theirs.token_to_id("Ċ") or 3 + ord("\n")]
+    expected = []
+    for text in texts:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        expected += (between if expected else []) + ids
+    paths = [tmp_path / f"{index}.txt" for index in range(3)]
+    for name in (folder, folder / "tokenizer.json"):
+        flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={name}", "--val_fraction=0.03"]
+        meta, train, val = prepare(*paths, *flags)
+        spec = {"kind": "hf", "json": theirs_text(folder)} | ({} if end is None else {"end": end})
+        assert meta["tokenizer"] == spec and [*train, *val][: len(train)] == expected[: len(train)]
+        assert meta["vocab_size"] == theirs.get_vocab_size()
+        assert Tokenizer(spec).decode(val.tolist()).lstrip() in "töö"
+
+
+def theirs_text(folder):
+    return (folder / "tokenizer.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", ["[", "{}", '{"model": {"vocab": {"a": 1}}}'])
+def test_a_damaged_tokenizer_json(content, tmp_path):
+    """One line that names it, before the text is read."""
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="tokenizer.json") as caught:
+        prepare(tmp_path / "a.txt", f"--tokenizer={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def test_document_split(tmp_path):
     """A document's split is drawn by seed and number: more documents after it change nothing."""
 
@@ -282,6 +330,7 @@ def test_input_that_cannot_be_used(name, tmp_path):
         (["a.txt", "--name=x", "--val_fraction=0"], "must be .* above 0 and below 1, not 0"),
         (["a.txt", "--name=x", "--val_fraction=1.5"], "must be .* above 0 and below 1, not 1.5"),
         (["a.txt", "--name=x", "--tokenizer=gpt4"], "tokenizer must be one of gpt2"),
+        (["a.txt", "--name=x", "--tokenizer={tmp}"], "or a folder with a tokenizer.json"),
     ],
 )
 def test_wrong_arguments(args, message, tmp_path):

@@ -37,9 +37,9 @@ def test_greedy_text_is_the_models(trained):
         "--max_new_tokens=8",
         "--temperature=0",
     )
-    held = checkpoint.load(trained / "best.pt")
-    model, _ = checkpoint.build(held)
-    tokenizer = Tokenizer(held.tokenizer)
+    ckpt = checkpoint.load(trained / "best.pt")
+    model, _ = checkpoint.build(ckpt)
+    tokenizer = Tokenizer(ckpt.tokenizer)
     idx = torch.tensor([tokenizer.encode("to be")])
     want = tokenizer.decode(
         model.eval().generate(idx, 8, temperature=0, use_cache=False)[0].tolist()
@@ -136,14 +136,14 @@ def test_stop_strings(trained):
     """Output ends before the stop string, whether it is streamed or batched, and wherever tokens
     cut it."""
     args = [f"--out_dir={trained}", "--start=to", "--max_new_tokens=60", "--temperature=0"]
-    whole = run("sample.py", *args).stdout[:-1]
-    stop = whole[9:12]
-    want = whole[: whole.index(stop, 2)]
+    full = run("sample.py", *args).stdout[:-1]
+    stop = full[9:12]
+    want = full[: full.index(stop, 2)]
     assert run("sample.py", *args, f"--stop={stop}").stdout == want + "\n"
     assert (
         json.loads(run("sample.py", *args, f"--stop={stop}", "--json").stdout)["text"] == want[2:]
     )
-    assert run("sample.py", *args, "--stop=no such text").stdout == whole + "\n"
+    assert run("sample.py", *args, "--stop=no such text").stdout == full + "\n"
 
 
 def test_cache_settings(trained):
@@ -155,19 +155,23 @@ def test_cache_settings(trained):
 
 
 def test_interactive_keeps_its_cache(trained, monkeypatch):
-    """Every line goes behind what was said; the cache gives what a fresh one gives for the whole
+    """Every line goes behind what was said; the cache gives what a fresh one gives for the full
     conversation."""
     args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=3", "--temperature=0"]
     monkeypatch.setattr("sys.stdin", io.StringIO("to\nor\nTO\nbe\n\nnever read\n"))
     done = run("sample.py", *args)
     assert done.returncode == 0 and "character 'T'" in done.stderr  # and the conversation went on
-    model, _ = checkpoint.build(held := checkpoint.load(trained / "best.pt"))
-    tokenizer, said, want = Tokenizer(held.tokenizer), [], ""
+    model, _ = checkpoint.build(ckpt := checkpoint.load(trained / "best.pt"))
+    tokenizer, context, want = Tokenizer(ckpt.tokenizer), [], ""
     for line in ("to\n", "or\n", "be\n"):
-        said += tokenizer.encode(line)
-        said = said if len(said) <= 16 else said[-8:]
-        new = model.eval().generate(torch.tensor([said]), 3, temperature=0)[0, len(said) :].tolist()
-        said, want = said + new, want + tokenizer.decode(new) + "\n"
+        context += tokenizer.encode(line)
+        context = context if len(context) <= 16 else context[-8:]
+        new = (
+            model.eval()
+            .generate(torch.tensor([context]), 3, temperature=0)[0, len(context) :]
+            .tolist()
+        )
+        context, want = context + new, want + tokenizer.decode(new) + "\n"
     assert done.stdout == want
 
 

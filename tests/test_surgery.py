@@ -7,7 +7,15 @@ from model import GPT
 from nanomla.surgery import crop_block_size, factorise, factorise_values
 from tests.conftest import TINY_MLA, randomise, tiny_config
 
-DENSE = [{}, {"bias": False}, TINY_MLA, {**TINY_MLA, "mla_groups": 4, "mla_latent_dim": 3}]
+DENSE = [
+    {},
+    {"bias": False},
+    {"n_kv_head": 2, "pos_emb": "rope"},
+    TINY_MLA,
+    {**TINY_MLA, "mla_groups": 4, "mla_latent_dim": 3},
+    {**TINY_MLA, "mla_nope_dim": 5},
+    {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8},
+]
 
 
 def all_logits(model, idx):

@@ -1,9 +1,69 @@
 """Tokenizers and streamed text. Run: python -m pytest tests/test_tokenizer.py"""
 
+import json
+
 import pytest
 
 from nanomla.settings import UserError
-from nanomla.tokenizer import StreamDecoder, Tokenizer
+from nanomla.tokenizer import StreamDecoder, Tokenizer, end_of_text, read_hf, start_of_text
+
+WORDS = ["to be or not to be, that is the question", "héllo wörld 🙂"]
+TEXT = "to be, 🙂 wörld\n日本 <|end|>x"
+
+
+def byte_level(vocab_size=280):
+    """A byte-level BPE, as Llama 3, Qwen2 and DeepSeek-V3 have; "<|end|>" is its token 0."""
+    from tokenizers import Tokenizer as HF
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    made = HF(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        WORDS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=["<|end|>"], initial_alphabet=letters,
+            show_progress=False,
+        ),
+    )  # fmt: skip
+    return made
+
+
+def sentencepiece():
+    """A BPE on characters with bytes for unknown ones, as Llama 2 has; "<s>" starts a text."""
+    from tokenizers import Tokenizer as HF
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    pieces += ["▁", "b", "e", "t", "o", "be", "▁be", "▁t", "▁to", "ö"]
+    merges = [["b", "e"], ["▁", "be"], ["▁", "t"], ["▁t", "o"]]
+    content = {
+        "version": "1.0",
+        "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0,
+                       "direction": "Right"},
+        "added_tokens": [
+            {"id": i, "content": pieces[i], "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True} for i in range(3)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [], "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True,
+                  "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges},
+    }  # fmt: skip
+    return HF.from_str(json.dumps(content))
 
 
 def test_char_tokenizer():
@@ -27,3 +87,80 @@ def test_unknown_tokenizer():
     """A spec nobody knows is refused by name."""
     with pytest.raises(UserError, match="unknown tokenizer"):
         Tokenizer({"kind": "runes"})
+
+
+def test_byte_level_tokenizer_json():
+    """Ids and text are those of the tokenizers library; characters of several tokens are whole."""
+    theirs = byte_level()
+    ours = Tokenizer({"kind": "hf", "json": theirs.to_str(), "end": 0})
+    ids = ours.encode(TEXT)
+    assert ids == theirs.encode(TEXT).ids and 0 in ids and ours.vocab_size == 280
+    assert ours.decode(ids) == TEXT == theirs.decode(ids, skip_special_tokens=False)
+    decoder = StreamDecoder(ours)
+    pieces = [decoder.push(i) for i in ids] + [decoder.finish()]
+    assert "".join(pieces) == TEXT and "" in pieces and not any("\ufffd" in p for p in pieces)
+    assert decoder.push(ours.encode("日")[0]) == "" and decoder.finish() == "\ufffd"
+    assert ours.token_bytes(-1) == ours.token_bytes(280) == b""
+    assert end_of_text(ours.spec) == 0 and end_of_text({"kind": "char", "chars": "a"}) is None
+    assert end_of_text({"kind": "tiktoken", "name": "gpt2"}) == 50256 and end_of_text(None) is None
+
+
+def test_sentencepiece_tokenizer_json():
+    """
+    A text starts with <s>, its spaces are ▁, unknown characters are bytes; what truncation the file
+    asks for is not done. A continuation keeps its leading space.
+    """
+    theirs = sentencepiece()
+    ours = Tokenizer({"kind": "hf", "json": theirs.to_str()})
+    ids = ours.encode("to be töö 日")
+    theirs.no_truncation()
+    assert ids == theirs.encode("to be töö 日").ids and ids[0] == 1 and len(ids) > 3
+    assert ours.decode(ids) == "<s> to be töö 日" == "<s> " + theirs.decode(ids)
+    decoder = StreamDecoder(ours)
+    pieces = [decoder.push(i) for i in ids[1:]]
+    assert pieces == [" to", " be", " t", "ö", "ö", " ", "", "", "日"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, {}),
+        ({"eos_token_id": 0, "bos_token_id": 3}, {"end": 0, "bos": 3}),
+        ({"eos_token_id": [5, 0], "bos_token_id": None}, {"end": 5}),
+        ({"eos_token_id": 280, "bos_token_id": -1}, {}),
+        ({"eos_token_id": [], "bos_token_id": "0"}, {}),
+    ],
+)
+def test_where_a_text_begins_and_ends(tmp_path, settings, found):
+    """The ids in config.json, if the tokenizer has them."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    spec, largest = read_hf(tmp_path / "tokenizer.json", settings)
+    assert spec == {"kind": "hf", "json": spec["json"], **found} and largest == 279
+    assert start_of_text(spec) == found.get("bos") and end_of_text(spec) == found.get("end")
+    assert start_of_text({"kind": "tiktoken", "name": "gpt2"}) == 50256
+
+
+HOSTILE = [
+    "", "{}", "[]", "null", None, 7, "[" * 100_000,
+    '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}',
+    '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+    '{"model": {"type": "BPE", "vocab": {"a": 99999999999999999999}, "merges": []}}',
+    '{"model": {"type": "Magic"}}',
+    '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "decoder": {"type": "Sequence"}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_tokenizer_json_is_one_line(text):
+    """Whatever the file holds, the error names it."""
+    with pytest.raises(UserError, match="tokenizer.json cannot be read") as caught:
+        Tokenizer({"kind": "hf", "json": text})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("decoder", [None, {"type": "WordPiece", "prefix": "##", "cleanup": True}])
+def test_a_decoder_whose_tokens_have_no_bytes_is_refused(decoder):
+    """Without bytes of every token there is no stream of text."""
+    content = {**json.loads(byte_level().to_str()), "decoder": decoder}
+    with pytest.raises(UserError, match="the decoder .* is not supported, only ByteLevel"):
+        Tokenizer({"kind": "hf", "json": json.dumps(content)})

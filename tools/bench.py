@@ -3,6 +3,7 @@ Time the attention variants against each other, against this machine's limits an
 
     python -m tools.bench decode [--vs_hf]  one layer at 32,768 tokens, a 124M GPT, a long batch
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
+    python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
     python -m tools.bench svd               exact against randomized factors
     python -m tools.bench config/train_mla.py --report
                                             a config's parameters, bytes and FLOPs beside MHA's
@@ -22,9 +23,9 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import GPT, Cache, GPTConfig
+from model import ATTENTION, GPT, Cache, GPTConfig
 from nanomla import costs
 from nanomla.distributed import resolve_device
 from nanomla.optim import make_optimizers
@@ -36,8 +37,8 @@ Rows = list[dict[str, Any]]
 
 
 @dataclass
-class SvdConfig:
-    """The settings of `svd`, and of all commands that time something."""
+class BenchConfig:
+    """The settings of `svd`, and of every command that times something."""
 
     device: Annotated[str, "#bench", "auto, cpu, cuda, cuda:1, mps"] = "auto"
     seed: Annotated[int, "of weights and inputs", ">= 0"] = 1337
@@ -48,11 +49,17 @@ class SvdConfig:
 
 
 @dataclass
-class TimingConfig(SvdConfig):
-    """The settings of `decode` and `train`."""
+class RoundsConfig(BenchConfig):
+    """The settings of `lengths`."""
 
     rounds: Annotated[int, "#bench", "rounds that the medians are taken over", ">= 1"] = 15
-    vs_hf: Annotated[bool, "time transformers' GPT-2 and DeepSeek-V3 attention too"] = False
+
+
+@dataclass
+class TimingConfig(RoundsConfig):
+    """The settings of `decode` and `train`."""
+
+    vs_hf: Annotated[bool, "#bench", "time transformers' GPT-2 and DeepSeek-V3 too"] = False
 
 
 @dataclass
@@ -73,12 +80,13 @@ def main(argv: list[str] | None = None) -> None:
     commands = {
         "decode": (TimingConfig, bench_decode),
         "train": (TimingConfig, bench_train),
-        "svd": (SvdConfig, bench_svd),
+        "lengths": (RoundsConfig, bench_lengths),
+        "svd": (BenchConfig, bench_svd),
         "--report": (ReportConfig, report),
     }
     given = [arg for arg in argv if arg.removesuffix("=True") in commands]
     if len(given) != 1 and not {"--help", "-h"} & set(argv):
-        raise UsageError("say one of: decode, train, svd, or --report with a config file")
+        raise UsageError("say one of: decode, train, lengths, svd, or --report with a config file")
     config_class, command = commands[given[0].removesuffix("=True") if given else "decode"]
     rest = [arg for arg in argv if arg not in commands]
     cfg, _ = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
@@ -205,40 +213,60 @@ def bench_decode(cfg: TimingConfig, device: str) -> Rows:
 def fill(cache: Cache, pos: int) -> Cache:
     """A cache of `pos` random tokens: the time of a step does not depend on what they are."""
     for t in cache.tensors:
-        t.normal_()
+        if t.dtype == torch.int8:
+            t.random_(-127, 128)
+        elif cache.dtype == torch.int8:  # the scales, such that the rows have a variance of 1
+            t.fill_(3**0.5 / 127)
+        else:
+            t.normal_()
     cache.advance(pos)
     return cache
+
+
+def layer_variants(L: int) -> dict[str, dict[str, Any]]:
+    """The settings of every attention that is timed alone; MHA and MLA come first."""
+    latent = {"use_mla": True, "mla_latent_dim": L}
+    return {
+        "MHA": {},
+        "MLA": latent,
+        "GQA, 6 key/value heads": {"n_kv_head": 6},
+        "MQA": {"n_kv_head": 1},
+        "MLA, 4 groups": {"use_mla": True, "mla_latent_dim": L // 4, "mla_groups": 4},
+        "MLA + SVD": latent | {"use_svd": True, "svd_rank": 16},
+        "MLA, rotary latent": latent | {"pos_emb": "rope", "mla_rope": "latent"},
+        "64 latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 64},
+    }
 
 
 def bench_layer(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limits) -> Rows:
     """One attention layer of 24 heads of 32, one new token on 32,768 cached ones; L = 192."""
     S, L, C, nh = 32768, 192, 768, 24
     base = {"block_size": S, "vocab_size": 64, "n_layer": 1, "n_head": nh, "bias": False}
-    latent = {"use_mla": True, "mla_latent_dim": L}
-    variants = {
-        "MHA": {},
-        "MLA": latent,
-        "MLA, 4 groups": {"use_mla": True, "mla_latent_dim": L // 4, "mla_groups": 4},
-        "MLA + SVD": latent | {"use_svd": True, "svd_rank": 16},
-    }
     x = torch.randn(1, 1, C, device=device, dtype=dtype)
-    entries, attns = [], {}
-    for name, extra in variants.items():
-        model = GPT(GPTConfig(**base, **extra)).to(device, dtype).eval()
+    entries, models = [], {}
+    for name, extra in layer_variants(L).items():
+        models[name] = model = GPT(GPTConfig(**base, **extra)).to(device, dtype).eval()
         attn, cache = model.transformer.h[0].attn, fill(model.make_cache(1, S), S - 1)
-        flops = 2 * nh * attn.numbers_per_key(decoding=True) * S
-        run = lambda attn=attn, cache=cache: attn(x, cache)
+        flops = 2 * nh * (attn.numbers_per_key(decoding=True) * S + attn.numbers_per_token())
+        turn = (model.rope_cos[-1:], model.rope_sin[-1:]) if model.config.rotary_dim else None
+        run = lambda attn=attn, cache=cache, turn=turn: attn(x, cache, turn)
         entries.append(Timed(name, run, cache=cache, nbytes=cache.nbytes, flops=flops))
-        attns[name] = attn
     mha, mla = entries[0], entries[1]
+    for e in (mha, mla):
+        attn = models[e.name].transformer.h[0].attn
+        cache = fill(models[e.name].make_cache(1, S, torch.int8), S - 1)
+        run = lambda attn=attn, cache=cache: attn(x, cache)
+        name, nbytes = f"{e.name}, int8 cache", cache.nbytes
+        entries.append(dataclasses.replace(e, name=name, run=run, cache=cache, nbytes=nbytes))
+    dense, latent = (models[e.name].transformer.h[0].attn for e in (mha, mla))
     k, v = (t[0] for t in mha.cache.tensors)
 
     def plain() -> Tensor:  # what most code does with a cache; it writes nothing, which favours it
-        q = attns["MHA"].c_attn(x).split(C, dim=2)[0].view(1, 1, nh, C // nh).transpose(1, 2)
-        return attns["MHA"].c_proj(F.scaled_dot_product_attention(q, k, v).view(1, 1, C))
+        q = dense.c_attn(x).split(C, dim=2)[0].view(1, 1, nh, C // nh).transpose(1, 2)
+        return dense.c_proj(F.scaled_dot_product_attention(q, k, v).view(1, 1, C))
 
     def expand() -> Tensor:
-        return attns["MLA"](x, mla.cache, absorb=False)
+        return latent(x, mla.cache, absorb=False)
 
     name = "MHA by scaled_dot_product_attention"
     entries.append(dataclasses.replace(mha, name=name, run=plain))
@@ -254,7 +282,7 @@ def bench_layer(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limi
         row["MHA / this"] = f"{mha.seconds / e.seconds:.2f}"
         row["this / MLA"] = f"{e.seconds / mla.seconds:.1f}"
         if e.cache is not None:
-            row["cache MB"] = f"{e.cache.nbytes / 1e6:.1f}"
+            row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
         if e.flops:
             row["x roofline"] = f"{e.seconds / limits.seconds(e.nbytes, e.flops, dtype):.2f}"
         rows.append(row)
@@ -266,15 +294,18 @@ def bench_gpt(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limits
     """A 124M GPT, batch 1, 8 greedy tokens from a context of 1,000."""
     context, n = 1000, 8
     rotary = {"pos_emb": "rope", "mla_rope_dim": 32}
+    latent = {"use_mla": True, "mla_latent_dim": 192}
     variants = {
         "MHA": {},
-        "MLA, L = 192": {"use_mla": True, "mla_latent_dim": 192},
-        "MLA, L = 192, rotary 32": {"use_mla": True, "mla_latent_dim": 192, **rotary},
+        "GQA, 3 key/value heads": {"n_kv_head": 3},
+        "MLA, L = 192": latent,
+        "MLA, L = 192, rotary 32": {**latent, **rotary},
+        "MLA, rotary latent, L = 192": {**latent, "pos_emb": "rope", "mla_rope": "latent"},
     }
     idx, entries, models = torch.randint(50257, (1, context), device=device), [], []
 
     def decode(model: GPT, cache: Cache) -> None:
-        cache.truncate(context - 1)
+        cache.rewind(context - 1)
         token = idx[:, -1:]
         for _ in range(n):
             token = model(token, cache=cache)[0][:, -1].argmax(-1, keepdim=True)
@@ -288,8 +319,8 @@ def bench_gpt(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limits
         entries.append(Timed(name, run, cache=cache, nbytes=nbytes, flops=flops, steps=n))
         models.append(model)
     mha = entries[0]
-    whole = Timed("MHA, no cache (1 token)", lambda: models[0](idx)[0].argmax(-1), slow=True)
-    entries.append(whole)
+    uncached = lambda: models[0](idx)[0].argmax(-1)
+    entries.append(Timed("MHA, no cache (1 token)", uncached, slow=True))
     hf = None
     if cfg.vs_hf:
         run = hf_gpt2(device, dtype, idx, n)
@@ -320,7 +351,7 @@ def bench_long(cfg: TimingConfig, device: str, limits: Limits) -> Rows:
     token, entries = torch.randint(50257, (B, 1), device=device), []
 
     def step(model: GPT, cache: Cache) -> None:
-        cache.truncate(S - 1)
+        cache.rewind(S - 1)
         model(token, cache=cache)
 
     for name, extra in variants.items():
@@ -336,7 +367,7 @@ def bench_long(cfg: TimingConfig, device: str, limits: Limits) -> Rows:
         row = {"model": e.name, "ms/step": f"{e.seconds * 1e3:.0f}"}
         row["tokens/s"] = f"{B / e.seconds:.1f}"
         row["MHA / this"] = f"{entries[0].seconds / e.seconds:.2f}"
-        row["cache MB"] = f"{e.cache.nbytes / 1e6:,.0f}"
+        row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
         least = limits.seconds(e.nbytes, e.flops, torch.float32)
         rows.append(row | {"x roofline": f"{e.seconds / least:.2f}"})
     return table("The same at 8,192 tokens of context, batch 8, rotary, float32", rows)
@@ -407,14 +438,18 @@ def training_variants(base: GPTConfig) -> list[tuple[str, GPTConfig, str]]:
     """(name, config, the name of MHA with the same positions) of every variant that train times."""
     latent = {"use_mla": True, "mla_latent_dim": base.n_embd // 4}
     svd = {"use_svd": True, "svd_rank": base.hs // 2}
-    kinds = {"MHA": {}, "MHA + SVD": svd, "MLA": latent, "MLA + SVD": latent | svd}
+    kinds = {"MHA": {}, "MHA + SVD": svd, "MQA": {"n_kv_head": 1}}
+    kinds |= {"MLA": latent, "MLA + SVD": latent | svd}
     variants = [(name, dataclasses.replace(base, **kind), "MHA") for name, kind in kinds.items()]
     for name, kind in kinds.items():
         if name != "MHA + SVD":
             rope = {"pos_emb": "rope"} | ({"mla_rope_dim": 16} if "use_mla" in kind else {})
             config = dataclasses.replace(base, **kind, **rope)
             variants.append((f"{name}, rotary", config, "MHA, rotary"))
-    return variants
+    turning = dataclasses.replace(base, pos_emb="rope", mla_rope="latent", **latent)
+    slots = dataclasses.replace(base, use_latent_tokens=True, n_latent_tokens=16)
+    variants.append(("MLA, rotary latent", turning, "MHA, rotary"))
+    return [*variants, ("16 latent tokens", slots, "MHA")]
 
 
 def bench_iteration(
@@ -474,10 +509,60 @@ def hf_gpt2_loss(base: GPTConfig, x: Tensor, y: Tensor) -> tuple[Callable[[], Te
     return lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()), model, adamw
 
 
+# ---- lengths
+
+
+def bench_lengths(cfg: RoundsConfig, device: str) -> Rows:
+    """The tables of `lengths`."""
+    dtypes = (torch.float32, torch.bfloat16)
+    return [row for dtype in dtypes for row in bench_training_lengths(cfg, device, dtype)]
+
+
+def bench_training_lengths(cfg: RoundsConfig, device: str, dtype: torch.dtype) -> Rows:
+    """What a token costs in the forward and backward pass of one layer, over the length T."""
+    lengths = [512, 1024, 2048, 4096, 8192, 16384]
+    base = {"block_size": lengths[-1], "n_embd": 128, "n_head": 4, "bias": False}
+
+    def new_layer(config: GPTConfig) -> nn.Module:
+        return ATTENTION[config.attention](config).to(device)
+
+    layers = {"MHA": new_layer(GPTConfig(**base))}
+    for m in (16, 64):
+        settings = {"use_latent_tokens": True, "n_latent_tokens": m}
+        layers[f"{m} latent tokens"] = new_layer(GPTConfig(**base, **settings))
+
+    def train(layer: nn.Module, x: Tensor) -> None:
+        for _ in range(max(4096 // x.size(1), 1)):  # short passes vary, so several are one run
+            with torch.autocast(device.partition(":")[0], dtype, enabled=dtype != torch.float32):
+                y = layer(x)
+            y.float().square().mean().backward()
+            layer.zero_grad(set_to_none=True)
+
+    entries = []
+    for T in lengths:
+        x = torch.randn(1, T, base["n_embd"], device=device, requires_grad=True)
+        for name, layer in layers.items():
+            run = lambda layer=layer, x=x: train(layer, x)
+            entries.append(Timed(f"{name}, {T}", run, steps=max(T, 4096)))
+    took = alternate(entries, max(cfg.rounds // 3, 3), device)
+    us = {T: [took[f"{name}, {T}"].seconds * 1e6 for name in layers] for T in lengths}
+    rows = []
+    for T, row in us.items():
+        times = {f"{name}, us/token": f"{t:.1f}" for name, t in zip(layers, row, strict=True)}
+        others = zip(list(layers)[1:], row[1:], strict=True)
+        ratios = {f"MHA / {name}": f"{row[0] / t:.2f}" for name, t in others}
+        rows.append({"T": f"{T:,}"} | times | ratios)
+    ratios = [b / a for a, b in zip(us[1024], us[16384], strict=True)]
+    named = zip(layers, ratios, strict=True)
+    rows.append({"T": "16,384 / 1,024"} | {f"{name}, us/token": f"{r:.2f}" for name, r in named})
+    what = "Forward and backward of one attention layer, 128 wide, 4 heads, batch 1"
+    return table(f"{what}, {name_of(dtype)}", rows)
+
+
 # ---- svd and --report
 
 
-def bench_svd(cfg: SvdConfig, device: str) -> Rows:
+def bench_svd(cfg: BenchConfig, device: str) -> Rows:
     """One 1600 x 6400 matrix to rank 64: with a decaying spectrum, and as drawn at the start."""
     U, V = (torch.linalg.qr(torch.randn(n, 1600, device=device))[0] for n in (1600, 6400))
     decaying = (U * 0.99 ** torch.arange(1600, device=device)) @ V.T
@@ -503,7 +588,8 @@ def bench_svd(cfg: SvdConfig, device: str) -> Rows:
 def report(cfg: ReportConfig, device: str) -> Rows:
     """Parameters by part, cache bytes per token and FLOPs per token of a config, beside MHA's."""
     config = cfg.model
-    models = GPT(config), GPT(dataclasses.replace(config, use_mla=False, use_svd=False))
+    plain = {"use_mla": False, "use_svd": False, "use_latent_tokens": False, "n_kv_head": None}
+    models = GPT(config), GPT(dataclasses.replace(config, **plain))
 
     def count(model: GPT, part: str) -> int:
         return sum(p.numel() for name, p in model.named_parameters() if part in name)
@@ -532,8 +618,9 @@ def report(cfg: ReportConfig, device: str) -> Rows:
     for what, figure in lines:
         mine, theirs = (figure(model) for model in models)
         row = {"": what, "this config": f"{mine:,}", "MHA": f"{theirs:,}"}
-        rows.append(row | {"MHA / this": f"{theirs / mine:.2f}"})
-    return table("Counted from the tensors themselves", rows)
+        rows.append(row | {"MHA / this": f"{theirs / mine:.2f}" if mine else "constant state"})
+    shape = f"{config.n_layer} layers, {config.n_embd} wide, vocabulary {config.vocab_size:,}"
+    return table(f"Counted from the tensors themselves: {shape}", rows)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """
-Write a trained model as a folder of safetensors.
+Write a trained model as a folder of safetensors, in a format that other engines load if one fits.
 
     python -m tools.export --out_dir=out-mla --to=exported
+    python -m tools.export --out_dir=out-llama-style --to=exported --format=llama
     python sample.py --init_from=exported
 
-A model with ordinary attention and learned positions becomes a Hugging Face GPT-2, which
-transformers loads. Any other model keeps its own names and settings, with "model_type": "nanomla".
-Both kinds of folder can be given to --init_from.
+The formats are those of nanomla/formats.py: GPT-2, Llama and DeepSeek-V3, which transformers loads,
+and our own ("model_type": "nanomla"), which has every setting. Any such folder can be given to
+--init_from. docs/export.md has the details.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
+from model import GPT
 from nanomla import checkpoint, formats
-from nanomla.settings import UsageError, UserError, check, configure, run_script
+from nanomla.checkpoint import Checkpoint
+from nanomla.settings import UsageError, UserError, check, configure, declared, flat, run_script
+from nanomla.tokenizer import end_of_text, start_of_text
+from train import TrainConfig
 
 
 @dataclass
@@ -23,12 +29,15 @@ class ExportConfig:
     """What to read and where to write."""
 
     out_dir: Annotated[
-        str, "#export", "the run's folder; its best.pt, else its ckpt.pt is read"
+        str, "#export", "the run's folder; its best.pt, else its ckpt.pt; or a folder of weights"
     ] = "out"
-    ckpt: Annotated[str | None, "#export", "a checkpoint file instead"] = None
+    ckpt: Annotated[str | None, "a checkpoint file instead"] = None
     to: Annotated[
-        str | None, "#export", "the folder to write: a new one, an empty one, or an earlier export"
+        str | None, "the folder to write: a new one, an empty one, or an earlier export"
     ] = None
+    format: Annotated[
+        Literal["auto", "gpt2", "llama", "deepseek_v3", "nanomla"], "auto: the first that fits"
+    ] = "auto"
 
     def __post_init__(self) -> None:
         check(self)
@@ -36,33 +45,123 @@ class ExportConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Export one checkpoint."""
-    cfg, _ = configure(ExportConfig, sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    cfg, _ = configure(ExportConfig, argv)
     if not cfg.to:
         raise UsageError("say where the export shall go: --to=FOLDER")
     target = Path(cfg.to)
     formats.check_target(target)
-    stored = checkpoint.load(cfg.ckpt or checkpoint.find(cfg.out_dir, prefer_best=True))
+    stored = formats.open_weights(cfg.ckpt or cfg.out_dir, prefer_best=True)
     model, _ = checkpoint.build(stored)
+    kind, why = formats.fitting_format(model.config)
+    if cfg.format not in ("auto", kind):
+        kind = cfg.format
+        if settings := formats.in_the_way(model.config, kind):
+            problem = f"{kind} has no {', '.join(settings)}"
+            raise UserError(f"--format={kind} does not fit {stored.source}: {problem}")
+        why = "as asked"
+    settings, tensors = formats.FORMATS[kind].write(model)
+    spec, texts = _tokenizer(stored, kind)
+    if kind != "nanomla":
+        settings |= {"bos_token_id": start_of_text(spec), "eos_token_id": end_of_text(spec)}
+    texts[formats.CONFIG] = formats.as_json(settings)
+    texts[formats.CARD] = model_card(model, stored, kind, why, argv)
+    formats.write_folder(target, tensors, texts)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    print(f"{stored.source} as {kind}: {why}")
+    print(f"{size / 1e6:,.1f} MB in {target}")
+
+
+def _tokenizer(stored: Checkpoint, kind: str) -> tuple[dict | None, dict[str, str]]:
+    """A checkpoint's tokenizer and its files by name; a warning says what cannot be written."""
     try:
         spec = checkpoint.tokenizer_spec(stored)
     except UserError as error:
-        spec = None
         print(f"warning: exported without a tokenizer: {error}", file=sys.stderr)
-    convert = formats.as_gpt2 if formats.fits_gpt2(model.config) else formats.as_nanomla
-    settings, tensors = convert(model)
-    kind = settings["model_type"]
-    texts = {formats.CONFIG: formats.as_json(settings)}
-    if spec:
-        texts[formats.TOKENIZER] = formats.as_json(spec)
-    if kind == "gpt2" and spec == {"kind": "tiktoken", "name": "gpt2"}:
-        try:
-            texts |= formats.gpt2_tokenizer()
-        except UserError as error:
-            files = f"{formats.VOCAB} and {formats.MERGES}, for transformers"
-            print(f"warning: exported without {files}: {error}", file=sys.stderr)
-    formats.write_folder(target, tensors, texts)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    print(f"{stored.source} as {kind}: {size / 1e6:,.1f} MB in {target}")
+        return None, {}
+    try:
+        texts = formats.tokenizer_files(spec, kind)
+    except UserError as error:
+        files = f"{formats.VOCAB} and {formats.MERGES}, for transformers"
+        print(f"warning: exported without {files}: {error}", file=sys.stderr)
+        texts = {}
+    if formats.HF_TOKENIZER not in texts:  # which has it all
+        texts[checkpoint.TOKENIZER] = formats.as_json(spec)
+    return spec, texts
+
+
+def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, argv: list[str]) -> str:
+    """The text of an export's README.md: metadata, what the model is, where it comes from."""
+    config, foreign = model.config, kind != "nanomla"
+    best, cache = stored.best_val_loss, model.make_cache(1, 1)
+    numbers = cache.bytes_per_token // model.lm_head.weight.itemsize // config.n_layer
+    fewer = f"{model.get_memory_savings(1):.3g}x fewer than MHA of this width" if numbers else ""
+    rows = {
+        "format": f"{kind}: {why}",
+        "parameters": f"{model.get_num_params(non_embedding=False):,}",
+        "cache": f"{numbers:,} numbers per token and layer, {fewer}"
+        if numbers
+        else f"a state of {cache.nbytes:,} bytes, whatever the context",
+        "context": f"{config.block_size:,} tokens",
+        "vocabulary": f"{config.vocab_size:,} ids",
+        "data": stored.config.get("dataset"),
+        "iterations": f"{stored.iter_num:,}" if stored.iter_num else None,
+        "best validation loss": f"{best:.4f} nats per token" if best < float("inf") else None,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+    made = [f"    python -m tools.export {shlex.join(argv)}"]
+    if command := training_command(stored):
+        made.insert(0, f"    {command}")
+    settings = "\n".join(f"    {name} = {value!r}" for name, value in vars(config).items())
+    use = ["    python sample.py --init_from=FOLDER"]
+    if foreign:
+        use += ["    transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"]
+    return "\n".join([
+        "---",
+        f"library_name: {'transformers' if foreign else 'nanomla'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in dict.fromkeys(("nanomla", kind, config.attention))),
+        "---",
+        "",
+        "# A GPT exported by nanoMLA",
+        "",
+        "| | |",
+        "|---|---|",
+        table,
+        "",
+        "## Made with",
+        "",
+        *made,
+        "",
+        "## Open it",
+        "",
+        *use,
+        "",
+        "## Settings",
+        "",
+        settings,
+        "",
+    ])  # fmt: skip
+
+
+def training_command(stored: Checkpoint) -> str | None:
+    """
+    The train.py command of the run that wrote a checkpoint; None for weights without a run.
+
+    A resumed run's is that of a new run: --init_from=resume makes no model by itself.
+    """
+    known, defaults = declared(TrainConfig), flat(TrainConfig())
+    given = {
+        name: value
+        for name, value in stored.config.items()
+        if name in known and value != defaults[name] and not name.startswith("wandb_")
+    }
+    if given.get("init_from") == "resume":
+        del given["init_from"]
+    if not given:
+        return None
+    return shlex.join(["python", "train.py", *(f"--{k}={v}" for k, v in given.items())])
 
 
 if __name__ == "__main__":

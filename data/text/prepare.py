@@ -9,8 +9,11 @@ document; in a .jsonl file every line is one, with its text in the --field. File
 (.txt.gz). Text must be UTF-8 and is not changed: line ends and byte-order marks stay. Empty
 documents are left out.
 
-The tokenizer's end-of-text token separates documents; char and byte have none and use a newline.
-"<|endoftext|>" in a text is ordinary text.
+The tokenizer's end-of-text token separates documents; char, byte and a tokenizer.json whose folder
+names none use a newline. "<|endoftext|>" in a text is ordinary text.
+
+--tokenizer=FOLDER takes the tokenizer.json of a folder of weights, so that train.py can fine-tune
+them (--init_from=FOLDER). Documents are then encoded without the tokens that begin or end a text.
 
 --split=tail: val is the last --val_fraction of the characters. So that no token is cut, it begins
 up to 4,096 characters later, at the first place where a document begins or text may be cut (see
@@ -24,7 +27,7 @@ pieces of at most 524,288 characters, so memory does not grow with the input, ex
 after a line end between two characters that are no white space, the second of them no "/". At these
 places all three BPE tokenizers begin a new token whatever comes before and after, so the ids are
 those of the uncut documents. A stretch of 524,288 characters without such a place is cut at its
-end.
+end. Byte-level and SentencePiece BPE in a tokenizer.json begin tokens at these places too.
 """
 
 import codecs
@@ -51,14 +54,17 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 from nanomla.dataset import Meta, write_dataset
 from nanomla.prepare import cores, encode_chars, in_order, report
 from nanomla.settings import UsageError, UserError, check, configure, run_script
-from nanomla.tokenizer import Tokenizer
+from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf, read_json
 
+TOKENIZERS = ("gpt2", "cl100k_base", "o200k_base", "char", "byte")  # all others are files
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files that are read in a folder
 PIECE = 1 << 19  # characters tokenized at a time; tiktoken fails at a million blanks in a row
 NEAR = 4096  # characters in which a place to cut is looked for first
 CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")  # the docstring's last paragraph says why
 
 Piece = tuple[int, str]  # the number of a document, and the next part of its text
+# Texts, each with what is before it: nothing, another document, or the rest of its own.
+Batch = list[tuple[Literal["nothing", "other", "rest"], str]]
 
 
 @dataclass
@@ -66,9 +72,9 @@ class PrepareConfig:
     name: Annotated[str | None, "#output", "write data/NAME, for --dataset=NAME"] = None
     out: Annotated[str | None, "#output", "write this folder instead"] = None
     tokenizer: Annotated[
-        Literal["gpt2", "cl100k_base", "o200k_base", "char", "byte"],
+        str,
         "#tokens",
-        "the tokenizer",
+        f"{', '.join(TOKENIZERS)}, or a folder with a {HF_TOKENIZER}",
     ] = "gpt2"
     val_fraction: Annotated[
         float, "#split", "the share of the text that is val, between 0 and 1", "> 0", "< 1"
@@ -88,6 +94,11 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.tokenizer not in TOKENIZERS and not hf_file(self.tokenizer).is_file():
+            raise ValueError(
+                f"--tokenizer={self.tokenizer}: tokenizer must be one of {', '.join(TOKENIZERS)}, "
+                f"or a folder with a {HF_TOKENIZER}"
+            )
         if (self.name is None) == (self.out is None):
             raise ValueError("say where to write: --name=NAME for data/NAME, or --out=FOLDER")
         if self.name is not None and (
@@ -119,8 +130,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(
             f"{folder} belongs to the prepare.py in it; choose another place to write to"
         )
-    found = survey(find_files(paths), cfg)
-    tokenizer = make_tokenizer(cfg.tokenizer, found)
+    files = find_files(paths)
+    imported = None if cfg.tokenizer in TOKENIZERS else read_tokenizer(cfg.tokenizer)
+    found = survey(files, cfg)
+    tokenizer = imported or make_tokenizer(cfg.tokenizer, found)
     meta = Meta(
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer.spec,
@@ -134,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         meta.split["seed"] = cfg.seed
     start = time.perf_counter()
     with tqdm(
-        total=found.bytes, unit="B", unit_scale=True, desc=cfg.tokenizer, disable=None
+        total=found.bytes, unit="B", unit_scale=True, desc=Path(cfg.tokenizer).name, disable=None
     ) as bar:
         splits = {
             split: encode_split(split, cfg, found, tokenizer, meta.split_bytes, bar)
@@ -145,6 +158,23 @@ def main(argv: list[str] | None = None) -> None:
     report(folder, meta)
     size = f"{found.documents:,} documents, {found.bytes / 1e6:,.1f} MB"
     print(f"{size}, tokenized at {speed:.1f} MB/s")
+
+
+def hf_file(name: str) -> Path:
+    """The tokenizer.json that --tokenizer names, by itself or by its folder."""
+    return Path(name) / HF_TOKENIZER if Path(name).is_dir() else Path(name)
+
+
+def read_tokenizer(name: str) -> Tokenizer:
+    """
+    The tokenizer of a folder of weights, with the spec that a checkpoint read from there has.
+
+    Raises UserError if tokenizer.json or the config.json beside it cannot be used.
+    """
+    path = hf_file(name)
+    config = path.with_name("config.json")
+    spec, _ = read_hf(path, read_json(config) if config.exists() else {})
+    return Tokenizer(spec)
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
@@ -373,52 +403,82 @@ def encode_split(
         raise UserError("the files changed while they were read; run this again")
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[tuple[bool, str]]]:
+def _batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
     """
     Batches of pieces, up to PIECE characters together, as a thread for each small one costs time.
 
-    A batch's items are (whether a separator comes before the text, text). One comes before every
-    document but the split's first.
+    A batch's items are (what is before the text in this split, text).
     """
     batch, size, last = [], 0, None
     for index, text in pieces:
         if size and size + len(text) > PIECE:
             yield batch
             batch, size = [], 0
-        batch.append((last is not None and index != last, text))
+        batch.append(("nothing" if last is None else "rest" if index == last else "other", text))
         size += len(text)
         last = index
     if batch:
         yield batch
 
 
-def batch_encoder(
-    tokenizer: Tokenizer,
-) -> Callable[[list[tuple[bool, str]]], tuple[np.ndarray, int]]:
+def batch_encoder(tokenizer: Tokenizer) -> Callable[[Batch], tuple[np.ndarray, int]]:
     """A function from a batch to its ids, separators included, and its text's number of bytes."""
-    if tokenizer.kind == "tiktoken":
-        separator = [tokenizer.bpe.eot_token]
+    end = end_of_text(tokenizer.spec)
+    if tokenizer.kind == "hf":
+        encode_hf = hf_encoder(tokenizer)
+        separator = encode_hf("\n", True) if end is None else [end]
+    elif end is not None:
+        separator = [end]
     elif tokenizer.kind == "byte":
         separator = [ord("\n")]
     else:  # a vocabulary without newline is that of a single document
         separator = [tokenizer.ids[c] for c in "\n" if c in tokenizer.ids]
     separator = np.array(separator, dtype=np.uint32)
 
-    def ids_of(text: str, raw: bytes) -> np.ndarray:
+    def ids_of(text: str, raw: bytes, inside: bool) -> np.ndarray:
         if tokenizer.kind == "byte":
             return np.frombuffer(raw, dtype=np.uint8)
         if tokenizer.kind == "char":
             return encode_chars(text, tokenizer.chars)
+        if tokenizer.kind == "hf":
+            return np.array(encode_hf(text, inside), dtype=np.uint32)
         # This method releases the GIL, so that threads help, and makes no Python list.
         return tokenizer.bpe.encode_to_numpy(text, disallowed_special=())
 
-    def encode(batch: list[tuple[bool, str]]) -> tuple[np.ndarray, int]:
+    def encode(batch: Batch) -> tuple[np.ndarray, int]:
         parts, size = [], 0
-        for separate, text in batch:
+        for before, text in batch:
             raw = text.encode("utf-8")
             size += len(raw)
-            parts += [separator, ids_of(text, raw)] if separate else [ids_of(text, raw)]
+            ids = ids_of(text, raw, before == "rest")
+            parts += [separator, ids] if before == "other" else [ids]
         return np.concatenate(parts), size
+
+    return encode
+
+
+def hf_encoder(tokenizer: Tokenizer) -> Callable[[str, bool], list[int]]:
+    """
+    A function from (text, whether it goes on within a document) to ids, for a tokenizer.json.
+
+    Special tokens are neither added nor seen in the text.
+    """
+    tokenizer.hf.encode_special_tokens = True  # as ordinary text
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer.hf.encode(text, add_special_tokens=False).ids
+
+    # Some tokenizers put a space before the first word of a text. So a text that goes on is encoded
+    # after a character, whose own ids are then dropped.
+    fronts = {front: ids_of(front) for front in "a\n"}
+
+    def encode(text: str, inside: bool) -> list[int]:
+        if inside:
+            front = "a" if text[:1].isspace() else "\n"
+            ids, known = ids_of(front + text), fronts[front]
+            if ids[: len(known)] == known:
+                return ids[len(known) :]
+        return ids_of(text)
 
     return encode
 

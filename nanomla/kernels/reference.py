@@ -17,7 +17,7 @@ def attend(
     """softmax((q k^T + extra) scale) v, causal; the shapes are those of nanomla.kernels.attend."""
     scores = (q * scale) @ k.mT  # (..., T * m, S); queries are fewer than keys, so they are scaled
     if extra is not None:
-        scores = scores + extra * scale
+        scores = scores + (extra * scale).to(scores.dtype)
     if T > 1:
         mask = causal_mask(T, k.size(-2), q.size(-2) // T, q.device)
         scores = scores.masked_fill(~mask, float("-inf"))
