@@ -1,8 +1,9 @@
 """
 Decoding on a CPU: few new tokens, no gradient.
 
-torch gives one query block, or one row of a product, to one core. Here the keys, or the weight, are
-cut into blocks that pose as heads, or as a batch, so that all cores take part.
+torch computes one query block, or one row of a product, on one core. Here the keys, or the weight,
+are cut into blocks that torch is given as heads, or as a batch, so that all cores take part. The
+figures below were measured on two cores of a Zen 4 without AMX (docs/results.md has others).
 """
 
 import math
@@ -46,7 +47,7 @@ def split_keys(q: Tensor, rows: Tensor, T: int, scale: float, chunks: int) -> Te
     """
     One query block (B, 1, T * m, W) against rows (B, 1, S, W), keys and values, on all cores.
 
-    The old keys are cut into chunks that pose as heads. Each chunk's output comes with its
+    The old keys are cut into chunks that are passed as heads. Each chunk's output comes with its
     log-sum-exp, by which the chunks are merged, as in flash-decoding. The new tokens, which alone
     need a mask, form a last chunk together with the remainder of the division.
     """
@@ -69,8 +70,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     A few rows x (..., in) through a large weight (out, in), which all cores read together.
 
-    Blocks of the weight's rows pose as a batch. Measured on two cores: 1.6x at 1 row, 1.9x at 4,
-    1.4x at 16, 1.2x at 32; in bfloat16 nothing is gained.
+    Blocks of the weight's rows are passed as a batch. Measured: 1.6x at 1 row, 1.9x at 4, 1.4x at
+    16, 1.2x at 32; in bfloat16 nothing is gained.
     """
     blocks = math.gcd(weight.size(0), 4 * torch.get_num_threads())
     if blocks == 1:
