@@ -1,10 +1,11 @@
 """
-The whole model: a GPT whose attention block is causal self-attention (MHA) or multi-head latent
-attention (MLA), either with its values in a low-rank subspace (SVD), chosen by GPTConfig.
+The whole model: a GPT whose attention block is causal self-attention (MHA), multi-head latent
+attention (MLA), a latent that rotates, or latent tokens, chosen by GPTConfig. All but the last can
+keep their values in a low-rank subspace (SVD).
 
-Letters: B batch, T new tokens, S cached and new tokens, C = n_embd, nh heads, hs = C / nh head
-size, L latent numbers per group, G groups, m = nh / G heads per group, r rotary numbers, rv value
-rank, V vocabulary.
+Letters: B batch, T new tokens, S cached and new tokens, C = n_embd, nh heads, nkv key/value heads,
+hs head size, L latent numbers per group, G groups, m heads per group or latent tokens per head,
+r rotary numbers, rv value rank, V vocabulary.
 
 MLA is from DeepSeek-V2 (arXiv:2405.04434, section 2.1); where its names differ they stand in [].
 Only a latent c_j [compressed kv] and one rotary key kr_j [k_pe] are kept of every token j:

@@ -96,12 +96,17 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
     rows = command(cfg, device)
     if cfg.json:
-        figures = {"machine": machine(device), "torch": torch.__version__, "rows": rows}
-        try:
-            with open(cfg.json, "w", encoding="utf-8") as file:
-                json.dump(figures, file, indent=1)
-        except OSError as error:
-            raise UserError(f"--json={cfg.json}: cannot be written ({error.strerror})") from None
+        write_json(cfg.json, device, rows)
+
+
+def write_json(path: str, device: str, rows: Rows) -> None:
+    """Write figures and what they were taken on to a file; UserError if that is impossible."""
+    figures = {"machine": machine(device), "torch": torch.__version__, "rows": rows}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+    except OSError as error:
+        raise UserError(f"--json={path}: cannot be written ({error.strerror})") from None
 
 
 # ---- timing

@@ -16,7 +16,6 @@ The command times the block beside causal self-attention, trains a small GPT wit
 the validation loss where a target is in the input and where it is not, and a sample of both.
 """
 
-import json
 import math
 import sys
 import time
@@ -33,7 +32,7 @@ from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device
 from nanomla.settings import UserError, check, configure, run_script
 from nanomla.tokenizer import Tokenizer
-from tools.bench import Rows, Timed, alternate, machine, table
+from tools.bench import Rows, Timed, alternate, machine, table, write_json
 from train import TrainConfig
 
 TIMED_LATENTS = (16, 64)  # m of the timed blocks
@@ -70,12 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{machine(device)}, torch {torch.__version__}, seed {cfg.seed}")
     rows = time_block(cfg, device) + train_both(cfg, data, device)
     if cfg.json:
-        figures = {"machine": machine(device), "torch": torch.__version__, "rows": rows}
-        try:
-            with open(cfg.json, "w", encoding="utf-8") as file:
-                json.dump(figures, file, indent=1)
-        except OSError as error:
-            raise UserError(f"--json={cfg.json}: cannot be written ({error.strerror})") from None
+        write_json(cfg.json, device, rows)
 
 
 # ---- the block

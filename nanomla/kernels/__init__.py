@@ -2,7 +2,7 @@
 The two functions that model.py spends its time in, computed the fastest way that a device has.
 
 reference.py defines each in a few lines; cpu.py holds what is faster on a CPU, int8.py what takes
-rows of 8-bit integers. This module chooses.
+rows of 8-bit integers. This module chooses. slots.py computes latent tokens, which have no keys.
 """
 
 from typing import Any
