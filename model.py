@@ -23,9 +23,10 @@ nanomla/kernels/reference.py defines attend and linear.
 """
 
 import copy
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanomla.kernels import Quantized, attend, dequantise, linear, quantise
+from nanomla.kernels import Quantized, attend, by_group, by_head, dequantise, linear, quantise
 from nanomla.kernels.slots import slot_attention
 
 # cos and sin of T positions x frequencies, each (T, dim / 2); None: positions are not rotated
@@ -60,12 +61,13 @@ class GPTConfig:
     tie_weights: Annotated[bool, "lm_head is the token embedding"] = True
     pos_emb: Annotated[Literal["learned", "rope"], "a table as in GPT-2, or rotary"] = "learned"
     rope_theta: Annotated[float, "rotary base, usually 10000.0", "> 0"] = 10000.0
-    n_kv_head: Annotated[
-        int | None, "#attention", "MHA's key/value heads; None: n_head, 1: multi-query", ">= 1"
-    ] = None
+    rope_freqs: Annotated[tuple[float, ...] | None, "radians a token, by pair", "> 0"] = None
+    n_kv_head: Annotated[int | None, "#attention", "key/value heads; None: n_head", ">= 1"] = None
     head_dim: Annotated[int | None, "head size; None: n_embd / n_head", ">= 1"] = None
     use_mla: Annotated[bool, "keys and values through a cached latent"] = False
-    mla_latent_dim: Annotated[int | None, "latent's width; None: hs / 2 per head", ">= 1"] = None
+    mla_latent_dim: Annotated[
+        int | tuple[int, ...] | None, "latent's width, or each layer's; None: hs / 2 a head", ">= 1"
+    ] = None
     mla_groups: Annotated[int, "latents per token, each for n_head / mla_groups heads", ">= 1"] = 1
     mla_rope_dim: Annotated[int | None, "rotary key's width; None: half a head with rope"] = None
     mla_nope_dim: Annotated[int | None, "query width without position", ">= 1"] = None
@@ -88,16 +90,19 @@ class GPTConfig:
         works = f"a divisor of n_head={nh}: {_divisors(nh)}"
         _require(nh % self.nkv == 0, "n_kv_head", self.nkv, works)
         if self.use_latent_tokens:
-            m, other = self.n_latent_tokens, "False with use_latent_tokens"
+            m = self.n_latent_tokens
             _require(m is not None, "n_latent_tokens", m, "a number, such as 16")
-            _require(not self.use_mla, "use_mla", True, other)
-            _require(not self.use_svd, "use_svd", True, other)
-            _require(not rope, "pos_emb", "rope", "'learned' with use_latent_tokens")
+            for name, needs in (("use_mla", False), ("use_svd", False), ("pos_emb", "learned")):
+                has = getattr(self, name)
+                _require(has == needs, name, has, f"{needs!r} with use_latent_tokens")
         elif self.use_mla:
             (self._resolve_mla if self.mla_rope == "decoupled" else self._resolve_rotary_latent)()
         elif rope:
             name, works = "head_dim" if self.head_dim else "n_head", "one for an even head size"
             _require(self.hs % 2 == 0, name, getattr(self, name), f"{works}, not {self.hs}")
+        pairs, wants = len(self.rope_freqs or ()), self.rotary_dim // 2
+        works = f"None or {wants} numbers, one per rotary pair"
+        _require(pairs in (0, wants) or not rope, "rope_freqs", self.rope_freqs, works)
         if self.use_svd:
             rv = self.svd_rank = self.hs if self.svd_rank is None else self.svd_rank
             _require(rv <= self.hs, "svd_rank", rv, f"from 1 to the head size {self.hs}")
@@ -116,29 +121,34 @@ class GPTConfig:
 
     def _resolve_rotary_latent(self) -> None:
         """The same for a latent that is key and value at once and turns with its position."""
-        rope, nope = self.pos_emb == "rope", self.mla_nope_dim
-        _require(rope, "mla_rope", "latent", "'decoupled' without pos_emb='rope'")
+        nope = self.mla_nope_dim
+        _require(self.pos_emb == "rope", "mla_rope", "latent", "'decoupled' without pos_emb='rope'")
         _require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
-        self._check_latent(0, 2 * self.hs)
-        L = self.mla_latent_dim
+        L = self._check_latent(0, 2 * self.hs)
         if self.mla_rope_dim is None:
             _require(L % 2 == 0, "mla_latent_dim", L, "an even number; or set mla_rope_dim")
         r = self.mla_rope_dim = L if self.mla_rope_dim is None else self.mla_rope_dim
         works = f"an even number up to the latent's {L}"
         _require(0 < r <= L and r % 2 == 0, "mla_rope_dim", r, works)
 
-    def _check_latent(self, beside: int, per_head: int) -> None:
-        """The latent and what is beside it must be less than the keys and values of all heads."""
+    def _check_latent(self, beside: int, per_head: int) -> int:
+        """A latent and what is beside it must be less than MHA's cache. Returns the smallest."""
         nh, G, full = self.n_head, self.mla_groups, self.n_head * per_head
         _require(nh % G == 0, "mla_groups", G, f"a divisor of n_head={nh}: {_divisors(nh)}")
         if self.mla_latent_dim is None:
             works = f"a number, as head size {self.hs} has no half"
             _require(self.hs > 1, "mla_latent_dim", None, works)
             self.mla_latent_dim = nh // G * (self.hs // 2)
-        L = self.mla_latent_dim
+        dims, n = self.mla_latent_dim, 1 if self.mla_share_latent else self.n_layer
+        dims, alike = (dims, False) if isinstance(dims, tuple) else ((dims,), True)
+        works = f"one number{f', or one for each of {n} layers' * (n > 1)}"
+        fits = alike or (len(dims) == self.n_layer and len(set(dims)) <= n)
+        _require(fits, "mla_latent_dim", [*dims], works)
+        self.mla_latent_dim = dims if min(dims) < (L := max(dims)) else L
         works = f"at most {(full - 1 - beside) // G}: {G} x {L} + {beside} cached numbers a token"
         fewer = f"{works} would not be fewer than MHA's {full}"
         _require(G * L + beside < full, "mla_latent_dim", L, fewer)
+        return min(dims)
 
     @property
     def hs(self) -> int:
@@ -153,9 +163,8 @@ class GPTConfig:
     @property
     def hidden(self) -> int:
         """The MLP's inner width; with swiglu three matrices have about as many weights as two."""
-        if self.mlp_hidden is not None:
-            return self.mlp_hidden
-        return 4 * self.n_embd if self.mlp == "gelu" else max(round(self.n_embd / 24), 1) * 64
+        gelu, swiglu = 4 * self.n_embd, max(round(self.n_embd / 24), 1) * 64
+        return self.mlp_hidden or (gelu if self.mlp == "gelu" else swiglu)
 
     @property
     def nope(self) -> int:
@@ -165,16 +174,33 @@ class GPTConfig:
     @property
     def attention(self) -> str:
         """Which attention this is: a key of ATTENTION."""
-        if self.use_latent_tokens:
-            return "latent_tokens"
-        if not self.use_mla:
-            return "mha"
-        return "mla" if self.mla_rope == "decoupled" else "rotary_latent"
+        if self.use_mla:
+            return "mla" if self.mla_rope == "decoupled" else "rotary_latent"
+        return "latent_tokens" if self.use_latent_tokens else "mha"
 
     @property
     def rotary_dim(self) -> int:
         """How many numbers of a query are rotated by its position."""
         return 0 if self.pos_emb == "learned" else self.mla_rope_dim if self.use_mla else self.hs
+
+    @property
+    def frequencies(self) -> Tensor:
+        """Radians per token of every rotary pair, (rotary_dim / 2,) float64 on the CPU."""
+        plain, dim = {"dtype": torch.float64, "device": "cpu"}, self.rotary_dim
+        if self.rope_freqs and dim:
+            return torch.tensor(self.rope_freqs, **plain)
+        return self.rope_theta ** (-torch.arange(0, dim, 2, **plain) / dim)
+
+    @property
+    def spans(self) -> list[tuple["GPTConfig", int]]:
+        """Runs of layers of one shape, as their config and number: one run, or every layer."""
+        n = 1 if isinstance(self.mla_latent_dim, tuple) else self.n_layer
+        return [(self.of_layer(i), n) for i in range(0, self.n_layer, n)]
+
+    def of_layer(self, layer: int) -> "GPTConfig":
+        """This config with one latent width, that of this layer."""
+        L = self.mla_latent_dim
+        return dataclasses.replace(self, mla_latent_dim=L[layer]) if isinstance(L, tuple) else self
 
 
 def _require(holds: bool, field: str, value: object, works: str) -> None:
@@ -228,22 +254,10 @@ def block_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def by_group(y: Tensor, G: int) -> Tensor:
-    """y (B, nh, T, w) -> (B, G, T * m, w), row t * m + i: token t's i-th of m = nh / G."""
-    B, nh, T, w = y.shape
-    return y.unflatten(1, (G, nh // G)).transpose(2, 3).reshape(B, G, T * (nh // G), w)
-
-
-def by_head(y: Tensor, T: int) -> Tensor:
-    """The inverse of by_group: (B, G, T * m, w) -> (B, nh, T, w)."""
-    return y.unflatten(2, (T, y.size(2) // T)).transpose(2, 3).flatten(1, 2)
-
-
-def rope_tables(start: int, end: int, dim: int, theta: float) -> Rotation:
+def rope_tables(start: int, end: int, config: GPTConfig) -> Rotation:
     """cos and sin for positions start to end - 1, float32 on the CPU (arXiv:2104.09864, eq. 15)."""
-    exponent = -torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim
     position = torch.arange(start, end, dtype=torch.float64, device="cpu")
-    angle = torch.outer(position, theta**exponent)
+    angle = torch.outer(position, config.frequencies)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -281,6 +295,7 @@ class Cache:
 
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
     grows = True  # with every token; else it is a state of n_latent_tokens rows
+    layout: Callable[[GPTConfig], list[tuple[int, int]]]  # (heads, width) of a layer's tensors
 
     def __init__(
         self, config: GPTConfig, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
@@ -293,24 +308,26 @@ class Cache:
         kinds = itertools.cycle([dtype] if dtype != torch.int8 else [dtype, torch.float16])
         shapes = zip(self.shapes(config), kinds, strict=False)
         self.tensors = [torch.zeros(*shape, dtype=kind, device=device) for shape, kind in shapes]
-
-    @staticmethod
-    def layout(config: GPTConfig) -> list[tuple[int, int]]:
-        """(heads, width) of each tensor, (n_layer, B, heads, max_len, width)."""
-        raise TypeError("use KVCache or LatentCache")
+        self.parts = len(self.tensors) // len(config.spans)  # tensors that hold a layer
 
     def shapes(self, config: GPTConfig) -> list[tuple[int, ...]]:
-        """The shapes of the tensors for this model; with int8 each is followed by its scales."""
+        """(layers, B, heads, rows, width) of every tensor; with int8 its scales follow each."""
         rows = self.max_len if self.grows else config.n_latent_tokens
         scale = [1] if self.dtype == torch.int8 else []
-        widths = [(h, n) for h, w in self.layout(config) for n in [w, *scale]]
-        return [(config.n_layer, self.batch_size, h, rows, w) for h, w in widths]
+        parts = [(n, h, w) for of, n in config.spans for h, w in self.layout(of)]
+        widths = [(n, h, width) for n, h, w in parts for width in [w, *scale]]
+        return [(n, self.batch_size, h, rows, w) for n, h, w in widths]
 
     @classmethod
     def numbers_at(cls, config: GPTConfig, n: int) -> int:
-        """Numbers that n tokens take in one layer."""
+        """Numbers that n tokens take in all layers."""
         rows = n if cls.grows else config.n_latent_tokens
-        return rows * sum(heads * width for heads, width in cls.layout(config))
+        return rows * sum(n * h * w for of, n in config.spans for h, w in cls.layout(of))
+
+    def of_layer(self, layer: int) -> list[Tensor]:
+        """What is held in one layer, each (B, heads, rows, width)."""
+        span, i = divmod(layer, self.tensors[0].size(0))
+        return [t[i] for t in self.tensors[span * self.parts : (span + 1) * self.parts]]
 
     @property
     def pos(self) -> int:
@@ -388,9 +405,10 @@ class Cache:
         end, parts = self.pos + parts[0].size(2), self.pack(*parts)
         if self.dtype == torch.int8:
             parts = [t for part in parts for t in quantise(part)]
-        for t, new in zip(self.tensors, parts, strict=True):
-            t[layer, :, :, self.pos : end] = new
-        rows = tuple(t[layer, :, :, :end] for t in self.tensors)
+        tensors = self.of_layer(layer)
+        for t, new in zip(tensors, parts, strict=True):
+            t[:, :, self.pos : end] = new
+        rows = tuple(t[:, :, :end] for t in tensors)
         return rows if self.dtype != torch.int8 else tuple(map(Quantized, rows[::2], rows[1::2]))
 
 
@@ -419,7 +437,7 @@ class Attention(Costs, nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int, query_width: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer = config.of_layer(layer), layer
         self.nh, self.hs, self.scale = config.n_head, config.hs, 1 / math.sqrt(query_width)
 
     def _add_output(self, value_in: int, value_heads: int) -> None:
@@ -440,8 +458,8 @@ class Attention(Costs, nn.Module):
         """The tables for x (B, T, C) from position pos on: GPT's, or made here when used alone."""
         if given is not None or not self.config.rotary_dim:
             return given
-        tables = rope_tables(pos, pos + x.size(1), self.config.rotary_dim, self.config.rope_theta)
-        return tables[0].to(x.device), tables[1].to(x.device)
+        cos, sin = rope_tables(pos, pos + x.size(1), self.config)
+        return cos.to(x.device), sin.to(x.device)
 
     def numbers_per_token(self) -> int:
         """Multiplications per head and new token that no weight and no key takes part in."""
@@ -449,8 +467,7 @@ class Attention(Costs, nn.Module):
 
     def _output(self, y: Tensor) -> Tensor:
         """Heads side by side, y (B, nh, T, hs) -> (B, T, C), and back into the residual stream."""
-        B, nh, T, hs = y.shape
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, nh * hs)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 # ---- MHA
@@ -486,11 +503,9 @@ class CausalSelfAttention(Attention):
         values, rotation = self.values, self._rotation(x, pos, rotation)
         q, k, *v = self.c_attn(x).split(self.parts, dim=2)
         q, k = (apply_rope(t.view(B, T, -1, self.hs), rotation) for t in (q, k))
-        if values is None:
-            v = v[0]
-        else:  # with a cache, the coordinates in the subspace that it keeps
-            v = F.linear(x, values.dense()) if cache is None else self.v_down(x)
-        v = v.view(B, T, self.nkv, -1)
+        if values is not None:  # with a cache, the coordinates in the subspace that it keeps
+            v = [F.linear(x, values.dense()) if cache is None else self.v_down(x)]
+        v = v[0].view(B, T, self.nkv, -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs), (B, nkv, T, .)
         if cache is not None:
             past = cache.update(self.layer, k, v)
@@ -513,14 +528,15 @@ class CausalSelfAttention(Attention):
 # ---- MLA
 class LatentCache(Cache):
     """
-    MLA's cache: G * L latent numbers after their norm, r rotary numbers after their rotation. With
-    one group they lie side by side, [c ; kr], so that a row is read once, as key and as value. With
-    several, each group's latents are contiguous and the rotary key is kept once.
+    MLA's cache: G * L latent numbers after their norm and, unless they rotate themselves, r rotary
+    numbers after their rotation. With one group they lie side by side, [c ; kr]: a row is read once
+    as key and value. With several, each group's latents are contiguous, the rotary key kept once.
     """
 
     @staticmethod
     def layout(config: GPTConfig) -> list[tuple[int, int]]:
         G, L, r = config.mla_groups, config.mla_latent_dim, config.mla_rope_dim
+        r = r if config.mla_rope == "decoupled" else 0
         return [(1, L + r)] if G == 1 else [(G, L)] + [(1, r)] * (r > 0)
 
     @staticmethod
@@ -528,32 +544,26 @@ class LatentCache(Cache):
         """c (B, G, T, L) and, with r > 0, kr (B, 1, T, r) as rows and what is kept beside them."""
         return (torch.cat([c, *kr], dim=-1),) if kr and c.size(1) == 1 else (c, *kr)
 
-    @staticmethod
-    def unpack(rows: Tensor, *kr: Tensor, L: int) -> tuple[Tensor, ...]:
-        """c (B, G, S, L) and, with r > 0, kr (B, 1, S, r) of packed tokens."""
-        return (rows, *kr) if rows.size(-1) == L else (rows[..., :L], rows[..., L:])
-
 
 class LatentAttention(Attention):
     """What attention through a latent has in common: its projections, and values out of latents."""
 
-    def _add_projections(self, query_width: int, beside: int) -> None:
-        """Register queries of every head, and latents with what is cached beside them."""
+    def _add_projections(self, query_width: int, beside: int, nope: int) -> None:
+        """Register queries of every head, latents with what is cached beside them, expansions."""
         config, C, bias = self.config, self.config.n_embd, self.config.bias
         self.G, self.L, self.r = config.mla_groups, config.mla_latent_dim, config.mla_rope_dim
         self._add_output(self.L, self.nh)
-        if config.mla_q_latent_dim is None:
+        if (width := config.mla_q_latent_dim) is None:
             self.q_proj = Linear(C, self.nh * query_width, bias=bias)
         else:
-            width = config.mla_q_latent_dim
             self.q_latent_proj = Linear(C, width, bias=False)  # [q_a_proj]
             self.q_latent_norm = latent_norm(config.mla_norm, width)
             self.q_expand = Linear(width, self.nh * query_width, bias=False)  # [q_b_proj]
         self.kv_latent_proj = Linear(C, self.G * self.L + beside, bias=bias)  # [kv_a_proj_with_mqa]
         self.latent_norm = latent_norm(config.mla_norm, self.L)
-
-    def _add_values(self) -> None:
-        if not self.config.use_svd:
+        if nope:
+            self.k_expand = Linear(self.L, self.nh * nope, bias=False)  # W_UK [kv_b_proj]
+        if not config.use_svd:
             self.v_expand = Linear(self.L, self.nh * self.hs, bias=False)  # W_UV [kv_b_proj]
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -581,9 +591,7 @@ class MultiHeadLatentAttention(LatentAttention):
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         self.nope = config.nope  # [qk_nope_head_dim]
         super().__init__(config, layer, self.nope + config.mla_rope_dim)
-        self._add_projections(self.nope + config.mla_rope_dim, config.mla_rope_dim)
-        self.k_expand = Linear(self.L, self.nh * self.nope, bias=False)  # W_UK [kv_b_proj]
-        self._add_values()
+        self._add_projections(self.nope + config.mla_rope_dim, config.mla_rope_dim, self.nope)
 
     def forward(
         self, x: Tensor, cache: LatentCache | None = None, rotation: Rotation = None,
@@ -604,8 +612,9 @@ class MultiHeadLatentAttention(LatentAttention):
         if absorb:
             return self._output(self._absorbed(q, *packed))
         if pos > 0:  # the keys and values of earlier tokens have to be built again
-            rows = [dequantise(t, q.dtype) for t in packed]
-            latent = LatentCache.unpack(*rows, L=self.L)
+            latent = [dequantise(t, q.dtype) for t in packed]
+            if len(latent) == 1:  # what pack laid side by side
+                latent = latent[0].split([self.L, self.r][: 1 + (self.r > 0)], dim=-1)
         k, v = self._expand(*latent)
         dropout = self.config.dropout * (self.training and pos == 0)
         return self._output(attend(q, k, v, T, self.scale, dropout=dropout))
@@ -661,14 +670,6 @@ class MultiHeadLatentAttention(LatentAttention):
         return 2 * self.L + self.r if decoding else 2 * self.hs
 
 
-class RotaryLatentCache(Cache):
-    """The rotary latent's cache: G * L numbers, after their norm and rotation."""
-
-    @staticmethod
-    def layout(config: GPTConfig) -> list[tuple[int, int]]:
-        return [(config.mla_groups, config.mla_latent_dim)]
-
-
 class RotaryLatentAttention(LatentAttention):
     """
     The latent is key and value at once and carries the position itself (DeepSeek-V4's shared
@@ -679,12 +680,12 @@ class RotaryLatentAttention(LatentAttention):
     so that both scores and values depend on the distance i - j. There is no expanded form.
     """
 
-    Cache = RotaryLatentCache
+    Cache = LatentCache
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
-        super().__init__(config, layer, config.mla_latent_dim)
-        self._add_projections(config.mla_latent_dim, 0)
-        self._add_values()
+        L = config.of_layer(layer).mla_latent_dim
+        super().__init__(config, layer, L)
+        self._add_projections(L, 0, 0)
 
     def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
@@ -780,9 +781,8 @@ class LatentTokenAttention(Attention):
         with torch.autocast(x.device.type, enabled=False):
             q, k, v = qkv.to(dtype).flatten(1, 2)  # (B * nh, T, hs)
             log_a = F.logsigmoid(gate.to(dtype)) / 8
-            if cache is None:
-                state = q.new_zeros(B * nh, m, 2 * hs)
-            else:
+            state = q.new_zeros(B * nh, m, 2 * hs)
+            if cache is not None:
                 state = cache.tensors[0][self.layer].to(dtype).flatten(0, 1)
             y, state = slot_attention(state, q, torch.cat([k, v], dim=-1), log_a, self.scale)
         if cache is not None:
@@ -860,7 +860,7 @@ class GPT(Costs, nn.Module):
             del parts["wpe"]
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        cos, sin = rope_tables(0, config.block_size, config.rotary_dim, config.rope_theta)
+        cos, sin = rope_tables(0, config.block_size, config)
         self.register_buffer("rope_cos", cos, persistent=False)  # one table for all layers
         self.register_buffer("rope_sin", sin, persistent=False)
         if not self.lm_head.weight.is_meta:

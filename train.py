@@ -17,7 +17,8 @@ from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
@@ -27,7 +28,7 @@ from nanomla.dataset import Dataset
 from nanomla.distributed import World, print0, warn0
 from nanomla.runlog import RunLog, clock, evaluation_text
 from nanomla.settings import DECIDES_RUN, UsageError, UserError
-from nanomla.start import check_model, open_model, prepare_out_dir
+from nanomla.start import check_model, open_model, open_teacher, prepare_out_dir
 from nanomla.tokenizer import Tokenizer
 
 NANOGPT_HINTS = {
@@ -52,6 +53,12 @@ class TrainConfig:
         "scratch, resume, a checkpoint (file or run folder), gpt2[-medium|-large|-xl], "
         "or a folder of safetensors",
     ] = "scratch"
+    distill: Annotated[
+        str | None,
+        "weights, named as for init_from: the KL divergence from their predictions is added to the "
+        "training loss",
+        DECIDES_RUN,
+    ] = None
     dataset: Annotated[str, "a folder below data/, or a path", DECIDES_RUN] = "openwebtext"
     seed: Annotated[int, "of initial weights, batches and dropout", ">= 0", DECIDES_RUN] = 1337
     max_iters: Annotated[int, "iterations of the whole run", ">= 0"] = 600000
@@ -139,6 +146,7 @@ class Run:
         if config.block_size != self.data.block_size:
             self.data = Dataset(cfg.dataset, config.block_size)
         check_model(config, cfg.dataset, self.data)
+        self.teacher = open_teacher(cfg.distill, config, world.device)
 
         # precision and processes
         self.dtype = distributed.resolve_dtype(cfg.dtype, world.device_type, config.n_embd)
@@ -269,7 +277,7 @@ class Run:
         self.bar.update()
         return loss, norm, seconds
 
-    def _accumulate_gradients(self, it: int) -> torch.Tensor:
+    def _accumulate_gradients(self, it: int) -> Tensor:
         """Add up the gradients of this rank's micro-steps; returns its mean loss, a tensor."""
         cfg, world = self.cfg, self.world
         loss_sum = torch.zeros((), device=world.device)
@@ -281,10 +289,20 @@ class Run:
                 torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
             last = i == self.micro_steps - 1
             with distributed.gradient_sync(self.net, now=last), self.amp:
-                loss = self.net(x.to(world.device), y.to(world.device))[1] / self.micro_steps
+                loss = self._loss(x.to(world.device), y.to(world.device)) / self.micro_steps
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         return loss_sum
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean cross-entropy, plus with a teacher the mean KL divergence, in nats per token."""
+        logits, loss = self.net(x, y)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            target = self.teacher(x, y)[0].float().log_softmax(-1)
+        kl = F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True)
+        return loss + kl / y.numel()
 
     def save(self, it: int, is_best: bool = False) -> None:
         """Write ckpt.pt and, if is_best, best.pt. If that fails, warn and go on."""

@@ -15,10 +15,10 @@ GPU_PEAKS = {
 }  # fmt: skip
 
 
-def cached_numbers(config: GPTConfig) -> int:
-    """Numbers that one more token takes in the cache of one layer; 0 for a constant state."""
+def cached_numbers(config: GPTConfig) -> float:
+    """Numbers that one more token takes in the cache of the average layer; 0 for a state."""
     cache = ATTENTION[config.attention].Cache
-    return cache.numbers_at(config, 1) - cache.numbers_at(config, 0)
+    return (cache.numbers_at(config, 1) - cache.numbers_at(config, 0)) / config.n_layer
 
 
 def cache_in_words(config: GPTConfig) -> str:
@@ -26,8 +26,8 @@ def cache_in_words(config: GPTConfig) -> str:
     fewer = f"{memory_savings(config, config.block_size):.3g}x fewer than MHA"
     numbers = cached_numbers(config)
     if numbers:
-        return f"{numbers} cached numbers per token and layer, {fewer}"
-    state = ATTENTION[config.attention].Cache.numbers_at(config, 1)
+        return f"{numbers:g} cached numbers per token and layer, {fewer}"
+    state = ATTENTION[config.attention].Cache.numbers_at(config, 1) // config.n_layer
     return f"a state of {state} numbers per layer, {fewer} at {config.block_size} tokens"
 
 
@@ -54,7 +54,7 @@ def memory_savings(config: GPTConfig, sequence_length: int) -> float:
     """MHA's cache bytes at that length, at least 1, over this config's."""
     if sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} does not work: it must be at least 1")
-    dense = 2 * config.n_head * config.hs * sequence_length
+    dense = 2 * config.n_layer * config.n_head * config.hs * sequence_length
     return dense / ATTENTION[config.attention].Cache.numbers_at(config, sequence_length)
 
 

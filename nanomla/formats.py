@@ -241,7 +241,7 @@ GPT2_FIELDS = {
     "bias": anything,  # GPT-2 always has biases; a model without them gets zeros
     "n_kv_head": lambda config: config.nkv == config.n_head,
     "head_dim": lambda config: config.hs * config.n_head == config.n_embd,
-    **dict.fromkeys(("rope_theta", *WITHOUT_MLA, *IDLE), anything),
+    **dict.fromkeys(("rope_theta", "rope_freqs", *WITHOUT_MLA, *IDLE), anything),
 }
 
 
@@ -557,7 +557,8 @@ DEEPSEEK_FIELDS = {
     "n_kv_head": anything,  # without effect with use_mla
     "head_dim": anything,
     "use_mla": only("use_mla", True),
-    **dict.fromkeys(("mla_latent_dim", "mla_nope_dim", "mla_q_latent_dim"), anything),
+    **dict.fromkeys(("mla_nope_dim", "mla_q_latent_dim"), anything),
+    "mla_latent_dim": lambda config: isinstance(config.mla_latent_dim, int),  # of all layers
     "mla_rope_dim": lambda config: bool(config.mla_rope_dim),
 }
 

@@ -260,7 +260,8 @@ def _checked(value: Any, setting: Setting) -> Any:
     bounds = [bound.split() for bound in setting.bounds]
     try:
         plain = _coerce(value, kind)
-        if all(COMPARISONS[sign](plain, float(limit)) for sign, limit in bounds):
+        several = plain if isinstance(plain, tuple) else (plain,)
+        if all(COMPARISONS[sign](v, float(limit)) for v in several for sign, limit in bounds):
             return plain
     except (ValueError, OverflowError):
         pass
@@ -273,10 +274,16 @@ def _checked(value: Any, setting: Setting) -> Any:
 
 def _coerce(value: Any, kind: Any) -> Any:
     """`value` as an instance of exactly this type; ValueError if it does not stand for one."""
+    if isinstance(kind, types.UnionType):
+        one, several = typing.get_args(kind)  # int | tuple[int, ...]
+        return _coerce(value, several if isinstance(value, (list, tuple)) else one)
     if typing.get_origin(kind) is Literal:
         for choice in typing.get_args(kind):
             if value == choice:
                 return choice
+    elif typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and value:  # a list where it comes from JSON
+            return tuple(_coerce(v, typing.get_args(kind)[0]) for v in value)
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -293,6 +300,10 @@ def _coerce(value: Any, kind: Any) -> Any:
 def _kind_in_words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_kind_in_words, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"several, each {_kind_in_words(typing.get_args(kind)[0])}"
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
     return words[kind]
 
@@ -300,7 +311,8 @@ def _kind_in_words(kind: Any) -> str:
 def _without_none(hint: Any) -> Any:
     """`int | None` as int; any other type as it is."""
     inner = [a for a in typing.get_args(hint) if a is not type(None)]
-    return inner[0] if type(None) in typing.get_args(hint) else hint
+    found = type(None) in typing.get_args(hint)
+    return functools.reduce(operator.or_, inner) if found else hint
 
 
 def _nearest(key: str, known: Collection[str]) -> str:
@@ -311,7 +323,8 @@ def _nearest(key: str, known: Collection[str]) -> str:
 def _type_name(hint: Any) -> str:
     inner = _without_none(hint)
     args = typing.get_args(inner)
-    name = "|".join(map(str, args)) if typing.get_origin(inner) is Literal else inner.__name__
+    name = "|".join(map(str, args)) if typing.get_origin(inner) is Literal else str(inner)
+    name = inner.__name__ if isinstance(inner, type) and not args else name
     return name if inner is hint else f"{name} or None"
 
 

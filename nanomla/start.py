@@ -35,6 +35,11 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
         ckpt = checkpoint.load(checkpoint.find(cfg.out_dir))
     else:
         ckpt = formats.open_weights(cfg.init_from)
+    if "use_mla" in origins and cfg.model.use_mla and not ckpt.model_args.get("use_mla"):
+        command = f"python -m tools.convert --init_from={cfg.out_dir if resume else cfg.init_from}"
+        command += f" --cache=8x --data={cfg.dataset} --to=FOLDER"
+        have = f"use_mla=True ({origins['use_mla']}), but {ckpt.source} has ordinary attention"
+        raise UserError(f"{have}; convert it first: {command}, then --init_from=FOLDER")
     overrides: dict[str, Any] = {"dropout": cfg.model.dropout}
     if cfg.model.use_svd:
         # A rank that was not given was resolved for cfg.model's head size, not the checkpoint's.
@@ -65,6 +70,23 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
         warn0("the optimizer starts anew, as the factors are new parameters")
         ckpt.optimizer, ckpt.scaler = None, None
     return model, dataclasses.replace(ckpt, model={})
+
+
+def open_teacher(source: str | None, config: GPTConfig, device: str) -> GPT | None:
+    """
+    The model of --distill, for reading only; None without one.
+
+    Raises UserError if it cannot be opened, or has other tokens or a shorter context than `config`.
+    """
+    if source is None:
+        return None
+    teacher, _ = checkpoint.build(formats.open_weights(source, prefer_best=True), dropout=0.0)
+    has, wants = teacher.config, (config.vocab_size, config.block_size)
+    if has.vocab_size != wants[0] or has.block_size < wants[1]:
+        sizes = f"vocab_size={has.vocab_size} and block_size={has.block_size}"
+        needs = f"the model to train has {wants[0]} and {wants[1]}"
+        raise UserError(f"--distill={source} has {sizes}, {needs}: it cannot teach it")
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def padded_vocab(data: Dataset) -> int:
@@ -101,7 +123,7 @@ def without_effect(config: GPTConfig) -> list[str]:
     fields = GPTConfig.__dataclass_fields__
     idle = [] if config.use_mla else [name for name in fields if name.startswith("mla_")]
     idle += [] if config.use_svd else ["svd_rank", "svd_method"]
-    idle += [] if config.pos_emb == "rope" else ["rope_theta"]
+    idle += [] if config.pos_emb == "rope" else ["rope_theta", "rope_freqs"]
     idle += [] if config.use_latent_tokens else ["n_latent_tokens"]
     idle += [] if config.attention == "mha" else ["n_kv_head"]
     idle += [] if config.mlp == "gelu" else ["gelu"]

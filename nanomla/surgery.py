@@ -1,13 +1,24 @@
 """
-Weights made into other weights: values as low-rank factors, and a shorter context.
+Weights made into other weights: values as low-rank factors, a shorter context, and ordinary
+attention (MHA, GQA) as MLA.
 
-Letters as in model.py: C = n_embd, nh heads, hs head size, L latent, rv value rank.
+Letters as in model.py: C = n_embd, nh heads, nkv key/value heads, hs head size, L latent, r rotary
+numbers, rv value rank.
 """
 
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig, Rotation, apply_rope
+from nanomla.kernels import attend
 
 SVD_SETTINGS = ("use_svd", "svd_rank", "svd_method")  # of GPTConfig
 
@@ -22,15 +33,9 @@ def factorise(W: Tensor, rank: int, method: str = "exact") -> tuple[Tensor, Tens
     Returns v_down (nh * rank, in) and v_up (nh, hs, rank), so that v_up[h] @ v_down[h] is the best
     approximation of W[h] of that rank, and the share of the squared singular values that is kept.
     """
-    nh, hs, width = W.shape
+    nh, _, width = W.shape
     W64 = W.detach().double()
-    if method == "randomized" and rank < min(hs, width):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            U, sv, V = torch.svd_lowrank(W64.cpu(), q=min(rank + 8, hs, width), niter=4)
-        U, sv, Vh = U.to(W.device), sv.to(W.device), V.mT.to(W.device)
-    else:
-        U, sv, Vh = torch.linalg.svd(W64, full_matrices=rank > width)
+    U, sv, Vh = _svd(W64, rank, method)
     root = sv[:, :rank].sqrt()  # (nh, min(rank, width))
     v_up = U[:, :, :rank].clone()  # (nh, hs, rank)
     v_down = W64.new_zeros(nh, rank, width)
@@ -41,6 +46,17 @@ def factorise(W: Tensor, rank: int, method: str = "exact") -> tuple[Tensor, Tens
     total = W64.square().sum()
     kept = float(sv[:, :rank].square().sum() / total) if total > 0 else 1.0
     return v_down.reshape(nh * rank, width).to(W), v_up.to(W), kept
+
+
+def _svd(W: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U, the singular values and V^T of matrices (..., m, n); 'randomized': about rank of them."""
+    smaller = min(W.shape[-2:])
+    if method == "exact" or rank >= smaller:
+        return torch.linalg.svd(W, full_matrices=rank > W.size(-1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        U, sv, V = torch.svd_lowrank(W.cpu(), q=min(rank + 8, smaller), niter=4)
+    return U.to(W.device), sv.to(W.device), V.mT.to(W.device)
 
 
 def factorise_values(
@@ -105,3 +121,393 @@ def crop_block_size(model: GPT, block_size: int) -> None:
     if model.config.pos_emb == "learned":
         wpe = model.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+
+# ---- Ordinary attention into MLA
+#
+# Keys and values of all heads are one linear map of the input x_j, so a factorisation B A of it
+# gives the latent c_j = A x_j and the expansions B. What is left out is chosen with a metric F of
+# errors in keys and values and the inputs' covariance S: with F^(1/2) [W_K; W_V] S^(1/2) = U s V^T
+#
+#     A = V_L^T S^(-1/2)    B = [W_K; W_V] S^(1/2) V_L    lost: the sum of s^2 beyond L
+#
+# Key biases and the mean of the keys fall out of the softmax; value biases and the mean of the
+# values pass through the average unchanged and move into c_proj's bias.
+#
+# Rotary keys cannot pass a latent, as their rotation comes after it. But the key heads can be mixed
+# within a frequency without touching the rotation, if each pair that turns is one complex number
+# (TransMLA, arXiv:2502.07864, mixes by real numbers). A few of the mixed pairs become the decoupled
+# rotary key; the rest of the keys goes on as content, which has no position.
+#
+# Maps are float64 and affine, (rows, C + 1): the last column is the bias, for inputs x1 = [x; 1].
+
+METHODS = ("plain", "input", "output", "loss")
+
+
+class Maps(NamedTuple):
+    """One layer of MHA or GQA as affine maps."""
+
+    q: Tensor  # (nh, hs, C + 1)
+    k: Tensor  # (nkv, hs, C + 1)
+    v: Tensor  # (nkv, hs, C + 1)
+    out: Tensor  # (C, nh, hs), c_proj's weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    How ordinary attention is made into MLA.
+
+    method: what the truncation is weighted by. 'plain': nothing, S = F = 1. 'input': S. 'output': S
+    and, as F, E[q q^T] / hs for the keys of a head and W_O^T W_O for its values. 'loss': S and the
+    loss's own second derivatives, Calibration.gradients.
+    """
+
+    numbers: int  # cached per token and layer, rotary ones included
+    method: str = "loss"
+    rope_dim: int = 0  # how many of the numbers are rotary; 0 without rotary positions
+    balance: float = 1.0  # the values' weight in F against the keys', for 'input' and 'output'
+    spread: bool = True  # ranks by the singular values of all layers; else every layer's the same
+    svd_method: str = "exact"
+
+
+class LayerReport(NamedTuple):
+    """What became of one layer."""
+
+    latent: int  # L
+    kept: float  # share of the squared singular values
+    predicted: float  # change of the loss to second order, nats per token
+
+
+@dataclass
+class Calibration:
+    """
+    What ordinary attention does on some text: means over its tokens, float64, for every layer.
+
+    inputs: x1 x1^T of the attention's input, (C + 1, C + 1).
+    gradients: g g^T of the loss's gradient with respect to keys and values, (n, n). n = 2 nkv hs,
+    keys before values; with rotary positions n = 3 nkv hs: rotary keys before their rotation,
+    content keys, which stand beside them and are zero, values.
+
+    The targets of that loss are drawn from the model's own predictions. So g g^T is its Fisher
+    matrix in K-FAC's approximation (arXiv:1503.05671), and tr(g g^T D x1 x1^T D^T) / 2 is, to
+    second order, how much an error D x1 in keys and values adds to the loss.
+    """
+
+    inputs: list[Tensor]
+    gradients: list[Tensor]
+    tokens: int = 0
+
+
+def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
+    """Run a model, of MHA or GQA without SVD, on batches of ids (B, T)."""
+    config, device = model.config, model.lm_head.weight.device
+    parts = 3 if config.rotary_dim else 2
+    seen: list[tuple[Tensor, Tensor]] = []
+    sums: list[list[Tensor]] = [[], []]
+    tokens, draw = 0, torch.Generator(device).manual_seed(0)
+    with _recorded(model, parts, seen):
+        for idx in batches:
+            seen.clear()
+            with torch.enable_grad():
+                logits = model(idx, idx)[0].flatten(0, 1)
+            gradient = logits.detach().float().softmax(-1)  # of the cross-entropies' sum
+            target = torch.multinomial(gradient, 1, generator=draw)
+            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            logits.backward(gradient)
+            for layer, (x, added) in enumerate(seen):
+                x = x.detach().flatten(0, 1).double()
+                x1, g = F.pad(x, (0, 1), value=1.0), added.grad.flatten(0, 1).flatten(1)
+                for total, new in zip(sums, (x1.mT @ x1, (g.mT @ g).double()), strict=True):
+                    if tokens == 0:
+                        total.append(torch.zeros_like(new))
+                    total[layer] += new
+            tokens += idx.numel()
+    inputs, gradients = ([total.cpu() / tokens for total in kind] for kind in sums)
+    return Calibration(inputs, gradients, tokens)
+
+
+@contextlib.contextmanager
+def _recorded(model: GPT, parts: int, seen: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """
+    Let every attention block append to `seen` its input and zeros that it adds to keys and values,
+    (B, T, parts, nkv, hs). Nothing else has a gradient.
+    """
+
+    def recording(attn: Attention) -> Callable[..., Tensor]:
+        def forward(x: Tensor, cache: None, rotation: Rotation) -> Tensor:
+            (B, T, _), hs = x.shape, attn.hs
+            q, k, v = (t.view(B, T, -1, hs) for t in attn.c_attn(x).split(attn.parts, dim=2))
+            added = torch.zeros(B, T, parts, *k.shape[2:], device=x.device, requires_grad=True)
+            first, *content, last = added.unbind(2)
+            k = torch.cat([apply_rope(k + first, rotation), *content], dim=-1)
+            q = torch.cat([apply_rope(q, rotation), *[q] * len(content)], dim=-1)
+            seen.append((x, added))
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v + last))
+            k, v = (t.repeat_interleave(attn.nh // attn.nkv, dim=1) for t in (k, v))
+            return attn._output(attend(q, k, v, T, attn.scale))
+
+        return forward
+
+    blocks, training = model.transformer.h, model.training
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        for block in blocks:
+            block.attn.forward = recording(block.attn)
+        yield
+    finally:
+        for block in blocks:
+            del block.attn.forward
+        for p in trained:
+            p.requires_grad_(True)
+        model.train(training)
+
+
+def without_svd(model: GPT) -> GPT:
+    """A model of MHA or GQA with its low-rank values multiplied out; itself if it has none."""
+    if not model.config.use_svd:
+        return model
+    state = model.state_dict()
+    for i, block in enumerate(model.transformer.h):
+        attn, values = f"transformer.h.{i}.attn.", block.attn.values.dense().detach()
+        del state[attn + "v_up"], state[attn + "v_down.weight"]
+        for name, rows in (("weight", values), ("bias", values.new_zeros(len(values)))):
+            if attn + f"c_attn.{name}" in state:
+                state[attn + f"c_attn.{name}"] = torch.cat([state[attn + f"c_attn.{name}"], rows])
+    return _assemble(dataclasses.replace(model.config, use_svd=False, svd_rank=None), state)
+
+
+def to_mla(model: GPT, found: Calibration, plan: Plan) -> tuple[GPT, list[LayerReport]]:
+    """
+    A model on the CPU that computes nearly the same through a latent, and a report on every layer.
+
+    model: MHA or GQA without SVD. found: what calibrate returned for it.
+    The result has mla_norm='none', and biases unless the method is 'plain'. It is exact from the
+    rank of the map on: min(C, 2 nkv hs) numbers with learned positions; with rotary ones rope_dim =
+    nkv hs and min(C, nkv hs) more.
+    Raises ValueError if plan.rope_dim is not an even number that the keys have and that leaves a
+    latent.
+    """
+    config, n = model.config, model.config.nkv * model.config.hs
+    limit = min(n, plan.numbers - 1) if config.rotary_dim else 0
+    if plan.rope_dim % 2 or not 0 <= plan.rope_dim <= limit:
+        works = f"an even number from 0 to {limit}"
+        raise ValueError(f"rope_dim={plan.rope_dim} does not work: rope_dim must be {works}")
+    layers = [_read_maps(block.attn) for block in model.transformer.h]
+    inputs = found.inputs
+    if plan.method == "plain":
+        inputs = [torch.eye(len(moments), dtype=torch.float64) for moments in inputs]
+    metrics = found.gradients
+    if plan.method != "loss":
+        metrics = [_metric(m, R, plan, config) for m, R in zip(layers, inputs, strict=True)]
+    freqs, rotary = _split_rotary(layers, inputs, metrics, plan.rope_dim, config)
+    targets = [
+        torch.cat([part.content, maps.v.flatten(0, 1)])
+        for part, maps in zip(rotary, layers, strict=True)
+    ]
+    factors = [
+        _factorise_jointly(target, R, metric[-2 * n :, -2 * n :], plan)
+        for target, R, metric in zip(targets, inputs, metrics, strict=True)
+    ]
+    most = min(config.n_embd, 2 * n)
+    dims = _ranks([f.squares for f in factors], plan.numbers - plan.rope_dim, most, plan.spread)
+    config = dataclasses.replace(
+        config, use_mla=True, mla_latent_dim=tuple(dims), mla_rope_dim=plan.rope_dim,
+        mla_nope_dim=config.hs, mla_norm="none", n_kv_head=None, rope_freqs=freqs,
+        bias=config.bias or plan.method != "plain",
+    )  # fmt: skip
+    state, reports = model.state_dict(), []
+    for i, (maps, part, factor) in enumerate(zip(layers, rotary, factors, strict=True)):
+        up, down = factor.up[:, : dims[i]], factor.down[: dims[i]]
+        error = targets[i] - F.pad(up @ down, (0, 1))
+        fixed = error @ inputs[i][:, -1]  # what the average passes unchanged
+        _write(state, f"transformer.h.{i}.attn.", maps, part, up, down, fixed[n:])
+        fixed[:n] = error[:n] @ found.inputs[i][:, -1]  # of keys it falls out of the softmax
+        error[:, -1] -= fixed
+        if config.rotary_dim:  # content keys of zeros were recorded beside whole rotary ones
+            error[:n] -= part.content
+            error = torch.cat([part.lost, error])
+        # tr(g g^T D x1 x1^T D^T) / 2
+        predicted = ((found.gradients[i] @ error) * (error @ found.inputs[i])).sum() / 2
+        kept = factor.squares[: dims[i]].sum() / factor.squares.sum()
+        reports.append(LayerReport(dims[i], float(kept), float(predicted)))
+    return _assemble(config, state), reports
+
+
+def _read_maps(attn: Attention) -> Maps:
+    """Ordinary attention's weights."""
+    weight, bias = attn.c_attn.weight.detach(), attn.c_attn.bias
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    rows = torch.cat([weight, bias[:, None]], dim=1).double().cpu()
+    q, k, v = (part.unflatten(0, (-1, attn.hs)) for part in rows.split(attn.parts))
+    return Maps(q, k, v, attn.c_proj.weight.detach().double().cpu().unflatten(1, (attn.nh, -1)))
+
+
+def _metric(maps: Maps, moments: Tensor, plan: Plan, config: GPTConfig) -> Tensor:
+    """
+    What stands for Calibration.gradients under the other methods.
+
+    With rotary positions it is taken that a query meets keys at all distances alike: the rotation
+    of a frequency w then is, on average, the complex number mean of e^(-i w d) over distances d.
+    """
+    nh, hs, n = config.n_head, config.hs, config.nkv * config.hs
+    keys = values = torch.eye(n, dtype=torch.float64)
+    if plan.method == "output":
+        seen = torch.einsum("hac,cd,hbd->hab", maps.q, moments, maps.q) / hs  # E[q q^T] / hs
+        read = torch.einsum("cha,chb->hab", maps.out, maps.out)  # W_O^T W_O
+        shared = [t.unflatten(0, (-1, nh // config.nkv)).sum(1) for t in (seen, read)]
+        keys, values = (torch.block_diag(*t) for t in shared)  # of the heads that share a key
+    values = values * plan.balance**2
+    if not config.rotary_dim:
+        return torch.block_diag(keys, values)
+    distance = torch.arange(config.block_size, dtype=torch.float64)
+    angle, count = torch.outer(config.frequencies, distance), config.block_size - distance
+    real, imag = ((f(angle) * count).sum(1) / count.sum() for f in (torch.cos, torch.sin))
+    blocks = [torch.diag(real), torch.diag(imag), torch.diag(-imag), torch.diag(real)]
+    turn = torch.cat([torch.cat(blocks[:2], dim=1), torch.cat(blocks[2:], dim=1)])  # (hs, hs)
+    met = keys @ torch.block_diag(*[turn] * config.nkv)
+    both = torch.cat([torch.cat([keys, met.mT], dim=1), torch.cat([met, keys], dim=1)])
+    return torch.block_diag(both, values)
+
+
+class Rotary(NamedTuple):
+    """A layer's keys in two parts, the decoupled rotary key and content."""
+
+    keys: Tensor  # (r, C + 1), shared by all heads
+    queries: Tensor  # (nh, r, C + 1)
+    lost: Tensor  # (nkv * hs, C + 1), the rest of the keys
+    content: Tensor  # (nkv * hs, C + 1), the keys without position that stand for it best
+
+
+def _split_rotary(
+    layers: list[Maps], inputs: list[Tensor], metrics: list[Tensor], r: int, config: GPTConfig
+) -> tuple[tuple[float, ...] | None, list[Rotary]]:
+    """
+    The frequencies of r / 2 rotary pairs, the same in all layers, and every layer's keys.
+
+    Of every frequency's key heads, which are complex numbers, the principal ones are taken, by what
+    the metric says that they are worth beyond what content without position can stand for.
+    With learned positions all keys are content.
+    """
+    if not config.rotary_dim:
+        return None, [
+            Rotary(m.k[:0].flatten(0, 1), m.q[:, :0], m.k[:0].flatten(0, 1), m.k.flatten(0, 1))
+            for m in layers
+        ]
+    n, worth, found = config.nkv * config.hs, 0.0, []
+    for maps, moments, metric in zip(layers, inputs, metrics, strict=True):
+        rotary, met, content = metric[:n, :n], metric[n : 2 * n, :n], metric[n : 2 * n, n : 2 * n]
+        floor = 1e-6 * content.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+        as_content = torch.linalg.solve(content + floor, met)  # (n, n), the best c for a key k
+        value = _complex_blocks(rotary - met.mT @ as_content, config)  # (hs / 2, nkv, nkv)
+        k = _complex_rows(maps.k)  # (hs / 2, nkv, C + 1)
+        root, inverse = _roots(k @ moments.to(k) @ k.mH)
+        squares, U = torch.linalg.eigh(root @ value @ root)
+        squares, U = squares.flip(-1), U.flip(-1)  # (hs / 2, nkv), largest first
+        found.append((as_content, k, root @ U, U.mH @ inverse @ k))
+        worth = worth + squares
+    order = worth.flatten().argsort(descending=True, stable=True)[: r // 2].sort().values
+    freq, place = order // config.nkv, order % config.nkv
+    parts = []
+    for maps, (as_content, k, up, down) in zip(layers, found, strict=True):
+        chosen, weight = down[freq, place], up[freq, :, place]  # (r / 2, C + 1), (r / 2, nkv)
+        q = _complex_rows(maps.q)[freq]  # (r / 2, nh, C + 1)
+        q = weight.conj().repeat_interleave(q.size(1) // config.nkv, dim=1)[..., None] * q
+        kept = torch.zeros_like(k).index_add_(0, freq, weight[..., None] * chosen[:, None])
+        lost = torch.cat([(k - kept).real, (k - kept).imag]).transpose(0, 1).flatten(0, 1)
+        keys, queries = (torch.cat([t.real, t.imag]) for t in (chosen, q))
+        parts.append(Rotary(keys, queries.transpose(0, 1), lost, as_content @ lost))
+    return tuple(config.frequencies[freq].tolist()), parts
+
+
+def _complex_rows(maps: Tensor) -> Tensor:
+    """(heads, hs, C + 1) as complex numbers of each frequency, (hs / 2, heads, C + 1)."""
+    a, b = maps.chunk(2, dim=1)
+    return torch.complex(a, b).transpose(0, 1)
+
+
+def _complex_blocks(A: Tensor, config: GPTConfig) -> Tensor:
+    """What a quadratic form (nkv * hs, nkv * hs) is on average over rotations of each frequency."""
+    A = A.view(config.nkv, 2, config.hs // 2, config.nkv, 2, config.hs // 2)
+    A = A.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # (hs / 2, nkv, 2, nkv, 2)
+    real, imag = A[:, :, 0, :, 0] + A[:, :, 1, :, 1], A[:, :, 1, :, 0] - A[:, :, 0, :, 1]
+    return torch.complex(real, imag)
+
+
+def _roots(A: Tensor) -> tuple[Tensor, Tensor]:
+    """A^(1/2) and A^(-1/2) of symmetric matrices; tiny eigenvalues are raised a little."""
+    w, V = torch.linalg.eigh(A)
+    root = w.clamp_min((1e-9 * w[..., -1:]).clamp_min(1e-300)).sqrt().unsqueeze(-2)
+    return (V * root) @ V.mH, (V / root) @ V.mH
+
+
+class Factors(NamedTuple):
+    """target = up @ down; their first L columns and rows are the best of rank L."""
+
+    up: Tensor  # (rows, rank)
+    down: Tensor  # (rank, C), for inputs of mean zero
+    squares: Tensor  # (rank,), what each adds
+
+
+def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Plan) -> Factors:
+    """Keys' and values' map target (rows, C + 1) in the order of what the metric is lost."""
+    W, mean = target[:, :-1], moments[:-1, -1]
+    root, inverse = _roots(moments[:-1, :-1] - torch.outer(mean, mean))
+    weighted = _roots(metric)[0] @ W @ root
+    _, s, Vh = _svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
+    return Factors(W @ root @ Vh.mT, Vh @ inverse, s.square())
+
+
+def _ranks(spectra: list[Tensor], L: int, most: int, spread: bool) -> list[int]:
+    """
+    The rank of every layer, L on average and at most `most`.
+
+    spread: the next step goes to the layer that gains most. Steps are a power of two near L / 8.
+    """
+    L = min(L, most)
+    if not spread:
+        return [L] * len(spectra)
+    step = 1 << max(L.bit_length() - 4, 0)
+    dims, left = [step] * len(spectra), (L - step) * len(spectra)
+    while left:
+        held = zip(spectra, dims, strict=True)
+        gains = [float(s[d : d + step].sum()) if d < most else -1.0 for s, d in held]
+        layer = gains.index(max(gains))
+        add = min(step, most - dims[layer], left)
+        dims[layer], left = dims[layer] + add, left - add
+    return dims
+
+
+def _write(
+    state: dict[str, Tensor], attn: str, maps: Maps, part: Rotary, up: Tensor, down: Tensor,
+    moved: Tensor,
+) -> None:  # fmt: skip
+    """Replace a layer's ordinary attention in a state dict by MLA; moved: the values' constants."""
+    nh, hs, nkv, r = *maps.q.shape[:2], len(maps.k), len(part.keys)
+    # a query head is hs + r wide and its scores are scaled by 1 / sqrt(hs + r)
+    q = torch.cat([maps.q, part.queries], dim=1).flatten(0, 1) * math.sqrt((hs + r) / hs)
+    down = torch.cat([F.pad(down, (0, 1)), part.keys])
+    k, v = (t.unflatten(0, (nkv, hs)) for t in up.chunk(2))
+    k, v = (t.repeat_interleave(nh // nkv, dim=0).flatten(0, 1) for t in (k, v))
+    moved = moved.view(nkv, hs).repeat_interleave(nh // nkv, dim=0)
+    moved = torch.einsum("chd,hd->c", maps.out, moved)
+    bias, like = state.pop(attn + "c_proj.bias", 0), state[attn + "c_proj.weight"]
+    del state[attn + "c_attn.weight"]
+    state.pop(attn + "c_attn.bias", None)
+    new = {"c_proj.bias": moved + bias, "k_expand.weight": k, "v_expand.weight": v}
+    for name, rows in (("q_proj", q), ("kv_latent_proj", down)):
+        new |= {f"{name}.weight": rows[:, :-1], f"{name}.bias": rows[:, -1]}
+    state.update({attn + name: t.to(like) for name, t in new.items()})
+
+
+def _assemble(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    """The model of a state dict, on the CPU; biases that it lacks are zero, others are left out."""
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = {}
+    for name, like in model.state_dict().items():
+        zero = torch.zeros(like.shape) if name.endswith(".bias") else None
+        weights[name] = state.get(name, zero).detach().to("cpu", like.dtype, copy=True)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()

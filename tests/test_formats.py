@@ -388,7 +388,8 @@ def flipped(name, style):
     """A tiny config of a style with another value of this field."""
     config = tiny_config(**style)
     has = getattr(config, name)
-    value = next(v for v in OTHER.get(name, (FLIPPED.get(name),)) if v != has)
+    other = (0.5,) * max(config.rotary_dim // 2, 1) if name == "rope_freqs" else FLIPPED.get(name)
+    value = next(v for v in OTHER.get(name, (other,)) if v != has)
     dropped = {"use_mla": ("mla_latent_dim", "mla_rope_dim"), "pos_emb": ("mla_rope_dim",)}
     kept = {k: v for k, v in style.items() if k not in dropped.get(name, ())}
     return tiny_config(**{**kept, **WITH.get(name, {}), name: value})
@@ -429,6 +430,8 @@ def test_what_is_in_the_way_of_each_format():
     assert kind == "nanomla" and "deepseek_v3 has no bias=True, norm='layernorm'" in why
     kind, why = formats.fitting_format(tiny_config(**DEEPSEEK_STYLE))
     assert (kind, why) == ("deepseek_v3", "MLA with a decoupled rotary key, RMSNorm, SwiGLU")
+    ragged = {**DEEPSEEK_STYLE, "mla_latent_dim": (7, 5)}
+    assert formats.in_the_way(tiny_config(**ragged), "deepseek_v3") == ["mla_latent_dim=(7, 5)"]
     grouped = {**DEEPSEEK_STYLE, "mla_groups": 2}
     assert formats.in_the_way(tiny_config(**grouped), "deepseek_v3") == ["mla_groups=2"]
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nanomla.kernels import cpu, int8, reference
 from nanomla.kernels.int8 import Quantized, dequantise, quantise
+from nanomla.kernels.reference import by_group, by_head
 
-__all__ = ["Quantized", "attend", "dequantise", "linear", "quantise"]
+__all__ = ["Quantized", "attend", "by_group", "by_head", "dequantise", "linear", "quantise"]
 
 
 def attend(

@@ -27,3 +27,14 @@ def attend(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) through weight (out, in): (..., out)."""
     return F.linear(x, weight, bias)
+
+
+def by_group(y: Tensor, G: int) -> Tensor:
+    """y (B, nh, T, w) -> (B, G, T * m, w), row t * m + i: token t's i-th of m = nh / G."""
+    B, nh, T, w = y.shape
+    return y.unflatten(1, (G, nh // G)).transpose(2, 3).reshape(B, G, T * (nh // G), w)
+
+
+def by_head(y: Tensor, T: int) -> Tensor:
+    """The inverse of by_group: (B, G, T * m, w) -> (B, nh, T, w)."""
+    return y.unflatten(2, (T, y.size(2) // T)).transpose(2, 3).flatten(1, 2)
