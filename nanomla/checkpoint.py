@@ -8,6 +8,7 @@ out_dir/ckpt.pt is the latest state, for resuming; out_dir/best.pt had the lowes
 """
 
 import dataclasses
+import json
 import math
 import os
 import pickle
@@ -27,6 +28,9 @@ from nanomla.surgery import factorise_values
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
 LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per number they rotate
+# What tools.convert leaves beside the checkpoints of a conversion: its record, for export's model
+# card, its report, and train.py's config for healing.
+CONVERSION = ("conversion.json", "conversion.md", "heal.py")
 TOKENIZER = "nanomla_tokenizer.json"  # a tokenizer's spec in a folder of weights
 
 
@@ -136,6 +140,24 @@ def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
         if (Path(out_dir) / name).is_file():
             return Path(out_dir) / name
     raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
+
+
+def read_conversion(folder: str | Path) -> dict[str, Any] | None:
+    """
+    The record of the conversion that made a run's weights, as tools.convert writes it; or None.
+
+    Raises UserError if there is one and it cannot be read.
+    """
+    path = Path(folder) / CONVERSION[0]
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not {"asked", "loss", "plan"} <= record.keys():
+            raise ValueError("it is not what tools.convert writes")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no record of a conversion ({error})") from None
+    return record
 
 
 def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:

@@ -144,7 +144,7 @@ def prepare_out_dir(out_dir: str, keep: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"out_dir {out_dir} cannot be written ({error.strerror})") from None
-    names = (checkpoint.LATEST, checkpoint.BEST, "log.jsonl", "loss.png")
+    names = (checkpoint.LATEST, checkpoint.BEST, "log.jsonl", "loss.png", *checkpoint.CONVERSION)
     earlier = [path for path in folder.iterdir() if path.name in names]
     if keep or not earlier:
         return

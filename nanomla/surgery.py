@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -209,14 +209,16 @@ def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
         for idx in batches:
             seen.clear()
             with torch.enable_grad():
-                logits = model(idx, idx)[0].flatten(0, 1)
-            gradient = logits.detach().float().softmax(-1)  # of the cross-entropies' sum
-            target = torch.multinomial(gradient, 1, generator=draw)
+                logits = model(idx, idx)[0].flatten(0, 1).float()
+            gradient = logits.detach().softmax(-1)  # of the cross-entropies' sum
+            # torch.multinomial draws a number for every entry, which takes longer than the model
+            u = torch.rand(len(logits), 1, generator=draw, device=device)
+            target = torch.searchsorted(gradient.cumsum(-1), u).clamp_max(logits.size(1) - 1)
             gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
             logits.backward(gradient)
             for layer, (x, added) in enumerate(seen):
                 x = x.detach().flatten(0, 1).double()
-                x1, g = F.pad(x, (0, 1), value=1.0), added.grad.flatten(0, 1).flatten(1)
+                x1, g = F.pad(x, (0, 1), value=1.0), added.grad.float().flatten(0, 1).flatten(1)
                 for total, new in zip(sums, (x1.mT @ x1, (g.mT @ g).double()), strict=True):
                     if tokens == 0:
                         total.append(torch.zeros_like(new))
@@ -237,7 +239,7 @@ def _recorded(model: GPT, parts: int, seen: list[tuple[Tensor, Tensor]]) -> Iter
         def forward(x: Tensor, cache: None, rotation: Rotation) -> Tensor:
             (B, T, _), hs = x.shape, attn.hs
             q, k, v = (t.view(B, T, -1, hs) for t in attn.c_attn(x).split(attn.parts, dim=2))
-            added = torch.zeros(B, T, parts, *k.shape[2:], device=x.device, requires_grad=True)
+            added = k.new_zeros(B, T, parts, *k.shape[2:]).requires_grad_(True)
             first, *content, last = added.unbind(2)
             k = torch.cat([apply_rope(k + first, rotation), *content], dim=-1)
             q = torch.cat([apply_rope(q, rotation), *[q] * len(content)], dim=-1)
@@ -332,6 +334,39 @@ def to_mla(model: GPT, found: Calibration, plan: Plan) -> tuple[GPT, list[LayerR
         kept = factor.squares[: dims[i]].sum() / factor.squares.sum()
         reports.append(LayerReport(dims[i], float(kept), float(predicted)))
     return _assemble(config, state), reports
+
+
+class Converted(NamedTuple):
+    """A conversion that was chosen."""
+
+    plan: Plan
+    model: GPT
+    layers: list[LayerReport]
+
+
+def choose(
+    model: GPT,
+    found: Calibration,
+    plan: Plan,
+    axes: dict[str, list[Any]],
+    loss_of: Callable[[GPT], float],
+) -> Converted:
+    """
+    The best of several plans by the loss of their models.
+
+    axes: for fields of Plan the values to try. One field after the other is given its best value.
+    """
+    best = Converted(plan, *to_mla(model, found, plan))
+    loss = loss_of(best.model) if axes else 0.0
+    for name, values in axes.items():
+        for value in values:
+            tried = dataclasses.replace(best.plan, **{name: value})
+            if tried == best.plan:
+                continue
+            other = Converted(tried, *to_mla(model, found, tried))
+            if (new := loss_of(other.model)) < loss:
+                best, loss = other, new
+    return best
 
 
 def _read_maps(attn: Attention) -> Maps:

@@ -64,7 +64,19 @@ def family():
     yield {"use_latent_tokens": True, "n_latent_tokens": 3, "head_dim": 5, "bias": False}
 
 
-GRID = [*grid(), *family()]
+def by_layer():
+    """A latent width for every layer, and rotary pairs of chosen frequencies."""
+    for extra in ({}, {"mla_groups": 2}, {"mla_q_latent_dim": 5}, {"use_svd": True, "svd_rank": 3}):
+        yield {**TINY_MLA, "mla_latent_dim": (7, 3), **extra}
+        yield {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": (4, 9), **extra}
+    yield {"use_mla": True, "mla_latent_dim": (5, 11, 1), "n_layer": 3, "mla_norm": "none"}
+    freqs = {"pos_emb": "rope", "rope_freqs": (1.0, 1.0, 0.3)}
+    yield {**freqs, "n_kv_head": 2}
+    yield {**TINY_MLA, **freqs, "mla_rope_dim": 6, "mla_nope_dim": 5}
+    yield {**TINY_MLA, **freqs, "mla_rope": "latent", "mla_latent_dim": 9, "mla_rope_dim": 6}
+
+
+GRID = [*grid(), *family(), *by_layer()]
 
 
 def numbers_by_hand(cfg):
@@ -73,7 +85,9 @@ def numbers_by_hand(cfg):
         return 0
     if cfg.use_mla:
         beside = cfg.mla_rope_dim if cfg.mla_rope == "decoupled" else 0
-        return cfg.mla_groups * cfg.mla_latent_dim + beside
+        widths = cfg.mla_latent_dim
+        widths = widths if isinstance(widths, tuple) else (widths,)
+        return sum(cfg.mla_groups * L + beside for L in widths) / len(widths)
     return (cfg.n_kv_head or 4) * (cfg.hs + (cfg.svd_rank or cfg.hs))
 
 
@@ -121,7 +135,7 @@ def test_whole_grid(settings):
                 assert cache.pos == end
                 torch.testing.assert_close(logits[:, 0], full[:, end - 1], atol=1e-5, rtol=1e-4)
         numbers = numbers_by_hand(cfg)
-        assert cache.bytes_per_token == 2 * numbers * 4
+        assert cache.bytes_per_token == pytest.approx(cfg.n_layer * numbers * 4)
         state = 4 * 2 * cfg.hs * (cfg.n_latent_tokens or 0)
         assert cache.nbytes == 3 * (12 * cache.bytes_per_token + 2 * state * 4)
         if cfg.attention == "mla":
@@ -619,8 +633,20 @@ def test_rewinding_a_cache(settings):
     assert cache.pos == 0
 
 
+def test_equal_widths_are_one_and_given_frequencies_are_those_of_theta():
+    """(7, 7) is 7, and the frequencies of rope_theta written out change nothing."""
+    assert tiny_config(**{**TINY_MLA, "mla_latent_dim": (7, 7)}) == tiny_config(**TINY_MLA)
+    plain, idx = make({"pos_emb": "rope"}), torch.randint(23, (2, 16))
+    given = GPT(tiny_config(pos_emb="rope", rope_freqs=plain.config.frequencies.tolist())).eval()
+    given.load_state_dict(plain.state_dict())
+    assert torch.equal(all_logits(given, idx), all_logits(plain, idx))
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, {**TINY_MLA, "mla_latent_dim": (7, 3)}],
+)
 def test_rows_of_a_cache(settings):
     """row(i) is a view with its own pos; broadcast_row copies one row's tokens to all."""
     model, idx = make(settings), torch.randint(23, (3, 8))
@@ -720,6 +746,15 @@ def test_absorbing_crossover():
         ({**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 10}, ["mla_rope_dim=10", "latent's 7"]),
         ({**TINY_MLA, "mla_rope": "latent", "mla_nope_dim": 4}, ["mla_nope_dim=4", "None"]),
         ({**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 48}, ["mla_latent_dim=48", "47"]),
+        ({**TINY_MLA, "mla_latent_dim": (7, 48)}, ["mla_latent_dim=48", "at most 45"]),
+        ({**TINY_MLA, "mla_latent_dim": (7, 8, 9)}, ["mla_latent_dim=[7, 8, 9]", "of 2 layers"]),
+        ({**TINY_MLA, "mla_latent_dim": (7, 0)}, ["mla_latent_dim=(7, 0)", "at least 1"]),
+        (
+            {**TINY_MLA, "mla_latent_dim": (7, 5), "mla_share_latent": True},
+            ["mla_latent_dim=[7, 5]", "must be one number"],
+        ),
+        ({**TINY_MLA, "rope_freqs": (1.0, 0.5)}, ["rope_freqs=(1.0, 0.5)", "None or 1 numbers"]),
+        ({"pos_emb": "rope", "rope_freqs": (1.0, 0.5, -1.0)}, ["rope_freqs", "above 0"]),
     ],
 )
 def test_invalid_shapes_say_what_would_work(settings, words):

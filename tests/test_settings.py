@@ -133,6 +133,12 @@ def test_optional_model_settings_from_flags_and_files(tmp_path):
     (tmp_path / "c.py").write_text("use_mla = True\nmla_latent_dim = 48\n")
     for flags, want in (([], 48), (["--mla_latent_dim=16"], 16), (["--mla_latent_dim=None"], 384)):
         assert configure(TrainConfig, [path, *flags])[0].model.mla_latent_dim == want
+    for text in ("9,8", "(9, 8)", "[9,8.0]"):
+        cfg, _ = configure(TrainConfig, [path, "--n_layer=2", f"--mla_latent_dim={text}"])
+        assert cfg.model.mla_latent_dim == (9, 8)
+    for text in ("9,x", "()", "9,0", "True,2"):
+        with pytest.raises(UsageError, match="a whole number or several, each a whole number"):
+            configure(TrainConfig, [path, f"--mla_latent_dim={text}"])
 
 
 def test_nested_settings_are_flat():

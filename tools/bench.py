@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ATTENTION, GPT, Cache, GPTConfig
-from nanomla import costs
+from nanomla import checkpoint, costs, formats
 from nanomla.distributed import resolve_device
 from nanomla.optim import make_optimizers
 from nanomla.settings import UsageError, UserError, check, configure, declared, run_script
@@ -68,6 +68,7 @@ class ReportConfig:
 
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     report: Annotated[bool, "#report", "count instead of timing"] = False
+    init_from: Annotated[str | None, "a run, an export or other weights instead"] = None
     context: Annotated[int, "tokens of context that a decoded token is counted at", ">= 1"] = 1000
     json: Annotated[str | None, "write the figures to this file too"] = None
 
@@ -185,15 +186,19 @@ def machine(device: str) -> str:
 
 def table(title: str, rows: Rows) -> Rows:
     """Print rows, whose keys are the columns, as a Markdown table; returns them with the title."""
-    print(f"\n{title}\n")
+    print(f"\n{title}\n", *markdown(rows), sep="\n")
+    return [{"table": title, **row} for row in rows]
+
+
+def markdown(rows: Rows) -> list[str]:
+    """The lines of a Markdown table of rows, whose keys are the columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[str(row.get(c, "")) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for n, line in enumerate(cells):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
-        if n == 0:
-            print("|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return [{"table": title, **row} for row in rows]
+    lines = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    head, *body = [f"| {line} |" for line in lines]
+    return [head, rule, *body]
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -593,7 +598,10 @@ def bench_svd(cfg: BenchConfig, device: str) -> Rows:
 def report(cfg: ReportConfig, device: str) -> Rows:
     """Parameters by part, cache bytes per token and FLOPs per token of a config, beside MHA's."""
     config = cfg.model
-    plain = {"use_mla": False, "use_svd": False, "use_latent_tokens": False, "n_kv_head": None}
+    if cfg.init_from:
+        config = checkpoint.build(formats.open_weights(cfg.init_from, prefer_best=True))[0].config
+    plain: dict[str, Any] = dict.fromkeys(("use_mla", "use_svd", "use_latent_tokens"), False)
+    plain |= {"n_kv_head": None, "rope_freqs": None}
     models = GPT(config), GPT(dataclasses.replace(config, **plain))
 
     def count(model: GPT, part: str) -> int:

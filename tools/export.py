@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
+from nanomla.costs import cached_numbers
 from nanomla.settings import UsageError, UserError, check, configure, declared, flat, run_script
 from nanomla.tokenizer import end_of_text, start_of_text
 from train import TrainConfig
@@ -93,17 +94,17 @@ def _tokenizer(stored: Checkpoint, kind: str) -> tuple[dict | None, dict[str, st
 def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, argv: list[str]) -> str:
     """The text of an export's README.md: metadata, what the model is, where it comes from."""
     config, foreign = model.config, kind != "nanomla"
-    best, cache = stored.best_val_loss, model.make_cache(1, 1)
-    numbers = cache.bytes_per_token // model.lm_head.weight.itemsize // config.n_layer
+    best, cache, numbers = stored.best_val_loss, model.make_cache(1, 1), cached_numbers(config)
     fewer = f"{model.get_memory_savings(1):.3g}x fewer than MHA of this width" if numbers else ""
     rows = {
         "format": f"{kind}: {why}",
         "parameters": f"{model.get_num_params(non_embedding=False):,}",
-        "cache": f"{numbers:,} numbers per token and layer, {fewer}"
+        "cache": f"{numbers:,g} numbers per token and layer, {fewer}"
         if numbers
         else f"a state of {cache.nbytes:,} bytes, whatever the context",
         "context": f"{config.block_size:,} tokens",
         "vocabulary": f"{config.vocab_size:,} ids",
+        **conversion_row(stored),
         "data": stored.config.get("dataset"),
         "iterations": f"{stored.iter_num:,}" if stored.iter_num else None,
         "best validation loss": f"{best:.4f} nats per token" if best < float("inf") else None,
@@ -143,6 +144,18 @@ def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, argv: list[s
         settings,
         "",
     ])  # fmt: skip
+
+
+def conversion_row(stored: Checkpoint) -> dict[str, str]:
+    """The model card's row on the conversion that made these weights; none if nothing did."""
+    path = Path(stored.source)
+    record = checkpoint.read_conversion(path.parent) if path.is_file() else None
+    if record is None:
+        return {}
+    text = f"{record['source']}, with {record['attention']}, by method {record['plan']['method']}"
+    text += f" on {record['calibration_tokens']:,} tokens of {record['data']}"
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items())
+    return {"converted from": text, "validation loss of the conversion": losses}
 
 
 def training_command(stored: Checkpoint) -> str | None:

@@ -1,0 +1,530 @@
+"""
+Give a trained model with ordinary attention (MHA, GQA) a latent cache: turn it into MLA.
+
+    python -m tools.convert --init_from=out --cache=8x --data=shakespeare_char --to=out-latent
+    python -m tools.convert --init_from=gpt2 --cache=4x --data=shakespeare --to=gpt2-latent
+    python -m tools.convert ... --cache=16x --heal_iters=200 --distill=True
+    python -m tools.convert ... --sweep=True
+
+The weights are factorised by what some of the training text (--data) shows that attention needs:
+nanomla/surgery.py says how. --heal_iters trains the result with train.py, by the source's own
+recipe. --to becomes a run's folder like any other, for sample.py, train.py and tools.export, with a
+report in conversion.md. The same command goes on where it was interrupted.
+--sweep compares cache sizes and methods, in sweep.md and sweep.png.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import train
+from model import GPT, GPTConfig
+from nanomla import checkpoint, costs, formats, surgery
+from nanomla.checkpoint import Checkpoint
+from nanomla.dataset import Dataset
+from nanomla.distributed import resolve_device, resolve_dtype
+from nanomla.settings import UsageError, UserError, check, configure, run_script
+from nanomla.surgery import Calibration, Plan
+from tools.bench import markdown
+from train import TrainConfig
+
+RECORD, REPORT, HEAL = checkpoint.CONVERSION
+SWEEP_SIZES = "2x,4x,8x,16x,32x"
+CHOICE_TOKENS = 2**14  # of training text, on which candidates are compared
+# Settings of a run that healing takes over from the source's.
+RECIPE = (
+    "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2",
+    "muon_weight_decay", "grad_clip", "learning_rate", "muon_learning_rate", "dtype",
+)  # fmt: skip
+
+
+@dataclass
+class ConvertConfig:
+    """What to convert, how, and where to."""
+
+    init_from: Annotated[
+        str | None,
+        "#source",
+        "a run's folder, a checkpoint file, gpt2[-medium|-large|-xl], a folder of safetensors",
+    ] = None
+    data: Annotated[str | None, "the text: a dataset's folder below data/, or a path"] = None
+    block_size: Annotated[int | None, "tokens per window; None: the context", ">= 2"] = None
+
+    to: Annotated[str | None, "#result", "the folder to write: a new or an empty one"] = None
+    cache: Annotated[
+        str, "8x: 8 times fewer cached numbers than the source; 32: so many a token and layer"
+    ] = "8x"
+    method: Annotated[
+        Literal[surgery.METHODS],  # type: ignore[valid-type]
+        "what decides which part is left out: nothing, the inputs, the outputs too, or the loss",
+    ] = "loss"
+    calibration_tokens: Annotated[int, "of training text to learn that from", ">= 1"] = 100_000
+    ranks: Annotated[
+        Literal["auto", "spectrum", "uniform"],
+        "latents as wide as each layer needs, or all the same; auto: the better",
+    ] = "auto"
+    rope_dim: Annotated[
+        int | None, "rotary ones of the cached numbers; None: the best of some", ">= 0"
+    ] = None
+    balance: Annotated[
+        float | None, "values' weight against keys'; None: the best of some", "> 0"
+    ] = None
+    svd_method: Annotated[Literal["exact", "randomized"], "how maps are factorised"] = "exact"
+    sweep: Annotated[bool, "all methods at several sizes: --cache=2x,4x,..."] = False
+
+    heal_iters: Annotated[int, "#healing", "iterations of training after it", ">= 0"] = 0
+    heal_lr: Annotated[float | None, "highest learning rate; None: half the source's", "> 0"] = None
+    distill: Annotated[bool, "learn from the source's predictions too"] = False
+
+    eval_tokens: Annotated[
+        int, "#run", "of validation text to measure on, at most", ">= 1"
+    ] = 2**17
+    seed: Annotated[int, "of the text that is drawn", ">= 0"] = 1337
+    device: Annotated[str, "auto, cpu, cuda, cuda:1"] = "auto"
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.distill and not self.heal_iters:
+            raise ValueError("distill without heal_iters has no effect; add --heal_iters=N")
+
+
+class Source:
+    """The model to convert and the text to do it with. Raises UserError if they do not fit."""
+
+    def __init__(self, cfg: ConvertConfig) -> None:
+        self.cfg, self.device = cfg, resolve_device(cfg.device).replace("mps", "cpu")
+        self.stored = formats.open_weights(cfg.init_from, prefer_best=True)
+        _refuse_other_attention(self.stored)
+        model, _ = checkpoint.build(self.stored)
+        self.model = surgery.without_svd(model).to(self.device).eval()
+        self.config = self.model.config
+        kind = self.device.partition(":")[0]
+        bf16 = resolve_dtype("auto", kind, self.config.n_embd) == "bfloat16"
+        self.amp = functools.partial(torch.autocast, kind, torch.bfloat16, bf16)  # as in training
+        self.block_size = cfg.block_size or self.config.block_size
+        if self.block_size > self.config.block_size:
+            longest = f"the longest context of {cfg.init_from} is {self.config.block_size}"
+            raise UserError(f"--block_size={cfg.block_size} does not work: {longest}")
+        self.data = Dataset(cfg.data, self.block_size)
+        self.tokenizer = self._tokenizer()
+        self.numbers = costs.cached_numbers(model.config)  # of the source's cache
+        self.bytes_per_token = model.make_cache(1, 1).bytes_per_token
+
+    def _tokenizer(self) -> dict[str, Any] | None:
+        """The tokenizer's spec, the source's or else the dataset's."""
+        name, has = self.cfg.init_from, self.data.vocab_size
+        try:
+            own = checkpoint.tokenizer_spec(self.stored)
+        except UserError:  # nothing says what its ids mean
+            own = None
+        if own and self.data.tokenizer and own != self.data.tokenizer:
+            problem = f"dataset {self.cfg.data} was prepared with another tokenizer than {name}'s"
+            raise UserError(f"{problem}: its token ids mean other text")
+        if has and has > self.config.vocab_size:
+            sizes = f"ids up to {has - 1}, {name} only vocab_size={self.config.vocab_size}"
+            raise UserError(f"dataset {self.cfg.data} has {sizes}: they do not belong together")
+        return own or self.data.tokenizer
+
+    @property
+    def rows(self) -> int:
+        """Windows per forward pass, so that the logits take at most 200 MB."""
+        return max(1, min(64, 5 * 10**7 // (self.config.vocab_size * self.block_size)))
+
+    def text(self, tokens: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets (B, T) of so many tokens of training text, at least one window."""
+        windows, i = max(round(tokens / self.block_size), 1), first
+        while windows > 0:
+            rows = min(self.rows, windows)
+            x, y = self.data.batch(self.cfg.seed, i, 0, rows)
+            yield x.to(self.device), y.to(self.device)
+            windows, i = windows - rows, i + 1
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        with progress("calibrating", self.cfg.calibration_tokens) as bar:
+            batches = self.text(self.cfg.calibration_tokens, first=0)
+            with self.amp():
+                return surgery.calibrate(self.model, bar.count(x for x, _ in batches))
+
+    @functools.cached_property
+    def loss(self) -> float:
+        """The source's validation loss."""
+        return self.validation_loss(self.model, "measuring the source")
+
+    @torch.no_grad()
+    def validation_loss(self, model: GPT, what: str) -> float:
+        """Nats per token over the validation split, or eval_tokens spread evenly over it."""
+        T, rows = self.block_size, self.rows
+        windows = -(-(len(self.data.splits["val"]) - 1) // T)
+        count = -(-min(windows, max(self.cfg.eval_tokens // T, 1)) // rows)
+        rows, total = min(rows, windows), 0.0
+        model.to(self.device)
+        with progress(what, count * rows * T) as bar:
+            for i in range(count):
+                x, y = (t.to(self.device) for t in self.data.eval_batch("val", i, count, rows))
+                with self.amp():
+                    total += model(x, y)[1].item()
+                bar.update(x.numel())
+        return total / count
+
+    @torch.no_grad()
+    def choice_loss(self, model: GPT) -> float:
+        """The loss by which candidates are compared, on text that calibration has not seen."""
+        model.to(self.device)
+        with self.amp():
+            text = self.text(CHOICE_TOKENS, first=10**6)
+            losses = [model(x, y)[1].item() * len(x) for x, y in text]
+        return sum(losses) / max(round(CHOICE_TOKENS / self.block_size), 1)
+
+
+def _refuse_other_attention(stored: Checkpoint) -> None:
+    """Raise UserError for a model without keys and values of its heads in the cache."""
+    args, name = stored.model_args, stored.source
+    if args.get("use_mla"):
+        how = f"mla_latent_dim={args.get('mla_latent_dim')}"
+        raise UserError(f"{name} already is a model with latent attention ({how})")
+    if args.get("use_latent_tokens"):
+        raise UserError(f"{name} has latent tokens, whose state is constant: nothing to convert")
+
+
+class progress(tqdm):
+    """A bar in tokens on a terminal's stderr."""
+
+    def __init__(self, what: str, tokens: int) -> None:
+        hidden = not sys.stderr.isatty()
+        super().__init__(desc=what, total=tokens, unit="tok", leave=False, disable=hidden)
+
+    def count(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            yield batch
+            self.update(batch.numel())
+
+
+# ---- one conversion
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    argv = sys.argv[1:] if argv is None else argv
+    cfg, origins = configure(ConvertConfig, argv)
+    for name, what in (("init_from", "model"), ("data", "text"), ("to", "folder to write")):
+        if getattr(cfg, name) is None:
+            raise UsageError(f"say which {what}: --{name}=...; --help lists the settings")
+    if cfg.sweep:
+        run_sweep(cfg if "cache" in origins else dataclasses.replace(cfg, cache=SWEEP_SIZES))
+    else:
+        convert(cfg, Source(cfg))
+
+
+def convert(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
+    """Convert, heal and report, or go on with that; returns the record in conversion.json."""
+    folder = Path(cfg.to)
+    asked = {k: v for k, v in vars(cfg).items() if k not in ("to", "device", "sweep")}
+    record = earlier(folder, asked)
+    if record is None:
+        made = search(cfg, source, source_plan(cfg, source))
+        record = make_record(source, made, asked)
+        write_run(cfg, source, made.model, record)
+    if cfg.heal_iters and "healed" not in record["loss"]:
+        train.main([str(folder / HEAL)])
+        healed, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
+        record["loss"]["healed"] = source.validation_loss(healed.eval(), "measuring the result")
+        write_texts(folder, record_texts(record))
+    print(f"\n{report_text(record)}\n\nin {folder}")
+    return record
+
+
+def earlier(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of the same conversion in this folder; UserError if it holds anything else."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise UserError(f"--to={folder} is a file; name a folder")
+    if not any(folder.iterdir()):
+        return None
+    record = checkpoint.read_conversion(folder)
+    if record is None:
+        raise UserError(f"--to={folder} holds other files; name a new or an empty folder")
+    other = [f"{k}={v!r}" for k, v in record["asked"].items() if asked.get(k, v) != v]
+    if other:
+        what = f"holds a conversion with {', '.join(other)}"
+        raise UserError(f"--to={folder} {what}; give the same settings, or name a new folder")
+    return record
+
+
+def source_plan(cfg: ConvertConfig, source: Source) -> Plan:
+    """The plan that --cache and the other settings ask for. Raises UserError if it cannot be."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)(x?)", cfg.cache)
+    if not found or not float(found[1]):
+        raise UsageError(f"--cache={cfg.cache}: write 8x, or a number such as 32")
+    numbers = math.floor(source.numbers / float(found[1]) if found[2] else float(found[1]))
+    rotary, n = source.config.rotary_dim, source.config.nkv * source.config.hs
+    if numbers > source.numbers:
+        has = f"{cfg.init_from} caches {source.numbers:g} numbers per token and layer"
+        raise UserError(f"--cache={cfg.cache} asks for {numbers}, but {has}: that is no smaller")
+    least = 3 if rotary else 1
+    if numbers < least:
+        raise UserError(f"--cache={cfg.cache} leaves {numbers} numbers; the least is {least}")
+    if cfg.rope_dim is not None:
+        most = min(n, numbers - 1) if rotary else 0
+        if cfg.rope_dim % 2 or cfg.rope_dim > most:
+            works = f"an even number from 0 to {most}" if rotary else "0 without rotary positions"
+            raise UserError(f"--rope_dim={cfg.rope_dim} does not work: it must be {works}")
+    exact = exact_numbers(source.config)
+    if numbers > exact:
+        print(f"{exact} numbers are exact: more are of no use")
+        numbers = exact
+    rope_dim = cfg.rope_dim
+    if rope_dim is None:
+        rope_dim = min(n, numbers // 4 * 2 if numbers < exact else n) if rotary else 0
+    spread, balance = cfg.ranks != "uniform", cfg.balance or 1.0
+    return Plan(numbers, cfg.method, rope_dim, balance, spread, cfg.svd_method)
+
+
+def exact_numbers(config: GPTConfig) -> int:
+    """How many cached numbers are enough to lose nothing."""
+    n = config.nkv * config.hs  # numbers of all keys, and of all values
+    if config.rotary_dim:
+        return n + min(config.n_embd, n)  # a rotary key for every key head beside the values
+    return min(config.n_embd, 2 * n)
+
+
+def search(cfg: ConvertConfig, source: Source, plan: Plan) -> surgery.Converted:
+    """What the settings leave open is chosen by the loss on training text."""
+    axes: dict[str, list[Any]] = {}
+    n, exact = source.config.nkv * source.config.hs, exact_numbers(source.config)
+    if source.config.rotary_dim and cfg.rope_dim is None and plan.numbers < exact:
+        axes["rope_dim"] = [r for i in range(1, 7) if 0 < (r := plan.numbers * i // 16 * 2) <= n]
+    if cfg.method in ("input", "output") and cfg.balance is None:
+        axes["balance"] = [0.3, 1.0, 3.0]
+    if cfg.ranks == "auto":
+        axes["spread"] = [True, False]
+    return surgery.choose(source.model, source.calibration, plan, axes, source.choice_loss)
+
+
+# ---- what a conversion leaves on the disk
+def make_record(source: Source, made: surgery.Converted, asked: dict[str, Any]) -> dict[str, Any]:
+    """All that is to know of a conversion, as plain values."""
+    cfg, plan = source.cfg, made.plan
+    layers = [{"layer": i, **layer._asdict()} for i, layer in enumerate(made.layers)]
+    heads = source.config.nkv
+    kind = "MHA" if heads == source.config.n_head else f"{heads} shared key/value heads"
+    record = {
+        "source": source.stored.source,
+        "attention": f"{kind}, {'rotary' if source.config.rotary_dim else 'learned'} positions",
+        "plan": dataclasses.asdict(plan),
+        "data": cfg.data,
+        "calibration_tokens": source.calibration.tokens,
+        "layers": layers,
+        "loss": {
+            "source": source.loss,
+            "converted": source.validation_loss(made.model, "measuring the result"),
+        },
+        "cached_numbers": [source.numbers, costs.cached_numbers(made.model.config)],
+        "bytes_per_token": [source.bytes_per_token, made.model.make_cache(1, 1).bytes_per_token],
+        "asked": asked,
+    }
+    return record
+
+
+def write_run(cfg: ConvertConfig, source: Source, model: GPT, record: dict[str, Any]) -> None:
+    """The folder of a run that has made no iteration yet, whole or not at all."""
+    folder = Path(cfg.to)
+    state = Checkpoint(
+        model=model.cpu().state_dict(),
+        model_args=dataclasses.asdict(model.config),
+        best_val_loss=math.inf if cfg.heal_iters else record["loss"]["converted"],
+        config={"dataset": cfg.data},
+        tokenizer=source.tokenizer,
+    )
+    texts = record_texts(record)
+    if cfg.heal_iters:
+        texts[HEAL] = heal_config(cfg, source)
+    tmp = folder.absolute().with_name(f".{folder.name}.new-{os.getpid()}")
+    try:
+        tmp.mkdir(parents=True)
+        checkpoint.save(tmp, state, best=True)
+        write_texts(tmp, texts)
+        tmp.rename(folder)  # an empty folder of that name is replaced
+    except OSError as error:
+        raise UserError(f"--to={folder} cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def heal_config(cfg: ConvertConfig, source: Source) -> str:
+    """The config file with which train.py heals, and goes on healing, a conversion."""
+    T, has = source.block_size, source.stored.config
+    recipe = {"batch_size": max(1, 8192 // T), "gradient_accumulation_steps": 1}
+    recipe |= {"learning_rate": 2e-4}  # where the source's is not known
+    recipe |= {name: has[name] for name in RECIPE if has.get(name) is not None}
+    scale = 0.5 if cfg.heal_lr is None else cfg.heal_lr / recipe["learning_rate"]
+    rates = [name for name in ("learning_rate", "muon_learning_rate") if name in recipe]
+    recipe |= {name: recipe[name] * scale for name in rates}
+    windows = (len(source.data.splits["val"]) - 1) // T
+    settings = {
+        "out_dir": cfg.to,
+        "init_from": "resume",
+        "dataset": cfg.data,
+        "block_size": source.config.block_size,
+        "distill": cfg.init_from if cfg.distill else None,
+        "max_iters": cfg.heal_iters,
+        "warmup_iters": cfg.heal_iters // 20,
+        "eval_interval": max(cfg.heal_iters // 4, 1),
+        "eval_iters": min(max(windows // recipe["batch_size"], 1), 200),
+        "log_interval": max(cfg.heal_iters // 20, 1),
+        "seed": cfg.seed,
+        "device": cfg.device,
+        **recipe,
+    }
+    try:
+        TrainConfig(**{name: v for name, v in settings.items() if name != "block_size"})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.stored.source}: its run's settings: {error}") from None
+    lines = [f"# Goes on with the healing of a conversion: python train.py {cfg.to}/{HEAL}"]
+    return "\n".join(lines + [f"{name} = {value!r}" for name, value in settings.items()]) + "\n"
+
+
+def record_texts(record: dict[str, Any]) -> dict[str, str]:
+    """The files of a record, by name."""
+    return {RECORD: formats.as_json(record), REPORT: report_text(record) + "\n"}
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write files, each whole or not at all. Raises UserError if that is impossible."""
+    for name, text in texts.items():
+        tmp = folder / f".{name}.tmp"
+        try:
+            tmp.write_text(text, encoding="utf-8")
+            os.replace(tmp, folder / name)
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be written ({error.strerror})") from None
+
+
+def report_text(record: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    plan, loss, asked = record["plan"], record["loss"], record["asked"]
+    names = {"source": "source", "converted": "converted, no training"}
+    names["healed"] = f"after {asked['heal_iters']} iterations of healing"
+    numbers, sizes = record["cached_numbers"], record["bytes_per_token"]
+    rows = []
+    for name, what in names.items():
+        if name in loss:
+            at = int(name != "source")
+            rows.append({
+                "": what,
+                "cached numbers per token and layer": f"{numbers[at]:g}",
+                "cache bytes per token": f"{sizes[at]:,}",
+                "validation loss": f"{loss[name]:.4f}",
+                "change": f"{loss[name] - loss['source']:+.4f}" if at else "",
+            })  # fmt: skip
+    layers = [
+        {
+            "layer": str(layer["layer"]),
+            "latent": str(layer["latent"]),
+            "kept": f"{layer['kept']:.2%}",
+            "predicted change of the loss": f"{layer['predicted']:+.5f}",
+        }
+        for layer in record["layers"]
+    ]
+    predicted = sum(layer["predicted"] for layer in record["layers"])
+    measured = loss["converted"] - loss["source"]
+    how = [f"method {plan['method']}", f"{'' if plan['spread'] else 'no '}ranks by layer"]
+    how += [f"{plan['rope_dim']} rotary numbers in all layers"] * bool(plan["rope_dim"])
+    how += [f"values weighted by {plan['balance']:g}"] * (plan["balance"] != 1.0)
+    text = f"{record['calibration_tokens']:,} tokens of {record['data']}"
+    return "\n".join([
+        f"# {record['source']} with a latent cache",
+        "",
+        f"From {record['attention']}, {numbers[0] / numbers[1]:.3g}x smaller.",
+        f"Calibrated on {text}: {', '.join(how)}.",
+        "",
+        *markdown(rows),
+        "",
+        *markdown(layers),
+        "",
+        f"Change of the loss, all layers: predicted {predicted:+.4f}, measured {measured:+.4f}.",
+    ])  # fmt: skip
+
+
+# ---- all methods at several sizes
+def run_sweep(cfg: ConvertConfig) -> None:
+    """Convert once for every size and method; what is there already is not done again."""
+    source, folder = Source(cfg), Path(cfg.to)
+    points = []
+    for size in cfg.cache.split(","):
+        for method in surgery.METHODS:
+            to = str(folder / f"{size}-{method}")
+            point = dataclasses.replace(cfg, cache=size, method=method, to=to, sweep=False)
+            source_plan(point, source)  # raises for what cannot be, before anything is done
+            points.append(point)
+    records = []
+    for i, point in enumerate(points):
+        print(f"--- {i + 1} of {len(points)}: --cache={point.cache} --method={point.method}")
+        records.append(convert(point, source))
+    rows = sweep_rows(records)
+    note = f"Change of the validation loss of {records[0]['source']}, {source.loss:.4f}"
+    if cfg.heal_iters:
+        note += f"; in brackets after {cfg.heal_iters} iterations of healing"
+        note += " with distillation" * cfg.distill
+    text = "\n".join([f"{note}.", "", *markdown(rows)])
+    write_texts(folder, {"sweep.md": text + "\n"})
+    print(f"\n{text}\n")
+    draw_sweep(records, folder / "sweep.png")
+
+
+def sweep_rows(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row for every size, a column for every method."""
+    rows: dict[float, dict[str, str]] = {}
+    for record in records:
+        (before, after), loss = record["cached_numbers"], record["loss"]
+        row = rows.setdefault(after, {"cached numbers": f"{after:g}"})
+        row["smaller"] = f"{before / after:.3g}x"
+        changes = [f"{loss[k] - loss['source']:+.4f}" for k in ("converted", "healed") if k in loss]
+        method = record["plan"]["method"]
+        row[method] = " ".join([changes[0], *(f"({change})" for change in changes[1:])])
+    return list(rows.values())
+
+
+def draw_sweep(records: list[dict[str, Any]], path: Path) -> None:
+    """The loss over the cache's size, a line for every method; dashed: after healing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"warning: no {path.name}: it needs matplotlib", file=sys.stderr)
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="cached numbers per token and layer", ylabel="change of the validation loss (nats)"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.axhline(0, color="black", lw=0.8)
+    styles = zip(surgery.METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
+    for method, marker, color in styles:
+        mine = [r for r in records if r["plan"]["method"] == method]
+        for key, line in (("converted", "-"), ("healed", "--")):
+            there = [r for r in mine if key in r["loss"]]
+            sizes = [r["cached_numbers"][1] for r in there]
+            changes = [r["loss"][key] - r["loss"]["source"] for r in there]
+            label = method if key == "converted" else f"{method}, healed"
+            if there:
+                axes.plot(sizes, changes, line, marker=marker, color=color, label=label)
+    sizes = sorted({r["cached_numbers"][1] for r in records})
+    axes.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run_script(main)
