@@ -122,6 +122,7 @@ def crop_block_size(model: GPT, block_size: int) -> None:
         wpe = model.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
 
+
 # ---- Ordinary attention into MLA
 #
 # Keys and values of all heads are one linear map of the input x_j, so a factorisation B A of it
@@ -199,7 +200,11 @@ class Calibration:
 
 
 def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
-    """Run a model, of MHA or GQA without SVD, on batches of ids (B, T)."""
+    """
+    Run a model, of MHA or GQA without SVD, on batches of ids (B, T), at least one.
+
+    The result is on the CPU; products are in float64, those of gradients in float32 per batch.
+    """
     config, device = model.config, model.lm_head.weight.device
     parts = 3 if config.rotary_dim else 2
     seen: list[tuple[Tensor, Tensor]] = []
@@ -311,9 +316,9 @@ def to_mla(model: GPT, found: Calibration, plan: Plan) -> tuple[GPT, list[LayerR
         _factorise_jointly(target, R, metric[-2 * n :, -2 * n :], plan)
         for target, R, metric in zip(targets, inputs, metrics, strict=True)
     ]
-    most = min(config.n_embd, 2 * n)
+    most = min(len(factor.squares) for factor in factors)
     dims = _ranks([f.squares for f in factors], plan.numbers - plan.rope_dim, most, plan.spread)
-    config = dataclasses.replace(
+    latent = dataclasses.replace(
         config, use_mla=True, mla_latent_dim=tuple(dims), mla_rope_dim=plan.rope_dim,
         mla_nope_dim=config.hs, mla_norm="none", n_kv_head=None, rope_freqs=freqs,
         bias=config.bias or plan.method != "plain",
@@ -331,9 +336,9 @@ def to_mla(model: GPT, found: Calibration, plan: Plan) -> tuple[GPT, list[LayerR
             error = torch.cat([part.lost, error])
         # tr(g g^T D x1 x1^T D^T) / 2
         predicted = ((found.gradients[i] @ error) * (error @ found.inputs[i])).sum() / 2
-        kept = factor.squares[: dims[i]].sum() / factor.squares.sum()
+        kept = factor.squares[: dims[i]].sum() / factor.total
         reports.append(LayerReport(dims[i], float(kept), float(predicted)))
-    return _assemble(config, state), reports
+    return _assemble(latent, state), reports
 
 
 class Converted(NamedTuple):
@@ -452,7 +457,7 @@ def _split_rotary(
         lost = torch.cat([(k - kept).real, (k - kept).imag]).transpose(0, 1).flatten(0, 1)
         keys, queries = (torch.cat([t.real, t.imag]) for t in (chosen, q))
         parts.append(Rotary(keys, queries.transpose(0, 1), lost, as_content @ lost))
-    return tuple(config.frequencies[freq].tolist()), parts
+    return tuple(config.frequencies[freq].tolist()) or None, parts
 
 
 def _complex_rows(maps: Tensor) -> Tensor:
@@ -482,6 +487,7 @@ class Factors(NamedTuple):
     up: Tensor  # (rows, rank)
     down: Tensor  # (rank, C), for inputs of mean zero
     squares: Tensor  # (rank,), what each adds
+    total: Tensor  # what all would add
 
 
 def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Plan) -> Factors:
@@ -490,7 +496,7 @@ def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Pl
     root, inverse = _roots(moments[:-1, :-1] - torch.outer(mean, mean))
     weighted = _roots(metric)[0] @ W @ root
     _, s, Vh = _svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
-    return Factors(W @ root @ Vh.mT, Vh @ inverse, s.square())
+    return Factors(W @ root @ Vh.mT, Vh @ inverse, s.square(), weighted.square().sum())
 
 
 def _ranks(spectra: list[Tensor], L: int, most: int, spread: bool) -> list[int]:

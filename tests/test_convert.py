@@ -18,7 +18,7 @@ from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Meta, write_dataset
 from tests.conftest import QUICK, ROOT, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
-from tests.test_formats import transformers_gpt2
+from tests.test_formats import cached_logits, foreign, greedy, transformers_gpt2
 from tests.test_train import entries
 
 SIZE = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=16", "--batch_size=16"]
@@ -255,6 +255,7 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
         ({"method": "best"}, 2, "plain, input, output, loss"),
         ({"calibration_tokens": 0}, 2, "calibration_tokens"),
         ({"block_size": 17}, 1, "--block_size=17", "is 16"),
+        ({"block_size": 8, "heal_iters": 2}, 1, "--block_size=8", "the whole context, 16"),
         ({"distill": True}, 2, "distill without heal_iters"),
         ({"to": tmp_path / "full"}, 1, "holds other files"),
         ({"to": tmp_path / "full" / "x"}, 1, "is a file"),
@@ -314,3 +315,23 @@ def test_gpt2_weights_and_the_randomized_svd(tmp_path, dataset):
     assert done.returncode == 0, done.stderr
     stored = formats.open_weights(tmp_path / "to")
     assert GPTConfig(**stored.model_args).gelu == "tanh" and stored.tokenizer["kind"] == "char"
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache"), [("gpt2", "2x"), ("llama", "1x"), ("qwen2", "1x"), ("llama, MHA", "1x")]
+)
+def test_against_transformers(tmp_path, dataset, kind, cache):
+    """At the size that loses nothing, weights of transformers keep their logits and text."""
+    heads = {"num_key_value_heads": 4} if "MHA" in kind else {}
+    theirs = transformers_gpt2() if kind == "gpt2" else foreign(kind.split(",")[0], **heads)
+    theirs.save_pretrained(tmp_path / "hf")
+    done = convert(tmp_path / "hf", dataset, tmp_path / "to", f"--cache={cache}")
+    assert done.returncode == 0, done.stderr
+    ours, idx = GPT.from_pretrained(tmp_path / "to").eval(), torch.randint(23, (3, 16))
+    assert ours.config.attention == "mla"
+    with torch.no_grad():
+        want = theirs(idx).logits
+        torch.testing.assert_close(ours(idx, idx)[0], want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cached_logits(ours, idx), want[:, 4:], atol=1e-4, rtol=1e-4)
+    text = ours.generate(idx[:, :9], 6, temperature=0)
+    assert torch.equal(text, greedy(theirs, idx[:, :9]))

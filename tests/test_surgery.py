@@ -256,6 +256,14 @@ def test_the_predicted_change_of_the_loss():
         assert 0.5 < guess / float(change) < 2, (guess, change)
 
 
+def test_a_rotary_model_without_rotary_numbers():
+    """All keys become content, whose positions are those on average."""
+    model = ordinary(pos_emb="rope")
+    twin, _ = to_mla(model, calibrate(model, [ids()]), Plan(20))
+    assert (twin.config.mla_rope_dim, twin.config.rope_freqs) == (0, None)
+    assert all_logits(twin, ids()).isfinite().all()
+
+
 def test_ranks_follow_the_singular_values():
     """Their sum is the budget, and what is left out is smaller than what is kept."""
     spectra = [torch.tensor([9.0, 8.0, 7.0, 6.0, 0, 0]), torch.tensor([1.0, 0.5, 0, 0, 0, 0])]

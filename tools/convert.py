@@ -34,7 +34,7 @@ from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, formats, surgery
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
-from nanomla.distributed import resolve_device, resolve_dtype
+from nanomla.distributed import print0, resolve_device, resolve_dtype
 from nanomla.settings import UsageError, UserError, check, configure, run_script
 from nanomla.surgery import Calibration, Plan
 from tools.bench import markdown
@@ -117,6 +117,9 @@ class Source:
         if self.block_size > self.config.block_size:
             longest = f"the longest context of {cfg.init_from} is {self.config.block_size}"
             raise UserError(f"--block_size={cfg.block_size} does not work: {longest}")
+        if cfg.heal_iters and self.block_size < self.config.block_size:
+            only = f"heal_iters needs the whole context, {self.config.block_size}; leave one out"
+            raise UserError(f"--block_size={cfg.block_size} does not work: {only}")
         self.data = Dataset(cfg.data, self.block_size)
         self.tokenizer = self._tokenizer()
         self.numbers = costs.cached_numbers(model.config)  # of the source's cache
@@ -240,13 +243,16 @@ def convert(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
         healed, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
         record["loss"]["healed"] = source.validation_loss(healed.eval(), "measuring the result")
         write_texts(folder, record_texts(record))
-    print(f"\n{report_text(record)}\n\nin {folder}")
+    print0("", report_text(record), "", f"in {folder}")
     return record
 
 
 def earlier(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The record of the same conversion in this folder; UserError if it holds anything else."""
-    if not folder.exists():
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--to={folder} cannot be written: {there} is read-only")
+    if there != folder:
         return None
     if not folder.is_dir():
         raise UserError(f"--to={folder} is a file; name a folder")
@@ -282,7 +288,7 @@ def source_plan(cfg: ConvertConfig, source: Source) -> Plan:
             raise UserError(f"--rope_dim={cfg.rope_dim} does not work: it must be {works}")
     exact = exact_numbers(source.config)
     if numbers > exact:
-        print(f"{exact} numbers are exact: more are of no use")
+        print0(f"{exact} numbers are exact: more are of no use")
         numbers = exact
     rope_dim = cfg.rope_dim
     if rope_dim is None:
@@ -470,7 +476,7 @@ def run_sweep(cfg: ConvertConfig) -> None:
             points.append(point)
     records = []
     for i, point in enumerate(points):
-        print(f"--- {i + 1} of {len(points)}: --cache={point.cache} --method={point.method}")
+        print0(f"--- {i + 1} of {len(points)}: --cache={point.cache} --method={point.method}")
         records.append(convert(point, source))
     rows = sweep_rows(records)
     note = f"Change of the validation loss of {records[0]['source']}, {source.loss:.4f}"
@@ -479,7 +485,7 @@ def run_sweep(cfg: ConvertConfig) -> None:
         note += " with distillation" * cfg.distill
     text = "\n".join([f"{note}.", "", *markdown(rows)])
     write_texts(folder, {"sweep.md": text + "\n"})
-    print(f"\n{text}\n")
+    print0("", text, "")
     draw_sweep(records, folder / "sweep.png")
 
 
