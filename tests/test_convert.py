@@ -204,6 +204,7 @@ def test_sweep(tmp_path, source, dataset):
     assert [row[0].strip() for row in rows[1:]] == ["16", "4"]
     lost, healed = (change(tmp_path / "s" / "16x-plain", k) for k in ("converted", "healed"))
     assert rows[2][2].strip() == f"{lost:+.4f} ({healed:+.4f})"
+    assert re.search(r"trained on as long: [-+]0\.\d+\.", table)
     assert (tmp_path / "s" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "s" / "sweep.md").unlink()
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("s/*/*")}

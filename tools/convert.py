@@ -355,7 +355,9 @@ def write_run(cfg: ConvertConfig, source: Source, model: GPT, record: dict[str, 
     )
     texts = record_texts(record)
     if cfg.heal_iters:
-        texts[HEAL] = heal_config(cfg, source)
+        lines = [f"# Goes on with the healing of a conversion: python train.py {cfg.to}/{HEAL}"]
+        lines += [f"{name} = {value!r}" for name, value in heal_settings(cfg, source).items()]
+        texts[HEAL] = "\n".join(lines) + "\n"
     tmp = folder.absolute().with_name(f".{folder.name}.new-{os.getpid()}")
     try:
         tmp.mkdir(parents=True)
@@ -368,8 +370,8 @@ def write_run(cfg: ConvertConfig, source: Source, model: GPT, record: dict[str, 
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def heal_config(cfg: ConvertConfig, source: Source) -> str:
-    """The config file with which train.py heals, and goes on healing, a conversion."""
+def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
+    """The settings with which train.py heals, and goes on healing, a conversion."""
     T, has = source.block_size, source.stored.config
     recipe = {"batch_size": max(1, 8192 // T), "gradient_accumulation_steps": 1}
     recipe |= {"learning_rate": 2e-4}  # where the source's is not known
@@ -397,8 +399,7 @@ def heal_config(cfg: ConvertConfig, source: Source) -> str:
         TrainConfig(**{name: v for name, v in settings.items() if name != "block_size"})
     except (TypeError, ValueError) as error:
         raise UserError(f"{source.stored.source}: its run's settings: {error}") from None
-    lines = [f"# Goes on with the healing of a conversion: python train.py {cfg.to}/{HEAL}"]
-    return "\n".join(lines + [f"{name} = {value!r}" for name, value in settings.items()]) + "\n"
+    return settings
 
 
 def record_texts(record: dict[str, Any]) -> dict[str, str]:
@@ -478,15 +479,28 @@ def run_sweep(cfg: ConvertConfig) -> None:
     for i, point in enumerate(points):
         print0(f"--- {i + 1} of {len(points)}: --cache={point.cache} --method={point.method}")
         records.append(convert(point, source))
-    rows = sweep_rows(records)
-    note = f"Change of the validation loss of {records[0]['source']}, {source.loss:.4f}"
+    note, longer = f"Change of the validation loss of {cfg.init_from}, {source.loss:.4f}", None
     if cfg.heal_iters:
+        longer = train_on(cfg, source) - source.loss
         note += f"; in brackets after {cfg.heal_iters} iterations of healing"
         note += " with distillation" * cfg.distill
-    text = "\n".join([f"{note}.", "", *markdown(rows)])
+        note += f". The source itself, trained on as long: {longer:+.4f}"
+    text = "\n".join([f"{note}.", "", *markdown(sweep_rows(records))])
     write_texts(folder, {"sweep.md": text + "\n"})
     print0("", text, "")
-    draw_sweep(records, folder / "sweep.png")
+    draw_sweep(records, longer, folder / "sweep.png")
+
+
+def train_on(cfg: ConvertConfig, source: Source) -> float:
+    """The source's validation loss after the training that healing is, for comparison."""
+    folder = Path(cfg.to) / "source"
+    done = (folder / checkpoint.LATEST).exists()
+    if not done or checkpoint.load(folder / checkpoint.LATEST).iter_num < cfg.heal_iters:
+        settings = heal_settings(cfg, source) | {"out_dir": str(folder), "distill": None}
+        settings |= {} if done else {"init_from": cfg.init_from}
+        train.main([f"--{name}={value}" for name, value in settings.items()])
+    model, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
+    return source.validation_loss(model.eval(), "measuring the source, trained on")
 
 
 def sweep_rows(records: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -502,8 +516,11 @@ def sweep_rows(records: list[dict[str, Any]]) -> list[dict[str, str]]:
     return list(rows.values())
 
 
-def draw_sweep(records: list[dict[str, Any]], path: Path) -> None:
-    """The loss over the cache's size, a line for every method; dashed: after healing."""
+def draw_sweep(records: list[dict[str, Any]], longer: float | None, path: Path) -> None:
+    """
+    The change of the loss over the cache's size, a line for every method; dashed: after healing.
+    longer: that of the source, trained on as long.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -516,6 +533,8 @@ def draw_sweep(records: list[dict[str, Any]], path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=0.01)
     axes.axhline(0, color="black", lw=0.8)
+    if longer is not None:
+        axes.axhline(longer, color="black", lw=0.8, ls=":", label="source, trained on")
     styles = zip(surgery.METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
     for method, marker, color in styles:
         mine = [r for r in records if r["plan"]["method"] == method]
