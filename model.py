@@ -140,15 +140,16 @@ class GPTConfig:
             _require(self.hs > 1, "mla_latent_dim", None, works)
             self.mla_latent_dim = nh // G * (self.hs // 2)
         dims, n = self.mla_latent_dim, 1 if self.mla_share_latent else self.n_layer
-        dims, alike = (dims, False) if isinstance(dims, tuple) else ((dims,), True)
-        works = f"one number{f', or one for each of {n} layers' * (n > 1)}"
-        fits = alike or (len(dims) == self.n_layer and len(set(dims)) <= n)
-        _require(fits, "mla_latent_dim", [*dims], works)
-        self.mla_latent_dim = dims if min(dims) < (L := max(dims)) else L
+        if isinstance(dims, tuple):
+            fits = len(dims) == self.n_layer and len(set(dims)) <= n
+            works = f"one number{f', or one for each of {n} layers' * (n > 1)}"
+            _require(fits, "mla_latent_dim", [*dims], works)
+            self.mla_latent_dim = dims if len(set(dims)) > 1 else dims[0]
+        least, L = (min(dims), max(dims)) if isinstance(dims, tuple) else (dims, dims)
         works = f"at most {(full - 1 - beside) // G}: {G} x {L} + {beside} cached numbers a token"
         fewer = f"{works} would not be fewer than MHA's {full}"
         _require(G * L + beside < full, "mla_latent_dim", L, fewer)
-        return min(dims)
+        return least
 
     @property
     def hs(self) -> int:
@@ -305,6 +306,7 @@ class Cache:
         works = "one of " + ", ".join(str(known).removeprefix("torch.") for known in self.DTYPES)
         _require(dtype in self.DTYPES, "dtype", dtype, works)
         self.batch_size, self.max_len, self.dtype, self._pos = batch_size, max_len, dtype, 0
+        self.config = config
         kinds = itertools.cycle([dtype] if dtype != torch.int8 else [dtype, torch.float16])
         shapes = zip(self.shapes(config), kinds, strict=False)
         self.tensors = [torch.zeros(*shape, dtype=kind, device=device) for shape, kind in shapes]
@@ -383,7 +385,7 @@ class Cache:
         if kind is not needs:
             raise ValueError(f"this model needs a {needs.__name__}, not a {kind.__name__}")
         has = [tuple(t.shape) for t in self.tensors]
-        if has != (wants := self.shapes(config)):
+        if config is not self.config and has != (wants := self.shapes(config)):
             raise ValueError(f"the cache was made for another model: it has {has}, not {wants}")
         if (where := self.tensors[0].device) != device:
             raise ValueError(f"the cache is on {where}, the model on {device}")
@@ -613,8 +615,8 @@ class MultiHeadLatentAttention(LatentAttention):
             return self._output(self._absorbed(q, *packed))
         if pos > 0:  # the keys and values of earlier tokens have to be built again
             latent = [dequantise(t, q.dtype) for t in packed]
-            if len(latent) == 1:  # what pack laid side by side
-                latent = latent[0].split([self.L, self.r][: 1 + (self.r > 0)], dim=-1)
+            if self.G == 1 and self.r > 0:  # laid side by side by pack
+                latent = latent[0].split([self.L, self.r], dim=-1)
         k, v = self._expand(*latent)
         dropout = self.config.dropout * (self.training and pos == 0)
         return self._output(attend(q, k, v, T, self.scale, dropout=dropout))

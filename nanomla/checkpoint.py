@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import shutil
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,47 @@ def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
     raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
 
 
-def read_conversion(folder: str | Path) -> dict[str, Any] | None:
+@dataclass
+class Conversion:
     """
-    The record of the conversion that made a run's weights, as tools.convert writes it; or None.
+    The record of a conversion, which tools.convert writes beside the checkpoint that it made.
+
+    Raises TypeError for a value of another type.
+    """
+
+    source: str  # the file or name that was converted
+    attention: str  # what it had, in words
+    plan: dict[str, Any]  # nanomla.surgery.Plan
+    data: str  # the dataset, and
+    calibration_tokens: int  # how much of it was read
+    layers: list[dict[str, float]]  # per layer: latent, kept, predicted
+    loss: dict[str, float]  # of source, converted and, if it was, healed; nats per token
+    cached_numbers: list[float]  # per token and layer, of the source and of the result
+    bytes_per_token: list[int]  # of their caches
+    asked: dict[str, Any]  # the settings of the command
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), typing.get_origin(f.type) or f.type
+            numbers = value.values() if f.name == "loss" and isinstance(value, dict) else ()
+            if f.name in ("cached_numbers", "bytes_per_token") and isinstance(value, list):
+                numbers = value if len(value) == 2 else [None]
+            if f.name == "layers" and isinstance(value, list):
+                rows = [row if isinstance(row, dict) else {} for row in value]
+                numbers = [row.get(k) for row in rows for k in ("latent", "kept", "predicted")]
+            plain = all(isinstance(number, (int, float)) for number in numbers)
+            if not isinstance(value, kind) or not plain:
+                raise TypeError(f"{f.name} is not what tools.convert writes")
+        needed = {"loss": ("source", "converted"), "asked": ("heal_iters",)}
+        needed["plan"] = ("method", "spread", "rope_dim", "balance")
+        for name, keys in needed.items():
+            if missing := [key for key in keys if key not in getattr(self, name)]:
+                raise TypeError(f"{name} has no {missing[0]}")
+
+
+def read_conversion(folder: str | Path) -> Conversion | None:
+    """
+    The record of the conversion that made a run's weights; None if nothing says so.
 
     Raises UserError if there is one and it cannot be read.
     """
@@ -152,12 +191,9 @@ def read_conversion(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not {"asked", "loss", "plan"} <= record.keys():
-            raise ValueError("it is not what tools.convert writes")
-    except (OSError, ValueError, RecursionError) as error:
+        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no record of a conversion ({error})") from None
-    return record
 
 
 def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:

@@ -218,7 +218,7 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: M
     dtype = np.dtype(np.uint16 if meta.vocab_size <= UINT16_VOCAB else np.uint32)
     counts = {}
     try:
-        with _sigterm_interrupts(), _temporary_folder(folder) as tmp:
+        with sigterm_interrupts(), _temporary_folder(folder) as tmp:
             for split, pieces in splits.items():
                 with open(tmp / f"{split}.bin", "wb") as file:
                     counts[split] = 0
@@ -236,7 +236,7 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: M
 
 
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
+def sigterm_interrupts() -> Iterator[None]:
     """Make SIGTERM raise KeyboardInterrupt, so that the temporary folder is removed."""
     if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield

@@ -175,8 +175,8 @@ class LayerReport(NamedTuple):
     """What became of one layer."""
 
     latent: int  # L
-    kept: float  # share of the squared singular values
-    predicted: float  # change of the loss to second order, nats per token
+    kept: float  # share of the squared singular values, of content keys and values
+    predicted: float  # change of the loss to second order, by this layer alone, nats per token
 
 
 @dataclass
@@ -289,9 +289,9 @@ def to_mla(model: GPT, found: Calibration, plan: Plan) -> tuple[GPT, list[LayerR
     A model on the CPU that computes nearly the same through a latent, and a report on every layer.
 
     model: MHA or GQA without SVD. found: what calibrate returned for it.
-    The result has mla_norm='none', and biases unless the method is 'plain'. It is exact from the
-    rank of the map on: min(C, 2 nkv hs) numbers with learned positions; with rotary ones rope_dim =
-    nkv hs and min(C, nkv hs) more.
+    The result has mla_norm='none' and, unless the source has none and the method is 'plain', biases
+    everywhere. It is exact from the rank of the map on: min(C, 2 nkv hs) numbers with learned
+    positions; with rotary ones rope_dim = nkv hs and min(C, nkv hs) more.
     Raises ValueError if plan.rope_dim is not an even number that the keys have and that leaves a
     latent.
     """
@@ -316,25 +316,28 @@ def to_mla(model: GPT, found: Calibration, plan: Plan) -> tuple[GPT, list[LayerR
         _factorise_jointly(target, R, metric[-2 * n :, -2 * n :], plan)
         for target, R, metric in zip(targets, inputs, metrics, strict=True)
     ]
-    most = min(len(factor.squares) for factor in factors)
+    # MLA's latent must be smaller than all keys and values, which matters for very narrow heads
+    most = min(2 * config.n_head * config.hs - 1, *(len(factor.squares) for factor in factors))
     dims = _ranks([f.squares for f in factors], plan.numbers - plan.rope_dim, most, plan.spread)
     latent = dataclasses.replace(
         config, use_mla=True, mla_latent_dim=tuple(dims), mla_rope_dim=plan.rope_dim,
         mla_nope_dim=config.hs, mla_norm="none", n_kv_head=None, rope_freqs=freqs,
         bias=config.bias or plan.method != "plain",
+        # a source with ordinary attention may have these settings without effect
+        mla_groups=1, mla_rope="decoupled", mla_q_latent_dim=None, mla_share_latent=False,
     )  # fmt: skip
     state, reports = model.state_dict(), []
     for i, (maps, part, factor) in enumerate(zip(layers, rotary, factors, strict=True)):
         up, down = factor.up[:, : dims[i]], factor.down[: dims[i]]
         error = targets[i] - F.pad(up @ down, (0, 1))
-        fixed = error @ inputs[i][:, -1]  # what the average passes unchanged
-        _write(state, f"transformer.h.{i}.attn.", maps, part, up, down, fixed[n:])
-        fixed[:n] = error[:n] @ found.inputs[i][:, -1]  # of keys it falls out of the softmax
-        error[:, -1] -= fixed
-        if config.rotary_dim:  # content keys of zeros were recorded beside whole rotary ones
-            error[:n] -= part.content
-            error = torch.cat([part.lost, error])
-        # tr(g g^T D x1 x1^T D^T) / 2
+        keys, values = error[:n], error[n:]
+        moved = values @ inputs[i][:, -1]  # the mean of what is lost passes the average unchanged
+        _write(state, f"transformer.h.{i}.attn.", maps, part, up, down, moved)
+        values[:, -1] -= moved
+        keys[:, -1] -= keys @ found.inputs[i][:, -1]  # it falls out of the softmax
+        if config.rotary_dim:  # what was recorded are whole rotary keys beside content of zeros
+            error = torch.cat([part.lost, keys - part.content, values])
+        # tr(g g^T D x1 x1^T D^T) / 2, see Calibration
         predicted = ((found.gradients[i] @ error) * (error @ found.inputs[i])).sum() / 2
         kept = factor.squares[: dims[i]].sum() / factor.total
         reports.append(LayerReport(dims[i], float(kept), float(predicted)))
@@ -467,15 +470,15 @@ def _complex_rows(maps: Tensor) -> Tensor:
 
 
 def _complex_blocks(A: Tensor, config: GPTConfig) -> Tensor:
-    """What a quadratic form (nkv * hs, nkv * hs) is on average over rotations of each frequency."""
+    """A quadratic form (nkv * hs, nkv * hs), averaged over the rotations of each frequency."""
     A = A.view(config.nkv, 2, config.hs // 2, config.nkv, 2, config.hs // 2)
     A = A.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # (hs / 2, nkv, 2, nkv, 2)
     real, imag = A[:, :, 0, :, 0] + A[:, :, 1, :, 1], A[:, :, 1, :, 0] - A[:, :, 0, :, 1]
-    return torch.complex(real, imag)
+    return torch.complex(real, imag) / 2  # (hs / 2, nkv, nkv)
 
 
 def _roots(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A^(1/2) and A^(-1/2) of symmetric matrices; tiny eigenvalues are raised a little."""
+    """A^(1/2) and A^(-1/2) of positive matrices; no eigenvalue is below 1e-9 of the largest."""
     w, V = torch.linalg.eigh(A)
     root = w.clamp_min((1e-9 * w[..., -1:]).clamp_min(1e-300)).sqrt().unsqueeze(-2)
     return (V * root) @ V.mH, (V / root) @ V.mH
@@ -495,6 +498,7 @@ def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Pl
     W, mean = target[:, :-1], moments[:-1, -1]
     root, inverse = _roots(moments[:-1, :-1] - torch.outer(mean, mean))
     weighted = _roots(metric)[0] @ W @ root
+    # one layer may get more than its share of the rank; it then has up to four times as much
     _, s, Vh = _svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
     return Factors(W @ root @ Vh.mT, Vh @ inverse, s.square(), weighted.square().sum())
 
@@ -503,7 +507,8 @@ def _ranks(spectra: list[Tensor], L: int, most: int, spread: bool) -> list[int]:
     """
     The rank of every layer, L on average and at most `most`.
 
-    spread: the next step goes to the layer that gains most. Steps are a power of two near L / 8.
+    spread: the next step goes to the layer that gains most. A step is the power of two from L / 16
+    to L / 8, so that large widths stay multiples of one.
     """
     L = min(L, most)
     if not spread:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,8 +144,27 @@ def test_healing_by_trains_own_loop(tmp_path, source, dataset):
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
     done = convert(source, dataset, folder, *HEAL)
     assert fails_with_one_line(done, 1, "distill=True", "name a new folder")
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert convert(source, dataset, moved, *HEAL, "--distill=True").returncode == 0
+    moved.rename(folder)
     assert run("train.py", folder / "heal.py", "--max_iters=26").returncode == 0
     assert checkpoint.load(folder / "ckpt.pt").iter_num == 26
+
+
+def test_healing_may_be_asked_for_later(tmp_path, source, dataset):
+    """The conversion is not done again, and its copy heals in its own folder."""
+    assert convert(source, dataset, tmp_path / "a", *HEAL[:2]).returncode == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    done = convert(source, dataset, tmp_path / "b", *HEAL)
+    assert done.returncode == 0 and "iterations 0 to 24" in done.stdout, done.stderr
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+    assert change(tmp_path / "b", "healed") < change(tmp_path / "a") / 2
+    (tmp_path / "b" / "ckpt.pt").unlink()
+    (tmp_path / "b" / "best.pt").unlink()
+    done = convert(source, dataset, tmp_path / "b", *HEAL)
+    assert fails_with_one_line(done, 1, "holds other files")
 
 
 def test_interrupted_healing_goes_on(tmp_path, source, dataset):
@@ -181,7 +201,7 @@ def test_interrupted_healing_goes_on(tmp_path, source, dataset):
 def test_killed_while_converting(tmp_path, source, dataset):
     """Before the healing there is a whole folder or none, whenever the process dies."""
     command = [sys.executable, "-m", "tools.convert", f"--init_from={source}", f"--data={dataset}"]
-    for i, wait in enumerate((2.5, 3.5, 4.5)):
+    for i, wait in enumerate((2.5, 3.5)):
         folder = tmp_path / str(i)
         process = subprocess.Popen([*command, f"--to={folder}"], cwd=ROOT, stdout=-3, stderr=-3)
         time.sleep(wait)
@@ -214,8 +234,8 @@ def test_sweep(tmp_path, source, dataset):
 
 
 def save(folder, **settings):
-    """A run of random weights over the dataset's 18 characters."""
-    model = randomise(GPT(tiny_config(**{"vocab_size": 18, **settings})), 0.2)
+    """A run of random weights over the 20 characters of the dataset."""
+    model = randomise(GPT(tiny_config(**{"vocab_size": 20, **settings})), 0.2)
     folder.mkdir()
     args = dataclasses.asdict(model.config)
     checkpoint.save(folder, Checkpoint(model.state_dict(), args), best=False)
@@ -231,6 +251,15 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
     mla = save(tmp_path / "mla", **TINY_MLA)
     slots = save(tmp_path / "slots", use_latent_tokens=True, n_latent_tokens=3)
     small = save(tmp_path / "small", vocab_size=5)
+    narrow = save(tmp_path / "narrow", head_dim=2)
+    broken = save(tmp_path / "broken")
+    stored = checkpoint.load(broken / "ckpt.pt")
+    stored.model["transformer.h.0.mlp.c_fc.weight"] *= float("nan")
+    checkpoint.save(broken, stored, best=False)
+    odd = save(tmp_path / "odd")
+    stored = checkpoint.load(odd / "ckpt.pt")
+    stored.config = {"batch_size": "many"}
+    checkpoint.save(odd, stored, best=False)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     base = {"init_from": source, "data": dataset, "to": tmp_path / "to"}
@@ -249,6 +278,15 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
         ({"cache": "100x"}, 1, "--cache=100x leaves 0 numbers; the least is 1"),
         ({"init_from": rotary, "cache": "2"}, 1, "the least is 3"),
         ({"cache": "eight"}, 2, "--cache=eight: write 8x, or a number"),
+        ({"cache": "3.5"}, 2, "--cache=3.5: write 8x"),
+        ({"cache": "9" * 400}, 2, "write 8x"),
+        ({"init_from": narrow, "cache": "1x"}, 1, "must be smaller than MHA's 16"),
+        ({"init_from": broken}, 1, "not finite"),
+        ({"init_from": odd, "heal_iters": 2}, 1, "its run's settings", "batch_size"),
+        ({"heal_lr": 0.1}, 2, "heal_lr without heal_iters"),
+        ({"balance": 2.0}, 2, "balance has no effect on method=loss"),
+        ({"sweep": True, "method": "loss"}, 2, "leave out --method"),
+        ({"sweep": True, "to": source}, 1, "holds a run"),
         ({"cache": "0x"}, 2, "--cache=0x: write"),
         ({"cache": "2x,4x"}, 2, "--cache=2x,4x: write"),
         ({"rope_dim": 4}, 1, "--rope_dim=4", "0 without rotary positions"),
@@ -260,6 +298,9 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
         ({"distill": True}, 2, "distill without heal_iters"),
         ({"to": tmp_path / "full"}, 1, "holds other files"),
         ({"to": tmp_path / "full" / "x"}, 1, "is a file"),
+        ({"to": tmp_path / "full" / "x" / "y"}, 1, "is a file"),
+        ({"to": "."}, 1, "is the current folder"),
+        ({"to": "a" * 300}, 1, "cannot be written"),
         ({"to": "/proc/x"}, 1, "cannot be written"),
     ]
     for changes, status, *words in cases:
@@ -267,6 +308,52 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
         done = run("tools.convert", *(f"--{k}={v}" for k, v in flags.items()))
         assert fails_with_one_line(done, status, *words), (changes, done.stderr)
         assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mla_q_latent_dim": 5, "mla_groups": 2, "mla_share_latent": True},
+        {"pos_emb": "rope", "mla_rope": "latent", "mla_nope_dim": 3, "mla_rope_dim": 2},
+        {"n_head": 1, "n_embd": 8, "dropout": 0.3, "tie_weights": False},
+        {"use_svd": True, "svd_rank": 2, "n_kv_head": 1},
+        {"head_dim": 2},
+    ],
+)
+def test_unusual_sources(tmp_path, dataset, settings):
+    """Settings that ordinary attention has without effect, and shapes at the border."""
+    source = save(tmp_path / "source", **settings)
+    done = convert(source, dataset, tmp_path / "to", "--cache=2x", "--ranks=spectrum")
+    assert done.returncode == 0, done.stderr
+    assert GPT.from_pretrained(tmp_path / "to").config.attention == "mla"
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "[]", "{", '{"asked": {}, "loss": {}, "plan": {}}', {"asked": []}, {"layers": [{}]},
+        {"loss": {"source": "x"}}, {"plan": {}}, {"cached_numbers": [1, 2, 3]}, {"more": 1},
+        {"calibration_tokens": "many"},
+    ],
+)  # fmt: skip
+def test_a_damaged_record(tmp_path, source, dataset, broken):
+    """One line that names the file, from the conversion and from an export."""
+    folder = save(tmp_path / "run")
+    good = {
+        "source": "s", "attention": "MHA", "data": "d", "calibration_tokens": 1, "layers": [],
+        "plan": {"method": "loss", "spread": True, "rope_dim": 0, "balance": 1.0},
+        "loss": {"source": 1.0, "converted": 1.0}, "asked": {"heal_iters": 0},
+        "cached_numbers": [2, 1], "bytes_per_token": [2, 1],
+    }  # fmt: skip
+    (folder / "conversion.json").write_text(json.dumps(good))
+    assert run("tools.export", f"--out_dir={folder}", f"--to={tmp_path}/e").returncode == 0
+    text = broken if isinstance(broken, str) else json.dumps(good | broken)
+    (folder / "conversion.json").write_text(text)
+    for done in (
+        convert(source, dataset, folder),
+        run("tools.export", f"--out_dir={folder}", f"--to={tmp_path}/e"),
+    ):
+        assert fails_with_one_line(done, 1, "conversion.json: no record of a conversion")
 
 
 def test_train_names_the_command(tmp_path, source, dataset):

@@ -90,7 +90,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError("say one of: decode, train, lengths, svd, or --report with a config file")
     config_class, command = commands[given[0].removesuffix("=True") if given else "decode"]
     rest = [arg for arg in argv if arg not in commands]
-    cfg, _ = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
+    cfg, origins = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
+    model = [name for name in origins if declared(config_class)[name].part]
+    if model and getattr(cfg, "init_from", None):
+        raise UsageError(f"init_from has its own {model[0]}; leave out one of them")
     device = resolve_device(getattr(cfg, "device", "cpu"))
     if command is not report:
         print(f"{machine(device)}, torch {torch.__version__}, seed {cfg.seed}")

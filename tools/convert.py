@@ -15,6 +15,7 @@ report in conversion.md. The same command goes on where it was interrupted.
 
 import dataclasses
 import functools
+import glob
 import math
 import os
 import re
@@ -32,8 +33,8 @@ from tqdm import tqdm
 import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, formats, surgery
-from nanomla.checkpoint import Checkpoint
-from nanomla.dataset import Dataset
+from nanomla.checkpoint import Checkpoint, Conversion
+from nanomla.dataset import Dataset, sigterm_interrupts
 from nanomla.distributed import print0, resolve_device, resolve_dtype
 from nanomla.settings import UsageError, UserError, check, configure, run_script
 from nanomla.surgery import Calibration, Plan
@@ -41,7 +42,8 @@ from tools.bench import markdown
 from train import TrainConfig
 
 RECORD, REPORT, HEAL = checkpoint.CONVERSION
-SWEEP_SIZES = "2x,4x,8x,16x,32x"
+SWEEP_SIZES = ("2x", "4x", "8x", "16x", "32x")
+HEALING = ("heal_iters", "heal_lr", "distill")
 CHOICE_TOKENS = 2**14  # of training text, on which candidates are compared
 # Settings of a run that healing takes over from the source's.
 RECIPE = (
@@ -59,7 +61,7 @@ class ConvertConfig:
         "#source",
         "a run's folder, a checkpoint file, gpt2[-medium|-large|-xl], a folder of safetensors",
     ] = None
-    data: Annotated[str | None, "the text: a dataset's folder below data/, or a path"] = None
+    data: Annotated[str | None, "a dataset in its tokens: a folder below data/, or a path"] = None
     block_size: Annotated[int | None, "tokens per window; None: the context", ">= 2"] = None
 
     to: Annotated[str | None, "#result", "the folder to write: a new or an empty one"] = None
@@ -68,18 +70,18 @@ class ConvertConfig:
     ] = "8x"
     method: Annotated[
         Literal[surgery.METHODS],  # type: ignore[valid-type]
-        "what decides which part is left out: nothing, the inputs, the outputs too, or the loss",
+        "what an error is weighted by: nothing, the inputs, the outputs too, or the loss",
     ] = "loss"
-    calibration_tokens: Annotated[int, "of training text to learn that from", ">= 1"] = 100_000
+    calibration_tokens: Annotated[int, "tokens to take the weights from", ">= 1"] = 100_000
     ranks: Annotated[
         Literal["auto", "spectrum", "uniform"],
         "latents as wide as each layer needs, or all the same; auto: the better",
     ] = "auto"
     rope_dim: Annotated[
-        int | None, "rotary ones of the cached numbers; None: the best of some", ">= 0"
+        int | None, "how many of the cached numbers are rotary; None: the best", ">= 0"
     ] = None
     balance: Annotated[
-        float | None, "values' weight against keys'; None: the best of some", "> 0"
+        float | None, "values' weight for methods input and output; None: the best", "> 0"
     ] = None
     svd_method: Annotated[Literal["exact", "randomized"], "how maps are factorised"] = "exact"
     sweep: Annotated[bool, "all methods at several sizes: --cache=2x,4x,..."] = False
@@ -88,16 +90,17 @@ class ConvertConfig:
     heal_lr: Annotated[float | None, "highest learning rate; None: half the source's", "> 0"] = None
     distill: Annotated[bool, "learn from the source's predictions too"] = False
 
-    eval_tokens: Annotated[
-        int, "#run", "of validation text to measure on, at most", ">= 1"
-    ] = 2**17
-    seed: Annotated[int, "of the text that is drawn", ">= 0"] = 1337
+    eval_tokens: Annotated[int, "#run", "validation tokens to measure on, at most", ">= 1"] = 2**17
+    seed: Annotated[int, "of the windows that are drawn", ">= 0"] = 1337
     device: Annotated[str, "auto, cpu, cuda, cuda:1"] = "auto"
 
     def __post_init__(self) -> None:
         check(self)
-        if self.distill and not self.heal_iters:
-            raise ValueError("distill without heal_iters has no effect; add --heal_iters=N")
+        for name in ("distill", "heal_lr"):
+            if getattr(self, name) and not self.heal_iters:
+                raise ValueError(f"{name} without heal_iters has no effect; add --heal_iters=N")
+        if self.balance and not self.sweep and self.method not in ("input", "output"):
+            raise ValueError(f"balance has no effect on method={self.method}; leave it out")
 
 
 class Source:
@@ -159,7 +162,10 @@ class Source:
         with progress("calibrating", self.cfg.calibration_tokens) as bar:
             batches = self.text(self.cfg.calibration_tokens, first=0)
             with self.amp():
-                return surgery.calibrate(self.model, bar.count(x for x, _ in batches))
+                found = surgery.calibrate(self.model, bar.count(x for x, _ in batches))
+        if not all(t.isfinite().all() for t in (*found.inputs, *found.gradients)):
+            raise UserError(f"{self.stored.source} computes values that are not finite")
+        return found
 
     @functools.cached_property
     def loss(self) -> float:
@@ -184,7 +190,7 @@ class Source:
 
     @torch.no_grad()
     def choice_loss(self, model: GPT) -> float:
-        """The loss by which candidates are compared, on text that calibration has not seen."""
+        """The loss by which candidates are compared, on other windows than calibration's."""
         model.to(self.device)
         with self.amp():
             text = self.text(CHOICE_TOKENS, first=10**6)
@@ -223,61 +229,78 @@ def main(argv: list[str] | None = None) -> None:
     for name, what in (("init_from", "model"), ("data", "text"), ("to", "folder to write")):
         if getattr(cfg, name) is None:
             raise UsageError(f"say which {what}: --{name}=...; --help lists the settings")
+    if cfg.sweep and "method" in origins:
+        raise UsageError("--sweep=True compares all methods; leave out --method")
     if cfg.sweep:
-        run_sweep(cfg if "cache" in origins else dataclasses.replace(cfg, cache=SWEEP_SIZES))
+        run_sweep(cfg, None if "cache" not in origins else cfg.cache.split(","))
     else:
         convert(cfg, Source(cfg))
 
 
-def convert(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
+def convert(cfg: ConvertConfig, source: Source) -> Conversion:
     """Convert, heal and report, or go on with that; returns the record in conversion.json."""
-    folder = Path(cfg.to)
     asked = {k: v for k, v in vars(cfg).items() if k not in ("to", "device", "sweep")}
-    record = earlier(folder, asked)
+    folder, record = earlier(cfg.to, asked)
+    heal = heal_settings(cfg, source) if cfg.heal_iters else {}  # may raise, before the work
     if record is None:
         made = search(cfg, source, source_plan(cfg, source))
         record = make_record(source, made, asked)
-        write_run(cfg, source, made.model, record)
-    if cfg.heal_iters and "healed" not in record["loss"]:
-        train.main([str(folder / HEAL)])
+        write_run(folder, source, made.model, record, heal)
+    elif record.asked != asked:  # healing is asked for now
+        record.asked = asked
+        write_texts(folder, record_texts(record, heal))
+    if heal and "healed" not in record.loss:
+        train.main([f"--{name}={value}" for name, value in heal.items()])
         healed, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
-        record["loss"]["healed"] = source.validation_loss(healed.eval(), "measuring the result")
-        write_texts(folder, record_texts(record))
-    print0("", report_text(record), "", f"in {folder}")
+        record.loss["healed"] = source.validation_loss(healed.eval(), "measuring the result")
+        write_texts(folder, record_texts(record, heal))
+    print0("", report_text(record), "", f"in {cfg.to}")
     return record
 
 
-def earlier(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of the same conversion in this folder; UserError if it holds anything else."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def earlier(to: str, asked: dict[str, Any]) -> tuple[Path, Conversion | None]:
+    """
+    The folder of --to and the record of the same conversion in it, if it is there.
+
+    Raises UserError if the folder cannot be written or holds anything else.
+    """
+    try:
+        folder = Path(to).resolve()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(f"--to={to} cannot be written ({error.strerror})") from None
+    if not there.is_dir():
+        raise UserError(f"--to={to} cannot be written: {there} is a file")
     if not os.access(there, os.W_OK):
-        raise UserError(f"--to={folder} cannot be written: {there} is read-only")
-    if there != folder:
-        return None
-    if not folder.is_dir():
-        raise UserError(f"--to={folder} is a file; name a folder")
-    if not any(folder.iterdir()):
-        return None
+        raise UserError(f"--to={to} cannot be written: {there} is read-only")
+    if folder == Path.cwd():
+        raise UserError(f"--to={to} is the current folder; name a new one")
+    if not names:
+        return folder, None
     record = checkpoint.read_conversion(folder)
-    if record is None:
-        raise UserError(f"--to={folder} holds other files; name a new or an empty folder")
-    other = [f"{k}={v!r}" for k, v in record["asked"].items() if asked.get(k, v) != v]
+    if record is None or not {checkpoint.LATEST, checkpoint.BEST} & set(names):
+        raise UserError(f"--to={to} holds other files; name a new or an empty folder")
+    later = HEALING if not record.asked["heal_iters"] else ()  # healing may be asked for later
+    other = [k for k in asked if k not in later and asked[k] != record.asked.get(k, asked[k])]
     if other:
-        what = f"holds a conversion with {', '.join(other)}"
-        raise UserError(f"--to={folder} {what}; give the same settings, or name a new folder")
-    return record
+        has = ", ".join(f"{k}={record.asked[k]!r}" for k in other)
+        remedy = "give the same settings, or name a new folder"
+        raise UserError(f"--to={to} holds a conversion with {has}; {remedy}")
+    return folder, record
 
 
 def source_plan(cfg: ConvertConfig, source: Source) -> Plan:
     """The plan that --cache and the other settings ask for. Raises UserError if it cannot be."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)(x?)", cfg.cache)
-    if not found or not float(found[1]):
+    config, has = source.config, source.numbers
+    found = re.fullmatch(r"([0-9]{1,9})|([0-9]{0,9}\.?[0-9]{1,9})x", cfg.cache)
+    if not found or not float(found[1] or found[2]):
         raise UsageError(f"--cache={cfg.cache}: write 8x, or a number such as 32")
-    numbers = math.floor(source.numbers / float(found[1]) if found[2] else float(found[1]))
-    rotary, n = source.config.rotary_dim, source.config.nkv * source.config.hs
-    if numbers > source.numbers:
-        has = f"{cfg.init_from} caches {source.numbers:g} numbers per token and layer"
-        raise UserError(f"--cache={cfg.cache} asks for {numbers}, but {has}: that is no smaller")
+    numbers = int(found[1]) if found[1] else math.floor(has / float(found[2]))
+    n, rotary = config.nkv * config.hs, config.rotary_dim > 0
+    if numbers > has:
+        much = f"{cfg.init_from} caches {has:g} numbers per token and layer"
+        raise UserError(f"--cache={cfg.cache} asks for {numbers}, but {much}: that is no smaller")
     least = 3 if rotary else 1
     if numbers < least:
         raise UserError(f"--cache={cfg.cache} leaves {numbers} numbers; the least is {least}")
@@ -286,13 +309,14 @@ def source_plan(cfg: ConvertConfig, source: Source) -> Plan:
         if cfg.rope_dim % 2 or cfg.rope_dim > most:
             works = f"an even number from 0 to {most}" if rotary else "0 without rotary positions"
             raise UserError(f"--rope_dim={cfg.rope_dim} does not work: it must be {works}")
-    exact = exact_numbers(source.config)
-    if numbers > exact:
+    exact, rope_dim = exact_numbers(config), cfg.rope_dim
+    if numbers > exact and rope_dim is None:
         print0(f"{exact} numbers are exact: more are of no use")
         numbers = exact
-    rope_dim = cfg.rope_dim
     if rope_dim is None:
         rope_dim = min(n, numbers // 4 * 2 if numbers < exact else n) if rotary else 0
+    if not rotary and numbers >= 2 * config.n_head * config.hs:
+        raise UserError(f"--cache={cfg.cache}: MLA's cache must be smaller than MHA's {numbers}")
     spread, balance = cfg.ranks != "uniform", cfg.balance or 1.0
     return Plan(numbers, cfg.method, rope_dim, balance, spread, cfg.svd_method)
 
@@ -319,68 +343,72 @@ def search(cfg: ConvertConfig, source: Source, plan: Plan) -> surgery.Converted:
 
 
 # ---- what a conversion leaves on the disk
-def make_record(source: Source, made: surgery.Converted, asked: dict[str, Any]) -> dict[str, Any]:
-    """All that is to know of a conversion, as plain values."""
-    cfg, plan = source.cfg, made.plan
-    layers = [{"layer": i, **layer._asdict()} for i, layer in enumerate(made.layers)]
-    heads = source.config.nkv
-    kind = "MHA" if heads == source.config.n_head else f"{heads} shared key/value heads"
-    record = {
-        "source": source.stored.source,
-        "attention": f"{kind}, {'rotary' if source.config.rotary_dim else 'learned'} positions",
-        "plan": dataclasses.asdict(plan),
-        "data": cfg.data,
-        "calibration_tokens": source.calibration.tokens,
-        "layers": layers,
-        "loss": {
-            "source": source.loss,
-            "converted": source.validation_loss(made.model, "measuring the result"),
-        },
-        "cached_numbers": [source.numbers, costs.cached_numbers(made.model.config)],
-        "bytes_per_token": [source.bytes_per_token, made.model.make_cache(1, 1).bytes_per_token],
-        "asked": asked,
-    }
-    return record
+def make_record(source: Source, made: surgery.Converted, asked: dict[str, Any]) -> Conversion:
+    """The record of what was made, and its measurements."""
+    config = source.config
+    kind = "MHA" if config.nkv == config.n_head else f"{config.nkv} shared key/value heads"
+    converted = source.validation_loss(made.model, "measuring the result")
+    return Conversion(
+        source=source.stored.source,
+        attention=f"{kind}, {'rotary' if config.rotary_dim else 'learned'} positions",
+        plan=dataclasses.asdict(made.plan),
+        data=source.cfg.data,
+        calibration_tokens=source.calibration.tokens,
+        layers=[layer._asdict() for layer in made.layers],
+        loss={"source": source.loss, "converted": converted},
+        cached_numbers=[source.numbers, costs.cached_numbers(made.model.config)],
+        bytes_per_token=[source.bytes_per_token, made.model.make_cache(1, 1).bytes_per_token],
+        asked=asked,
+    )
 
 
-def write_run(cfg: ConvertConfig, source: Source, model: GPT, record: dict[str, Any]) -> None:
+def write_run(
+    folder: Path, source: Source, model: GPT, record: Conversion, heal: dict[str, Any]
+) -> None:
     """The folder of a run that has made no iteration yet, whole or not at all."""
-    folder = Path(cfg.to)
     state = Checkpoint(
         model=model.cpu().state_dict(),
         model_args=dataclasses.asdict(model.config),
-        best_val_loss=math.inf if cfg.heal_iters else record["loss"]["converted"],
-        config={"dataset": cfg.data},
+        best_val_loss=math.inf if heal else record.loss["converted"],
+        config={"dataset": source.cfg.data},
         tokenizer=source.tokenizer,
     )
-    texts = record_texts(record)
-    if cfg.heal_iters:
-        lines = [f"# Goes on with the healing of a conversion: python train.py {cfg.to}/{HEAL}"]
-        lines += [f"{name} = {value!r}" for name, value in heal_settings(cfg, source).items()]
-        texts[HEAL] = "\n".join(lines) + "\n"
-    tmp = folder.absolute().with_name(f".{folder.name}.new-{os.getpid()}")
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    tmp = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     try:
-        tmp.mkdir(parents=True)
-        checkpoint.save(tmp, state, best=True)
-        write_texts(tmp, texts)
-        tmp.rename(folder)  # an empty folder of that name is replaced
+        with sigterm_interrupts():
+            tmp.mkdir(parents=True)
+            checkpoint.save(tmp, state, best=True)
+            write_texts(tmp, record_texts(record, heal))
+            tmp.rename(folder)  # an empty folder of that name is replaced
     except OSError as error:
-        raise UserError(f"--to={folder} cannot be written ({error.strerror})") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
 def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
-    """The settings with which train.py heals, and goes on healing, a conversion."""
+    """
+    The settings with which train.py heals, and goes on healing, a conversion.
+
+    Raises UserError if the source's own are none that train.py can have.
+    """
     T, has = source.block_size, source.stored.config
     recipe = {"batch_size": max(1, 8192 // T), "gradient_accumulation_steps": 1}
     recipe |= {"learning_rate": 2e-4}  # where the source's is not known
     recipe |= {name: has[name] for name in RECIPE if has.get(name) is not None}
-    scale = 0.5 if cfg.heal_lr is None else cfg.heal_lr / recipe["learning_rate"]
-    rates = [name for name in ("learning_rate", "muon_learning_rate") if name in recipe]
-    recipe |= {name: recipe[name] * scale for name in rates}
+    try:
+        recipe = {name: getattr(TrainConfig(**recipe), name) for name in recipe}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source.stored.source}: its run's settings: {error}") from None
+    highest = recipe["learning_rate"]
+    scale = cfg.heal_lr / highest if cfg.heal_lr and highest else 0.5
+    if "muon_learning_rate" in recipe:
+        recipe["muon_learning_rate"] *= scale
     windows = (len(source.data.splits["val"]) - 1) // T
-    settings = {
+    return recipe | {
+        "learning_rate": cfg.heal_lr or highest * scale,
         "out_dir": cfg.to,
         "init_from": "resume",
         "dataset": cfg.data,
@@ -393,18 +421,19 @@ def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
         "log_interval": max(cfg.heal_iters // 20, 1),
         "seed": cfg.seed,
         "device": cfg.device,
-        **recipe,
     }
-    try:
-        TrainConfig(**{name: v for name, v in settings.items() if name != "block_size"})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source.stored.source}: its run's settings: {error}") from None
-    return settings
 
 
-def record_texts(record: dict[str, Any]) -> dict[str, str]:
-    """The files of a record, by name."""
-    return {RECORD: formats.as_json(record), REPORT: report_text(record) + "\n"}
+def record_texts(record: Conversion, heal: dict[str, Any]) -> dict[str, str]:
+    """The files of a record, by name, and train.py's config for its healing, if there is any."""
+    texts = {RECORD: formats.as_json(dataclasses.asdict(record))}
+    texts[REPORT] = report_text(record) + "\n"
+    if heal:
+        command = f"python train.py {heal['out_dir']}/{HEAL}"
+        lines = [f"# Goes on with the healing of a conversion: {command}"]
+        lines += [f"{name} = {value!r}" for name, value in heal.items()]
+        texts[HEAL] = "\n".join(lines) + "\n"
+    return texts
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:
@@ -418,62 +447,73 @@ def write_texts(folder: Path, texts: dict[str, str]) -> None:
             raise UserError(f"{folder / name} cannot be written ({error.strerror})") from None
 
 
-def report_text(record: dict[str, Any]) -> str:
+def report_text(record: Conversion) -> str:
     """The report as Markdown."""
-    plan, loss, asked = record["plan"], record["loss"], record["asked"]
+    plan, loss = record.plan, record.loss
     names = {"source": "source", "converted": "converted, no training"}
-    names["healed"] = f"after {asked['heal_iters']} iterations of healing"
-    numbers, sizes = record["cached_numbers"], record["bytes_per_token"]
+    names["healed"] = f"after {record.asked['heal_iters']} iterations of healing"
     rows = []
     for name, what in names.items():
         if name in loss:
             at = int(name != "source")
             rows.append({
                 "": what,
-                "cached numbers per token and layer": f"{numbers[at]:g}",
-                "cache bytes per token": f"{sizes[at]:,}",
+                "cached numbers per token and layer": f"{record.cached_numbers[at]:g}",
+                "cache bytes per token": f"{record.bytes_per_token[at]:,}",
                 "validation loss": f"{loss[name]:.4f}",
                 "change": f"{loss[name] - loss['source']:+.4f}" if at else "",
             })  # fmt: skip
     layers = [
         {
-            "layer": str(layer["layer"]),
+            "layer": str(i),
             "latent": str(layer["latent"]),
             "kept": f"{layer['kept']:.2%}",
             "predicted change of the loss": f"{layer['predicted']:+.5f}",
         }
-        for layer in record["layers"]
+        for i, layer in enumerate(record.layers)
     ]
-    predicted = sum(layer["predicted"] for layer in record["layers"])
+    predicted = sum(layer["predicted"] for layer in record.layers)
     measured = loss["converted"] - loss["source"]
-    how = [f"method {plan['method']}", f"{'' if plan['spread'] else 'no '}ranks by layer"]
+    smaller = record.cached_numbers[0] / max(record.cached_numbers[1], 1)
+    how = [f"method {plan['method']}", "ranks by layer" if plan["spread"] else "one rank"]
     how += [f"{plan['rope_dim']} rotary numbers in all layers"] * bool(plan["rope_dim"])
     how += [f"values weighted by {plan['balance']:g}"] * (plan["balance"] != 1.0)
-    text = f"{record['calibration_tokens']:,} tokens of {record['data']}"
     return "\n".join([
-        f"# {record['source']} with a latent cache",
+        f"# {record.source} with a latent cache",
         "",
-        f"From {record['attention']}, {numbers[0] / numbers[1]:.3g}x smaller.",
-        f"Calibrated on {text}: {', '.join(how)}.",
+        f"From {record.attention}, {smaller:.3g}x smaller.",
+        f"Calibrated on {record.calibration_tokens:,} tokens of {record.data}: {', '.join(how)}.",
         "",
         *markdown(rows),
         "",
         *markdown(layers),
         "",
-        f"Change of the loss, all layers: predicted {predicted:+.4f}, measured {measured:+.4f}.",
+        f"Change of the loss, all layers: measured {measured:+.4f}, predicted {predicted:+.4f}.",
+        "(The prediction is of second order, layer by layer: too low for changes above some 0.01.)",
     ])  # fmt: skip
 
 
 # ---- all methods at several sizes
-def run_sweep(cfg: ConvertConfig) -> None:
-    """Convert once for every size and method; what is there already is not done again."""
+def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
+    """
+    Convert once for every size and method; what is there already is not done again.
+
+    sizes: as for --cache; None: those of SWEEP_SIZES that the source can have.
+    """
     source, folder = Source(cfg), Path(cfg.to)
+    if any((folder / name).exists() for name in (checkpoint.LATEST, checkpoint.BEST, RECORD)):
+        raise UserError(f"--to={cfg.to} holds a run; name another folder for the sweep")
     points = []
-    for size in cfg.cache.split(","):
+    for size in sizes or SWEEP_SIZES:
         for method in surgery.METHODS:
             to = str(folder / f"{size}-{method}")
             point = dataclasses.replace(cfg, cache=size, method=method, to=to, sweep=False)
-            source_plan(point, source)  # raises for what cannot be, before anything is done
+            try:
+                source_plan(point, source)  # before anything is done
+            except UserError:
+                if sizes:
+                    raise
+                continue
             points.append(point)
     records = []
     for i, point in enumerate(points):
@@ -503,20 +543,20 @@ def train_on(cfg: ConvertConfig, source: Source) -> float:
     return source.validation_loss(model.eval(), "measuring the source, trained on")
 
 
-def sweep_rows(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+def sweep_rows(records: list[Conversion]) -> list[dict[str, str]]:
     """A row for every size, a column for every method."""
     rows: dict[float, dict[str, str]] = {}
     for record in records:
-        (before, after), loss = record["cached_numbers"], record["loss"]
+        (before, after), loss = record.cached_numbers, record.loss
         row = rows.setdefault(after, {"cached numbers": f"{after:g}"})
         row["smaller"] = f"{before / after:.3g}x"
         changes = [f"{loss[k] - loss['source']:+.4f}" for k in ("converted", "healed") if k in loss]
-        method = record["plan"]["method"]
+        method = record.plan["method"]
         row[method] = " ".join([changes[0], *(f"({change})" for change in changes[1:])])
     return list(rows.values())
 
 
-def draw_sweep(records: list[dict[str, Any]], longer: float | None, path: Path) -> None:
+def draw_sweep(records: list[Conversion], longer: float | None, path: Path) -> None:
     """
     The change of the loss over the cache's size, a line for every method; dashed: after healing.
     longer: that of the source, trained on as long.
@@ -537,15 +577,15 @@ def draw_sweep(records: list[dict[str, Any]], longer: float | None, path: Path) 
         axes.axhline(longer, color="black", lw=0.8, ls=":", label="source, trained on")
     styles = zip(surgery.METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
     for method, marker, color in styles:
-        mine = [r for r in records if r["plan"]["method"] == method]
+        mine = [r for r in records if r.plan["method"] == method]
         for key, line in (("converted", "-"), ("healed", "--")):
-            there = [r for r in mine if key in r["loss"]]
-            sizes = [r["cached_numbers"][1] for r in there]
-            changes = [r["loss"][key] - r["loss"]["source"] for r in there]
+            there = [r for r in mine if key in r.loss]
+            sizes = [r.cached_numbers[1] for r in there]
+            changes = [r.loss[key] - r.loss["source"] for r in there]
             label = method if key == "converted" else f"{method}, healed"
             if there:
                 axes.plot(sizes, changes, line, marker=marker, color=color, label=label)
-    sizes = sorted({r["cached_numbers"][1] for r in records})
+    sizes = sorted({r.cached_numbers[1] for r in records})
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)
     axes.legend()
     figure.savefig(path, dpi=110)

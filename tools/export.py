@@ -152,9 +152,9 @@ def conversion_row(stored: Checkpoint) -> dict[str, str]:
     record = checkpoint.read_conversion(path.parent) if path.is_file() else None
     if record is None:
         return {}
-    text = f"{record['source']}, with {record['attention']}, by method {record['plan']['method']}"
-    text += f" on {record['calibration_tokens']:,} tokens of {record['data']}"
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record["loss"].items())
+    text = f"{record.source}, with {record.attention}, by method {record.plan['method']}"
+    text += f" on {record.calibration_tokens:,} tokens of {record.data}"
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record.loss.items())
     return {"converted from": text, "validation loss of the conversion": losses}
 
 
