@@ -131,6 +131,8 @@ def crop_block_size(model: GPT, block_size: int) -> None:
 #
 #     A = V_L^T S^(-1/2)    B = [W_K; W_V] S^(1/2) V_L    lost: the sum of s^2 beyond L
 #
+# of which each latent number is scaled freely.
+#
 # Key biases and the mean of the keys fall out of the softmax; value biases and the mean of the
 # values pass through the average unchanged and move into c_proj's bias.
 #
@@ -453,7 +455,8 @@ def _split_rotary(
     freq, place = order // config.nkv, order % config.nkv
     parts = []
     for maps, (as_content, k, up, down) in zip(layers, found, strict=True):
-        chosen, weight = down[freq, place], up[freq, :, place]  # (r / 2, C + 1), (r / 2, nkv)
+        weight, chosen = _balanced(up[freq, :, place].mT, down[freq, place])
+        weight = weight.mT  # (r / 2, nkv), of chosen (r / 2, C + 1)
         q = _complex_rows(maps.q)[freq]  # (r / 2, nh, C + 1)
         q = weight.conj().repeat_interleave(q.size(1) // config.nkv, dim=1)[..., None] * q
         kept = torch.zeros_like(k).index_add_(0, freq, weight[..., None] * chosen[:, None])
@@ -500,7 +503,19 @@ def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Pl
     weighted = _roots(metric)[0] @ W @ root
     # one layer may get more than its share of the rank; it then has up to four times as much
     _, s, Vh = _svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
-    return Factors(W @ root @ Vh.mT, Vh @ inverse, s.square(), weighted.square().sum())
+    up, down = _balanced(W @ root @ Vh.mT, Vh @ inverse)
+    return Factors(up, down, s.square(), weighted.square().sum())
+
+
+def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Scale the columns of up and the rows of down so that weights of both are of one size. The
+    product stays; training goes on better than with rows of down that make numbers of variance 1
+    (docs/conversion.md).
+    """
+    sizes = [t.abs().square().mean(dim) for t, dim in ((up, 0), (down, 1))]
+    gain = (sizes[0] / sizes[1]).pow(0.25).clamp_min(1e-9)
+    return up / gain, down * gain[:, None]
 
 
 def _ranks(spectra: list[Tensor], L: int, most: int, spread: bool) -> list[int]:
