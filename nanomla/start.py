@@ -30,16 +30,15 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
         vocab_size = cfg.vocab_size or padded_vocab(data)
         return GPT(dataclasses.replace(cfg.model, vocab_size=vocab_size)), new_run
 
-    resume = cfg.init_from == "resume"
+    resume, asks_mla = cfg.init_from == "resume", "use_mla" in origins and cfg.model.use_mla
+    if asks_mla and cfg.init_from in formats.PRETRAINED:
+        raise _not_latent(cfg, origins, cfg.init_from)  # before anything is fetched
     if resume:
         ckpt = checkpoint.load(checkpoint.find(cfg.out_dir))
     else:
         ckpt = formats.open_weights(cfg.init_from)
-    if "use_mla" in origins and cfg.model.use_mla and not ckpt.model_args.get("use_mla"):
-        command = f"python -m tools.convert --init_from={cfg.out_dir if resume else cfg.init_from}"
-        command += f" --cache=8x --data={cfg.dataset} --to=FOLDER"
-        have = f"use_mla=True ({origins['use_mla']}), but {ckpt.source} has ordinary attention"
-        raise UserError(f"{have}; convert it first: {command}, then --init_from=FOLDER")
+    if asks_mla and not ckpt.model_args.get("use_mla"):
+        raise _not_latent(cfg, origins, ckpt.source)
     overrides: dict[str, Any] = {"dropout": cfg.model.dropout}
     if cfg.model.use_svd:
         # A rank that was not given was resolved for cfg.model's head size, not the checkpoint's.
@@ -70,6 +69,14 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
         warn0("the optimizer starts anew, as the factors are new parameters")
         ckpt.optimizer, ckpt.scaler = None, None
     return model, dataclasses.replace(ckpt, model={})
+
+
+def _not_latent(cfg: Any, origins: dict[str, str], source: str) -> UserError:
+    """The error for use_mla=True on weights with ordinary attention; it names the way out."""
+    name = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    command = f"python -m tools.convert --init_from={name} --cache=8x --data={cfg.dataset}"
+    have = f"use_mla=True ({origins['use_mla']}), but {source} has ordinary attention"
+    return UserError(f"{have}; convert it first: {command} --to=FOLDER, then --init_from=FOLDER")
 
 
 def open_teacher(source: str | None, config: GPTConfig, device: str) -> GPT | None:

@@ -359,7 +359,7 @@ def test_a_damaged_record(tmp_path, source, dataset, broken):
 def test_train_names_the_command(tmp_path, source, dataset):
     """use_mla on weights with ordinary attention is an error with the way out, also for GPT-2."""
     transformers_gpt2().save_pretrained(tmp_path / "gpt2")
-    for name in (source, tmp_path / "gpt2"):
+    for name in (source, tmp_path / "gpt2", "gpt2-medium"):  # the last is not fetched
         args = [*QUICK, "--use_mla=True", f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
         done = run("train.py", *args, f"--init_from={name}")
         command = f"python -m tools.convert --init_from={name} --cache=8x --data={dataset} --to="
