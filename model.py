@@ -61,7 +61,7 @@ class GPTConfig:
     tie_weights: Annotated[bool, "lm_head is the token embedding"] = True
     pos_emb: Annotated[Literal["learned", "rope"], "a table as in GPT-2, or rotary"] = "learned"
     rope_theta: Annotated[float, "rotary base, usually 10000.0", "> 0"] = 10000.0
-    rope_freqs: Annotated[tuple[float, ...] | None, "radians a token, by pair", "> 0"] = None
+    rope_freqs: Annotated[tuple[float, ...] | None, "of each pair; None: by theta", "> 0"] = None
     n_kv_head: Annotated[int | None, "#attention", "key/value heads; None: n_head", ">= 1"] = None
     head_dim: Annotated[int | None, "head size; None: n_embd / n_head", ">= 1"] = None
     use_mla: Annotated[bool, "keys and values through a cached latent"] = False
@@ -132,7 +132,7 @@ class GPTConfig:
         _require(0 < r <= L and r % 2 == 0, "mla_rope_dim", r, works)
 
     def _check_latent(self, beside: int, per_head: int) -> int:
-        """A latent and what is beside it must be less than MHA's cache. Returns the smallest."""
+        """A latent and what is beside it must be less than MHA's cache. Returns the narrowest."""
         nh, G, full = self.n_head, self.mla_groups, self.n_head * per_head
         _require(nh % G == 0, "mla_groups", G, f"a divisor of n_head={nh}: {_divisors(nh)}")
         if self.mla_latent_dim is None:
@@ -194,7 +194,7 @@ class GPTConfig:
 
     @property
     def spans(self) -> list[tuple["GPTConfig", int]]:
-        """Runs of layers of one shape, as their config and number: one run, or every layer."""
+        """(config, number of layers) of runs of one shape: all, or each layer if latents differ."""
         n = 1 if isinstance(self.mla_latent_dim, tuple) else self.n_layer
         return [(self.of_layer(i), n) for i in range(0, self.n_layer, n)]
 

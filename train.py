@@ -300,6 +300,7 @@ class Run:
         if self.teacher is None:
             return loss
         with torch.no_grad():
+            # given targets, a model returns the logits of all positions
             target = self.teacher(x, y)[0].float().log_softmax(-1)
         kl = F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True)
         return loss + kl / y.numel()

@@ -148,14 +148,14 @@ class Conversion:
     """
     The record of a conversion, which tools.convert writes beside the checkpoint that it made.
 
-    Raises TypeError for a value of another type.
+    Raises TypeError for a missing value or one of another type.
     """
 
     source: str  # the file or name that was converted
     attention: str  # what it had, in words
     plan: dict[str, Any]  # nanomla.surgery.Plan
-    data: str  # the dataset, and
-    calibration_tokens: int  # how much of it was read
+    data: str  # the dataset's name
+    calibration_tokens: int  # tokens of it that were read
     layers: list[dict[str, float]]  # per layer: latent, kept, predicted
     loss: dict[str, float]  # of source, converted and, if it was, healed; nats per token
     cached_numbers: list[float]  # per token and layer, of the source and of the result
@@ -193,7 +193,7 @@ def read_conversion(folder: str | Path) -> Conversion | None:
     try:
         return Conversion(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no record of a conversion ({error})") from None
+        raise UserError(f"{path}: not the record of a conversion ({error})") from None
 
 
 def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:

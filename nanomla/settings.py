@@ -275,7 +275,7 @@ def _checked(value: Any, setting: Setting) -> Any:
 def _coerce(value: Any, kind: Any) -> Any:
     """`value` as an instance of exactly this type; ValueError if it does not stand for one."""
     if isinstance(kind, types.UnionType):
-        one, several = typing.get_args(kind)  # int | tuple[int, ...]
+        one, several = typing.get_args(kind)  # the only union here is X | tuple[X, ...]
         return _coerce(value, several if isinstance(value, (list, tuple)) else one)
     if typing.get_origin(kind) is Literal:
         for choice in typing.get_args(kind):
@@ -323,8 +323,10 @@ def _nearest(key: str, known: Collection[str]) -> str:
 def _type_name(hint: Any) -> str:
     inner = _without_none(hint)
     args = typing.get_args(inner)
-    name = "|".join(map(str, args)) if typing.get_origin(inner) is Literal else str(inner)
-    name = inner.__name__ if isinstance(inner, type) and not args else name
+    if typing.get_origin(inner) is Literal:
+        name = "|".join(map(str, args))
+    else:  # int, or tuple[int, ...]
+        name = str(inner) if args else inner.__name__
     return name if inner is hint else f"{name} or None"
 
 

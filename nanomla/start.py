@@ -37,7 +37,8 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
         ckpt = checkpoint.load(checkpoint.find(cfg.out_dir))
     else:
         ckpt = formats.open_weights(cfg.init_from)
-    if asks_mla and not ckpt.model_args.get("use_mla"):
+    ordinary = not (ckpt.model_args.get("use_mla") or ckpt.model_args.get("use_latent_tokens"))
+    if asks_mla and ordinary:
         raise _not_latent(cfg, origins, ckpt.source)
     overrides: dict[str, Any] = {"dropout": cfg.model.dropout}
     if cfg.model.use_svd:
@@ -83,7 +84,8 @@ def open_teacher(source: str | None, config: GPTConfig, device: str) -> GPT | No
     """
     The model of --distill, for reading only; None without one.
 
-    Raises UserError if it cannot be opened, or has other tokens or a shorter context than `config`.
+    Raises UserError if it cannot be opened, or has another vocab_size or a shorter context than
+    `config`.
     """
     if source is None:
         return None
@@ -92,7 +94,7 @@ def open_teacher(source: str | None, config: GPTConfig, device: str) -> GPT | No
     if has.vocab_size != wants[0] or has.block_size < wants[1]:
         sizes = f"vocab_size={has.vocab_size} and block_size={has.block_size}"
         needs = f"the model to train has {wants[0]} and {wants[1]}"
-        raise UserError(f"--distill={source} has {sizes}, {needs}: it cannot teach it")
+        raise UserError(f"--distill={source} has {sizes}, {needs}: it cannot be the teacher")
     return teacher.to(device).eval().requires_grad_(False)
 
 

@@ -223,13 +223,14 @@ def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
             target = torch.searchsorted(gradient.cumsum(-1), u).clamp_max(logits.size(1) - 1)
             gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
             logits.backward(gradient)
-            for layer, (x, added) in enumerate(seen):
-                x = x.detach().flatten(0, 1).double()
-                x1, g = F.pad(x, (0, 1), value=1.0), added.grad.float().flatten(0, 1).flatten(1)
-                for total, new in zip(sums, (x1.mT @ x1, (g.mT @ g).double()), strict=True):
-                    if tokens == 0:
-                        total.append(torch.zeros_like(new))
-                    total[layer] += new
+            with torch.autocast(device.type, enabled=False):
+                for layer, (x, added) in enumerate(seen):
+                    x1 = F.pad(x.detach().flatten(0, 1).double(), (0, 1), value=1.0)
+                    g = added.grad.float().flatten(0, 1).flatten(1)
+                    for total, new in zip(sums, (x1.mT @ x1, (g.mT @ g).double()), strict=True):
+                        if tokens == 0:
+                            total.append(torch.zeros_like(new))
+                        total[layer] += new
             tokens += idx.numel()
     inputs, gradients = ([total.cpu() / tokens for total in kind] for kind in sums)
     return Calibration(inputs, gradients, tokens)
@@ -366,14 +367,15 @@ def choose(
 
     axes: for fields of Plan the values to try. One field after the other is given its best value.
     """
-    best = Converted(plan, *to_mla(model, found, plan))
+    best, tried = Converted(plan, *to_mla(model, found, plan)), {plan}
     loss = loss_of(best.model) if axes else 0.0
     for name, values in axes.items():
         for value in values:
-            tried = dataclasses.replace(best.plan, **{name: value})
-            if tried == best.plan:
+            other_plan = dataclasses.replace(best.plan, **{name: value})
+            if other_plan in tried:
                 continue
-            other = Converted(tried, *to_mla(model, found, tried))
+            tried.add(other_plan)
+            other = Converted(other_plan, *to_mla(model, found, other_plan))
             if (new := loss_of(other.model)) < loss:
                 best, loss = other, new
     return best
@@ -392,8 +394,8 @@ def _metric(maps: Maps, moments: Tensor, plan: Plan, config: GPTConfig) -> Tenso
     """
     What stands for Calibration.gradients under the other methods.
 
-    With rotary positions it is taken that a query meets keys at all distances alike: the rotation
-    of a frequency w then is, on average, the complex number mean of e^(-i w d) over distances d.
+    With rotary positions it is taken that queries attend to all earlier positions alike: the
+    rotation of a frequency w then is, on average, the mean of e^(-i w d) over distances d.
     """
     nh, hs, n = config.n_head, config.hs, config.nkv * config.hs
     keys = values = torch.eye(n, dtype=torch.float64)
@@ -497,11 +499,11 @@ class Factors(NamedTuple):
 
 
 def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Plan) -> Factors:
-    """Keys' and values' map target (rows, C + 1) in the order of what the metric is lost."""
+    """Factors of the keys' and values' map, target (rows, C + 1); what counts most comes first."""
     W, mean = target[:, :-1], moments[:-1, -1]
     root, inverse = _roots(moments[:-1, :-1] - torch.outer(mean, mean))
     weighted = _roots(metric)[0] @ W @ root
-    # one layer may get more than its share of the rank; it then has up to four times as much
+    # randomized: up to four times the average rank, as one layer may get more than its share
     _, s, Vh = _svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
     up, down = _balanced(W @ root @ Vh.mT, Vh @ inverse)
     return Factors(up, down, s.square(), weighted.square().sum())
@@ -523,7 +525,7 @@ def _ranks(spectra: list[Tensor], L: int, most: int, spread: bool) -> list[int]:
     The rank of every layer, L on average and at most `most`.
 
     spread: the next step goes to the layer that gains most. A step is the power of two from L / 16
-    to L / 8, so that large widths stay multiples of one.
+    to L / 8, or 1, so that large widths are multiples of a power of two.
     """
     L = min(L, most)
     if not spread:

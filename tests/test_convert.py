@@ -78,7 +78,7 @@ def test_a_conversion_is_a_run_like_any_other(tmp_path, source, dataset):
     assert record(folder)["bytes_per_token"] == [4 * 2 * 64, 4 * sum(numbers)]
     report = (folder / "conversion.md").read_text()
     assert report.strip() in done.stdout and change(folder) < 0.02
-    for text in ("4x smaller", "4,096 tokens", "| 128 ", f"predicted {'+'}", "| 1     |"):
+    for text in ("cache is 4x smaller", "4,096 tokens", "| 128 ", f"predicted {'+'}", "| 1     |"):
         assert text in report, (text, report)
     start = ["--start=to be", "--max_new_tokens=9"]
     for flags in ([], ["--cache_dtype=int8"], ["--use_svd=True", "--svd_rank=4"]):
@@ -112,7 +112,7 @@ def test_grouped_rotary_heads(tmp_path, rotary, dataset):
     assert done.returncode == 0, done.stderr
     assert abs(change(tmp_path / "same")) < 1e-5
     assert record(tmp_path / "same")["plan"]["rope_dim"] == 16
-    assert "2 shared key/value heads, rotary positions" in done.stdout
+    assert "GQA with 2 key/value heads, rotary positions" in done.stdout
     done = convert(rotary, dataset, tmp_path / "half", "--cache=16")
     assert done.returncode == 0, done.stderr
     assert -0.01 < change(tmp_path / "half") < 0.2
@@ -213,7 +213,7 @@ def test_killed_while_converting(tmp_path, source, dataset):
 
 def test_sweep(tmp_path, source, dataset):
     """A row for every size, a column for every method, a picture; a second call does nothing."""
-    flags = ["--sweep", "--cache=4x,16x", "--heal_iters=4"]
+    flags = ["--sweep", "--cache=4x,16x", "--heal_iters=4", "--balance=2"]
     done = convert(source, dataset, tmp_path / "s", *flags)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "s" / "sweep.md").read_text()
@@ -286,6 +286,7 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
         ({"heal_lr": 0.1}, 2, "heal_lr without heal_iters"),
         ({"balance": 2.0}, 2, "balance has no effect on method=loss"),
         ({"sweep": True, "method": "loss"}, 2, "leave out --method"),
+        ({"sweep": True, "rope_dim": 4}, 1, "0 without rotary positions"),
         ({"sweep": True, "to": source}, 1, "holds a run"),
         ({"cache": "0x"}, 2, "--cache=0x: write"),
         ({"cache": "2x,4x"}, 2, "--cache=2x,4x: write"),
@@ -353,7 +354,7 @@ def test_a_damaged_record(tmp_path, source, dataset, broken):
         convert(source, dataset, folder),
         run("tools.export", f"--out_dir={folder}", f"--to={tmp_path}/e"),
     ):
-        assert fails_with_one_line(done, 1, "conversion.json: no record of a conversion")
+        assert fails_with_one_line(done, 1, "conversion.json: not the record of a conversion")
 
 
 def test_train_names_the_command(tmp_path, source, dataset):

@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     config_class, command = commands[given[0].removesuffix("=True") if given else "decode"]
     rest = [arg for arg in argv if arg not in commands]
     cfg, origins = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
-    model = [name for name in origins if declared(config_class)[name].part]
-    if model and getattr(cfg, "init_from", None):
-        raise UsageError(f"init_from has its own {model[0]}; leave out one of them")
+    shape = [name for name in origins if declared(config_class)[name].part == "model"]
+    if command is report and cfg.init_from and shape:
+        raise UsageError(f"init_from has its own {shape[0]}; leave out one of them")
     device = resolve_device(getattr(cfg, "device", "cpu"))
     if command is not report:
         print(f"{machine(device)}, torch {torch.__version__}, seed {cfg.seed}")

@@ -6,11 +6,11 @@ Give a trained model with ordinary attention (MHA, GQA) a latent cache: turn it 
     python -m tools.convert ... --cache=16x --heal_iters=200 --distill=True
     python -m tools.convert ... --sweep=True
 
-The weights are factorised by what some of the training text (--data) shows that attention needs:
-nanomla/surgery.py says how. --heal_iters trains the result with train.py, by the source's own
-recipe. --to becomes a run's folder like any other, for sample.py, train.py and tools.export, with a
-report in conversion.md. The same command goes on where it was interrupted.
---sweep compares cache sizes and methods, in sweep.md and sweep.png.
+Some of the training text (--data) shows what attention needs, and the weights are factorised by
+that: nanomla/surgery.py says how. --heal_iters trains the result with train.py, with the source's
+batch and optimizer and half its learning rate. --to becomes a run's folder like any other, for
+sample.py, train.py and tools.export, with a report in conversion.md. The same command goes on where
+it was interrupted. --sweep compares cache sizes and methods, in sweep.md and sweep.png.
 """
 
 import dataclasses
@@ -64,15 +64,15 @@ class ConvertConfig:
     data: Annotated[str | None, "a dataset in its tokens: a folder below data/, or a path"] = None
     block_size: Annotated[int | None, "tokens per window; None: the context", ">= 2"] = None
 
-    to: Annotated[str | None, "#result", "the folder to write: a new or an empty one"] = None
+    to: Annotated[str | None, "#result", "the folder to write: new, empty, or to go on in"] = None
     cache: Annotated[
         str, "8x: 8 times fewer cached numbers than the source; 32: so many a token and layer"
     ] = "8x"
     method: Annotated[
         Literal[surgery.METHODS],  # type: ignore[valid-type]
-        "what an error is weighted by: nothing, the inputs, the outputs too, or the loss",
+        "what counts as error: in the weights, on the inputs, at the output, or in the loss",
     ] = "loss"
-    calibration_tokens: Annotated[int, "tokens to take the weights from", ">= 1"] = 100_000
+    calibration_tokens: Annotated[int, "training tokens that are read for that", ">= 1"] = 100_000
     ranks: Annotated[
         Literal["auto", "spectrum", "uniform"],
         "latents as wide as each layer needs, or all the same; auto: the better",
@@ -84,13 +84,13 @@ class ConvertConfig:
         float | None, "values' weight for methods input and output; None: the best", "> 0"
     ] = None
     svd_method: Annotated[Literal["exact", "randomized"], "how maps are factorised"] = "exact"
-    sweep: Annotated[bool, "all methods at several sizes: --cache=2x,4x,..."] = False
+    sweep: Annotated[bool, "all methods, at 2x to 32x or --cache=4x,8x,..."] = False
 
     heal_iters: Annotated[int, "#healing", "iterations of training after it", ">= 0"] = 0
     heal_lr: Annotated[float | None, "highest learning rate; None: half the source's", "> 0"] = None
     distill: Annotated[bool, "learn from the source's predictions too"] = False
 
-    eval_tokens: Annotated[int, "#run", "validation tokens to measure on, at most", ">= 1"] = 2**17
+    eval_tokens: Annotated[int, "#run", "validation tokens to measure on, about", ">= 1"] = 2**17
     seed: Annotated[int, "of the windows that are drawn", ">= 0"] = 1337
     device: Annotated[str, "auto, cpu, cuda, cuda:1"] = "auto"
 
@@ -145,7 +145,7 @@ class Source:
 
     @property
     def rows(self) -> int:
-        """Windows per forward pass, so that the logits take at most 200 MB."""
+        """Windows per forward pass: at most 64 with logits of 200 MB, at least one."""
         return max(1, min(64, 5 * 10**7 // (self.config.vocab_size * self.block_size)))
 
     def text(self, tokens: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -190,7 +190,7 @@ class Source:
 
     @torch.no_grad()
     def choice_loss(self, model: GPT) -> float:
-        """The loss by which candidates are compared, on other windows than calibration's."""
+        """The loss by which candidates are compared, on windows that are drawn separately."""
         model.to(self.device)
         with self.amp():
             text = self.text(CHOICE_TOKENS, first=10**6)
@@ -243,7 +243,7 @@ def convert(cfg: ConvertConfig, source: Source) -> Conversion:
     folder, record = earlier(cfg.to, asked)
     heal = heal_settings(cfg, source) if cfg.heal_iters else {}  # may raise, before the work
     if record is None:
-        made = search(cfg, source, source_plan(cfg, source))
+        made = search(cfg, source, asked_plan(cfg, source))
         record = make_record(source, made, asked)
         write_run(folder, source, made.model, record, heal)
     elif record.asked != asked:  # healing is asked for now
@@ -290,7 +290,7 @@ def earlier(to: str, asked: dict[str, Any]) -> tuple[Path, Conversion | None]:
     return folder, record
 
 
-def source_plan(cfg: ConvertConfig, source: Source) -> Plan:
+def asked_plan(cfg: ConvertConfig, source: Source) -> Plan:
     """The plan that --cache and the other settings ask for. Raises UserError if it cannot be."""
     config, has = source.config, source.numbers
     found = re.fullmatch(r"([0-9]{1,9})|([0-9]{0,9}\.?[0-9]{1,9})x", cfg.cache)
@@ -310,7 +310,7 @@ def source_plan(cfg: ConvertConfig, source: Source) -> Plan:
             works = f"an even number from 0 to {most}" if rotary else "0 without rotary positions"
             raise UserError(f"--rope_dim={cfg.rope_dim} does not work: it must be {works}")
     exact, rope_dim = exact_numbers(config), cfg.rope_dim
-    if numbers > exact and rope_dim is None:
+    if numbers > exact and (rope_dim is None or not rotary):
         print0(f"{exact} numbers are exact: more are of no use")
         numbers = exact
     if rope_dim is None:
@@ -330,7 +330,7 @@ def exact_numbers(config: GPTConfig) -> int:
 
 
 def search(cfg: ConvertConfig, source: Source, plan: Plan) -> surgery.Converted:
-    """What the settings leave open is chosen by the loss on training text."""
+    """Try what the settings leave open; the loss on training text decides."""
     axes: dict[str, list[Any]] = {}
     n, exact = source.config.nkv * source.config.hs, exact_numbers(source.config)
     if source.config.rotary_dim and cfg.rope_dim is None and plan.numbers < exact:
@@ -346,7 +346,7 @@ def search(cfg: ConvertConfig, source: Source, plan: Plan) -> surgery.Converted:
 def make_record(source: Source, made: surgery.Converted, asked: dict[str, Any]) -> Conversion:
     """The record of what was made, and its measurements."""
     config = source.config
-    kind = "MHA" if config.nkv == config.n_head else f"{config.nkv} shared key/value heads"
+    kind = "MHA" if config.nkv == config.n_head else f"GQA with {config.nkv} key/value heads"
     converted = source.validation_loss(made.model, "measuring the result")
     return Conversion(
         source=source.stored.source,
@@ -365,10 +365,11 @@ def make_record(source: Source, made: surgery.Converted, asked: dict[str, Any]) 
 def write_run(
     folder: Path, source: Source, model: GPT, record: Conversion, heal: dict[str, Any]
 ) -> None:
-    """The folder of a run that has made no iteration yet, whole or not at all."""
+    """Write the folder of a run before its first iteration, whole or not at all."""
     state = Checkpoint(
         model=model.cpu().state_dict(),
         model_args=dataclasses.asdict(model.config),
+        # train.py measures it on windows of its own
         best_val_loss=math.inf if heal else record.loss["converted"],
         config={"dataset": source.cfg.data},
         tokenizer=source.tokenizer,
@@ -390,16 +391,15 @@ def write_run(
 
 def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
     """
-    The settings with which train.py heals, and goes on healing, a conversion.
-
-    Raises UserError if the source's own are none that train.py can have.
+    The settings of the healing run. Raises UserError if train.py would refuse the source's.
     """
     T, has = source.block_size, source.stored.config
     recipe = {"batch_size": max(1, 8192 // T), "gradient_accumulation_steps": 1}
     recipe |= {"learning_rate": 2e-4}  # where the source's is not known
     recipe |= {name: has[name] for name in RECIPE if has.get(name) is not None}
     try:
-        recipe = {name: getattr(TrainConfig(**recipe), name) for name in recipe}
+        valid = TrainConfig(**recipe)
+        recipe = {name: getattr(valid, name) for name in recipe}
     except (TypeError, ValueError) as error:
         raise UserError(f"{source.stored.source}: its run's settings: {error}") from None
     highest = recipe["learning_rate"]
@@ -413,6 +413,7 @@ def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
         "init_from": "resume",
         "dataset": cfg.data,
         "block_size": source.config.block_size,
+        "dropout": source.config.dropout,
         "distill": cfg.init_from if cfg.distill else None,
         "max_iters": cfg.heal_iters,
         "warmup_iters": cfg.heal_iters // 20,
@@ -474,14 +475,14 @@ def report_text(record: Conversion) -> str:
     ]
     predicted = sum(layer["predicted"] for layer in record.layers)
     measured = loss["converted"] - loss["source"]
-    smaller = record.cached_numbers[0] / max(record.cached_numbers[1], 1)
+    smaller = record.cached_numbers[0] / record.cached_numbers[1]
     how = [f"method {plan['method']}", "ranks by layer" if plan["spread"] else "one rank"]
     how += [f"{plan['rope_dim']} rotary numbers in all layers"] * bool(plan["rope_dim"])
     how += [f"values weighted by {plan['balance']:g}"] * (plan["balance"] != 1.0)
     return "\n".join([
         f"# {record.source} with a latent cache",
         "",
-        f"From {record.attention}, {smaller:.3g}x smaller.",
+        f"From {record.attention}; the cache is {smaller:.3g}x smaller.",
         f"Calibrated on {record.calibration_tokens:,} tokens of {record.data}: {', '.join(how)}.",
         "",
         *markdown(rows),
@@ -507,11 +508,13 @@ def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
     for size in sizes or SWEEP_SIZES:
         for method in surgery.METHODS:
             to = str(folder / f"{size}-{method}")
-            point = dataclasses.replace(cfg, cache=size, method=method, to=to, sweep=False)
+            balance = cfg.balance if method in ("input", "output") else None
+            changes = {"cache": size, "method": method, "balance": balance, "to": to}
+            point = dataclasses.replace(cfg, **changes, sweep=False)
             try:
-                source_plan(point, source)  # before anything is done
+                asked_plan(point, source)  # before anything is done
             except UserError:
-                if sizes:
+                if sizes or size == SWEEP_SIZES[0]:
                     raise
                 continue
             points.append(point)
