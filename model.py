@@ -61,7 +61,7 @@ class GPTConfig:
     tie_weights: Annotated[bool, "lm_head is the token embedding"] = True
     pos_emb: Annotated[Literal["learned", "rope"], "a table as in GPT-2, or rotary"] = "learned"
     rope_theta: Annotated[float, "rotary base, usually 10000.0", "> 0"] = 10000.0
-    rope_freqs: Annotated[tuple[float, ...] | None, "of each pair; None: by theta", "> 0"] = None
+    rope_freqs: Annotated[tuple[float, ...] | None, "each pair's radians per token", "> 0"] = None
     n_kv_head: Annotated[int | None, "#attention", "key/value heads; None: n_head", ">= 1"] = None
     head_dim: Annotated[int | None, "head size; None: n_embd / n_head", ">= 1"] = None
     use_mla: Annotated[bool, "keys and values through a cached latent"] = False
