@@ -167,7 +167,7 @@ class Conversion:
             value, kind = getattr(self, f.name), typing.get_origin(f.type) or f.type
             numbers = value.values() if f.name == "loss" and isinstance(value, dict) else ()
             if f.name in ("cached_numbers", "bytes_per_token") and isinstance(value, list):
-                numbers = value if len(value) == 2 else [None]
+                numbers = value if len(value) == 2 and value[1] else [None]
             if f.name == "layers" and isinstance(value, list):
                 rows = [row if isinstance(row, dict) else {} for row in value]
                 numbers = [row.get(k) for row in rows for k in ("latent", "kept", "predicted")]

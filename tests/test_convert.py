@@ -334,6 +334,7 @@ def test_unusual_sources(tmp_path, dataset, settings):
     [
         "[]", "{", '{"asked": {}, "loss": {}, "plan": {}}', {"asked": []}, {"layers": [{}]},
         {"loss": {"source": "x"}}, {"plan": {}}, {"cached_numbers": [1, 2, 3]}, {"more": 1},
+        {"cached_numbers": [2, 0]},
         {"calibration_tokens": "many"},
     ],
 )  # fmt: skip
