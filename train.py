@@ -249,7 +249,7 @@ class Run:
             self.scaler.unscale_(optimizer)
         limit = self.cfg.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        norm = float(distributed.full_norm(norm))
+        norm = float(distributed.full(norm))
         total, signals = self.world.sum(loss_sum, signal_received)
         loss, self.stopping = total / self.world.size, signals > 0
         finite = math.isfinite(norm)

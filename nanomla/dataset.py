@@ -143,6 +143,16 @@ class Dataset:
         rows = np.arange(index * batch_size, (index + 1) * batch_size)
         return self._windows(split, rows * last // max(count * batch_size - 1, 1))
 
+    def spread(
+        self, split: str, tokens: int, batch_size: int
+    ) -> list[tuple["Tensor", "Tensor"]]:
+        """Fixed batches of about so many tokens, spread evenly over the split, or all of it."""
+        windows = -(-(len(self.splits[split]) - 1) // self.block_size)
+        wanted = min(windows, max(tokens // self.block_size, 1))
+        batch_size = min(batch_size, wanted)
+        count = -(-wanted // batch_size)
+        return [self.eval_batch(split, i, count, batch_size) for i in range(count)]
+
     def bytes_per_token(self, split: str) -> float | None:
         """Average UTF-8 bytes of text per token; None if the meta file has no byte counts."""
         if split not in self.split_bytes:

@@ -238,9 +238,18 @@ def gradient_sync(net: nn.Module, now: bool) -> Iterator[None]:
         yield
 
 
-def full_norm(norm: Tensor) -> Tensor:
-    """A gradient norm as one number on every rank; FSDP computes it as a sharded tensor."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def full(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded (FSDP), whole on every rank. All ranks must call it together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor that is the same on all ranks, sharded as `other` is, without an exchange."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def full_state_dict(state: Any, keep: bool = True) -> Any:

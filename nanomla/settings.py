@@ -74,10 +74,10 @@ def declared(config_class: type) -> dict[str, Setting]:
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            default = field.default_factory()
+            defaults = flat(field.default_factory())
             for name, setting in declared(hint).items():
-                default_here = getattr(default, name)
-                nested[name] = dataclasses.replace(setting, default=default_here, part=field.name)
+                here = {"default": defaults[name], "part": field.name}
+                nested[name] = dataclasses.replace(setting, **here)
         else:
             own[field.name] = _setting(field.name, hint, field.default, topic)
             topic = own[field.name].topic
@@ -178,7 +178,7 @@ def configure(
         print(_help_text(config_class, values, origins))
         raise SystemExit(0)
     try:
-        return _build(config_class, values), origins
+        return _replaced(config_class(), values), origins
     except ValueError as error:  # the dataclasses check how their values fit together
         raise UsageError(str(error)) from None
 
@@ -210,15 +210,15 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _build(config_class: type[Config], values: dict[str, Any]) -> Config:
-    """The dataclass with these values, nested dataclasses first."""
-    settings = declared(config_class)
-    arguments = {k: v for k, v in values.items() if settings[k].part is None}
-    for field in dataclasses.fields(config_class):
-        nested = {k: v for k, v in values.items() if settings[k].part == field.name}
+def _replaced(config: Config, values: dict[str, Any]) -> Config:
+    """A copy of a dataclass instance with these values in it or in the instances that it holds."""
+    settings = declared(type(config))
+    changes = {k: v for k, v in values.items() if settings[k].part is None}
+    for part in dict.fromkeys(s.part for s in settings.values() if s.part):
+        nested = {k: v for k, v in values.items() if settings[k].part == part}
         if nested:
-            arguments[field.name] = dataclasses.replace(field.default_factory(), **nested)
-    return config_class(**arguments)
+            changes[part] = _replaced(getattr(config, part), nested)
+    return dataclasses.replace(config, **changes)
 
 
 def _run_config_file(path: str) -> dict[str, Any]:

@@ -175,18 +175,14 @@ class Source:
     @torch.no_grad()
     def validation_loss(self, model: GPT, what: str) -> float:
         """Nats per token over the validation split, or eval_tokens spread evenly over it."""
-        T, rows = self.block_size, self.rows
-        windows = -(-(len(self.data.splits["val"]) - 1) // T)
-        count = -(-min(windows, max(self.cfg.eval_tokens // T, 1)) // rows)
-        rows, total = min(rows, windows), 0.0
+        batches, total = self.data.spread("val", self.cfg.eval_tokens, self.rows), 0.0
         model.to(self.device)
-        with progress(what, count * rows * T) as bar:
-            for i in range(count):
-                x, y = (t.to(self.device) for t in self.data.eval_batch("val", i, count, rows))
+        with progress(what, sum(x.numel() for x, _ in batches)) as bar:
+            for x, y in batches:
                 with self.amp():
-                    total += model(x, y)[1].item()
+                    total += model(x.to(self.device), y.to(self.device))[1].item()
                 bar.update(x.numel())
-        return total / count
+        return total / len(batches)
 
     @torch.no_grad()
     def choice_loss(self, model: GPT) -> float:

@@ -1,0 +1,490 @@
+"""
+Compare attention: train every variant with one recipe, at several learning rates and seeds.
+
+    python -m tools.compare config/compare_shakespeare.py
+    python -m tools.compare config/compare_shakespeare.py --variants="MHA, MQA" --seeds=1
+    python -m tools.compare config/mine.py --variants="MHA; mla32: use_mla=True mla_latent_dim=32"
+    python -m tools.compare out-a out-b     the same table and curves of finished runs
+
+Every setting of train.py is one here too and holds for all variants. Each run is a process of its
+own that runs train.py's loop, in a folder below out_dir. The same command goes on where it was
+interrupted, and repeats no finished run. It writes report.md, results.jsonl, loss_cache.png and
+loss_seconds.png into out_dir.
+
+A config file with a title is a comparison of its own, so that several can be given at once:
+config/claims_*.py regenerates the figures of docs/claims.md.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+import train
+from model import GPT, GPTConfig
+from nanomla import checkpoint, costs, runlog
+from nanomla.dataset import Dataset, sigterm_interrupts
+from nanomla.distributed import print0, resolve_device, resolve_dtype
+from nanomla.settings import UsageError, UserError, check, configure, flat, run_script
+from nanomla.start import padded_vocab
+from tools import experiments
+from tools.bench import machine
+from tools.report import draw, report_text
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = ("learning_rate", "muon_learning_rate", "min_lr")  # what lr_factors multiply
+ORDINARY = {"use_mla": False, "use_svd": False, "use_latent_tokens": False, "n_kv_head": None}
+
+
+def known_variants(base: GPTConfig) -> dict[str, dict[str, Any]]:
+    """The variants that have a name, with settings for this width; MLA's caches are 8x smaller."""
+    C, nh, hs = base.n_embd, base.n_head, base.hs
+    eighth, r = max(C // 4, 4), max(min(C // 8, hs // 2) // 2 * 2, 2)
+    kv_heads = next(n for n in range(max(nh // 2, 1), 0, -1) if nh % n == 0)
+    latent = ORDINARY | {"use_mla": True, "pos_emb": "rope"}
+    decoupled = latent | {"mla_rope": "decoupled", "mla_latent_dim": eighth - r, "mla_rope_dim": r}
+    turning = {"mla_rope": "latent", "mla_latent_dim": eighth, "mla_rope_dim": None}
+    slots = {"use_latent_tokens": True, "n_latent_tokens": 16, "pos_emb": "learned"}
+    return {
+        "MHA": ORDINARY,
+        "GQA": ORDINARY | {"n_kv_head": kv_heads},
+        "MQA": ORDINARY | {"n_kv_head": 1},
+        "MLA decoupled": decoupled,
+        "MLA rotary latent": latent | turning,
+        "MLA+SVD": decoupled | {"use_svd": True, "svd_rank": max(hs // 2, 1)},
+        "latent tokens": ORDINARY | slots,
+    }
+
+
+@dataclass
+class CompareConfig:
+    """What to compare, and the recipe."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    title: Annotated[str | None, "#comparison", "the report's; its folder below out_dir too"] = None
+    variants: Annotated[
+        str, 'names, or "NAME: key=value key=value", with commas, semicolons or lines between them'
+    ] = ", ".join(known_variants(GPTConfig()))
+    lr_factors: Annotated[
+        float | tuple[float, ...], "of the recipe's learning rates, each tried with one seed", "> 0"
+    ] = (0.5, 1.0, 2.0)
+    seeds: Annotated[
+        int | tuple[int, ...], "seeds at a variant's best rate: how many, or which", ">= 1"
+    ] = 3
+    equal_parameters: Annotated[
+        bool, "train each with as many parameters as the first, too, by the MLP's width"
+    ] = True
+    out_dir: Annotated[str, "folder of the report and the runs"] = "out-compare"
+    jobs: Annotated[int | None, "runs side by side; None: a CPU's cores, at most 4", ">= 1"] = None
+    eval_tokens: Annotated[int, "validation tokens of the final loss, about", ">= 1"] = 2**17
+    decode_context: Annotated[int, "tokens of context to time decoding at; 0: none", ">= 0"] = 8192
+    experiment: Annotated[
+        str | None, f"what else to measure: {', '.join(experiments.COMMANDS)}"
+    ] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.lr_factors = _several(self.lr_factors)
+        if self.experiment not in (None, *experiments.COMMANDS):
+            works = ", ".join(experiments.COMMANDS)
+            raise ValueError(f"experiment={self.experiment!r} does not work: one of {works}")
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds at the best rate; the first one is that of the search for it."""
+        first = self.train.seed
+        return self.seeds if isinstance(self.seeds, tuple) else (*range(first, first + self.seeds),)
+
+
+def _several(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the top of this file."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--run"]:
+        return run_job(Path(argv[1]))
+    files = [a for a in argv if not a.startswith("-")]
+    flags = [a for a in argv if a.startswith("-")]
+    folders = [a for a in files if not a.endswith(".py")]
+    if folders:
+        if len(folders) < len(files):
+            raise UsageError("give config files or the folders of finished runs, not both")
+        cfg, _ = configure(CompareConfig, flags)
+        return report_finished(cfg, [Path(name) for name in folders])
+    titled = [f for f in files if configure(CompareConfig, [f])[0].title]
+    for name in titled or [None]:
+        own = [f for f in files if f == name or f not in titled]
+        cfg, origins = configure(CompareConfig, [*own, *flags])
+        if cfg.title and len(titled) > 1:
+            print0("", f"=== {cfg.title}")
+        compare(cfg, origins)
+
+
+# ---- what to train
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    variant: str
+    equal: str  # "tokens" or "parameters": what it has in common with the first variant's
+    lr_factor: float
+    seed: int
+    flags: tuple[str, ...]  # train.py's, all but out_dir
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What its process measured; None until it has ended."""
+        try:
+            return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def __str__(self) -> str:
+        equal = ", equal parameters" * (self.equal == "parameters")
+        return f"{self.variant}{equal}, rate x {self.lr_factor:g}, seed {self.seed}"
+
+
+def read_variants(text: str, base: GPTConfig) -> dict[str, dict[str, Any]]:
+    """
+    The settings of every variant by name. Raises UsageError for a name or text without meaning.
+
+    "MHA; mla32: use_mla=True mla_latent_dim=32": a name that is known, and one with its settings.
+    """
+    known = {_plain(name): name for name in known_variants(base)}
+    variants: dict[str, dict[str, Any]] = {}
+    for part in re.split(r"[;\n]|,(?![^(]*\))", text):
+        name, colon, settings = (s.strip() for s in part.partition(":"))
+        if not name:
+            continue
+        if colon:
+            pairs = [pair.removeprefix("--").partition("=") for pair in settings.split()]
+            if not all(value for _, _, value in pairs):
+                raise UsageError(f"--variants: {name}: write key=value key=value, not {settings!r}")
+            value = {key: value for key, _, value in pairs}
+        elif _plain(name) in known:
+            name = known[_plain(name)]
+            value = known_variants(base)[name]
+        else:
+            names = ", ".join(known.values())
+            raise UsageError(f'--variants: unknown {name!r}; write "{name}: key=value", or {names}')
+        if name in variants:
+            raise UsageError(f"--variants: {name} is there twice")
+        variants[name] = value
+    if not variants:
+        raise UsageError("--variants is empty")
+    return variants
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+class Jobs:
+    """Makes the runs of a comparison from the settings that were given."""
+
+    def __init__(self, cfg: CompareConfig, origins: dict[str, str]) -> None:
+        values, own = flat(cfg.train), {f.name for f in dataclasses.fields(cfg)}
+        self.cfg, self.recipe = cfg, {k: values[k] for k in origins if k not in own}
+        for name in ("init_from", "eval_only", "lr_find"):
+            if name in self.recipe:
+                raise UsageError(f"{name} does not work here: all runs start from scratch")
+        self.folder = Path(cfg.out_dir) / "runs"
+        self.variants = read_variants(cfg.variants, cfg.train.model)
+        data = Dataset(cfg.train.dataset, cfg.train.model.block_size)
+        self.vocab_size = cfg.train.vocab_size or padded_vocab(data)
+        self.parameters: dict[str, int] = {}
+        self.configs = {name: self.model_config(name) for name in self.variants}
+        for name, config in self.configs.items():
+            self.parameters[name] = count_parameters(config)
+
+    def settings(self, variant: str) -> dict[str, Any]:
+        """What differs from train.py's defaults, without the flags of an experiment."""
+        values = self.recipe | self.variants[variant]
+        return {k: v for k, v in values.items() if k != "experiment"}
+
+    def model_config(self, variant: str) -> GPTConfig:
+        """The variant's model. Raises UsageError for settings that do not work."""
+        try:
+            cfg, _ = configure(TrainConfig, as_flags(self.settings(variant)))
+        except UsageError as error:
+            raise UsageError(f"variant {variant}: {error}") from None
+        return dataclasses.replace(cfg.model, vocab_size=self.vocab_size)
+
+    def make(self, variant: str, equal: str, lr_factor: float, seed: int) -> Job:
+        """One run; with equal parameters its MLP's width makes it as large as the first variant."""
+        settings = self.settings(variant) | {"seed": seed}
+        whole = flat(self.cfg.train) | settings
+        for name in RATES:
+            if whole[name] is not None:
+                settings[name] = float(whole[name]) * lr_factor
+        width = self.equal_width(variant)
+        if equal == "parameters" and width != self.configs[variant].hidden:
+            settings["mlp_hidden"] = width
+        if "experiment" in self.variants[variant]:
+            settings["experiment"] = self.variants[variant]["experiment"]
+        flags = tuple(as_flags(settings))
+        key = hashlib.sha256(json.dumps([flags, self.cfg.eval_tokens]).encode()).hexdigest()[:8]
+        slug = re.sub("[^a-z0-9]+", "-", variant.lower()).strip("-") or "variant"
+        folder = self.folder / f"{slug}-x{lr_factor:g}-{seed}-{key}"
+        return Job(variant, equal, lr_factor, seed, flags, folder)
+
+    def equal_width(self, variant: str) -> int:
+        """The MLP's width with which a variant has the parameters of the first."""
+        config, first = self.configs[variant], next(iter(self.variants))
+        wider = dataclasses.replace(config, mlp_hidden=config.hidden + 1)
+        per_unit = count_parameters(wider) - self.parameters[variant]
+        missing = self.parameters[first] - self.parameters[variant]
+        return max(config.hidden + round(missing / per_unit), 1)
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def count_parameters(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(config).get_num_params()
+
+
+# ---- one run, in a process of its own
+def run_job(folder: Path) -> None:
+    """Train and measure what job.json in this folder says."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    flags = [f for f in job["flags"] if not f.startswith("--experiment=")]
+    for name in (f.partition("=")[2] for f in job["flags"] if f.startswith("--experiment=")):
+        experiments.install(name)
+    resume = ["--init_from=resume"] if (folder / checkpoint.LATEST).exists() else []
+    train.main([*flags, f"--out_dir={folder}", *resume])
+    result = measure(folder, job["eval_tokens"])
+    tmp = folder / ".result.json.tmp"
+    tmp.write_text(json.dumps(result), encoding="utf-8")
+    os.replace(tmp, folder / "result.json")
+
+
+def _end_with_parent() -> None:
+    """Stop this run, as a signal would, when the process that started it is gone."""
+    os.read(0, 1)  # returns at the end of stdin, which is a pipe from that process
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@torch.no_grad()
+def measure(folder: Path, eval_tokens: int) -> dict[str, Any]:
+    """
+    What a finished run shows: its final loss over the validation split, costs and learning curve.
+
+    Raises UserError for a folder without a run, or whose dataset is not there.
+    """
+    ckpt = checkpoint.load(folder / checkpoint.LATEST)
+    model, _ = checkpoint.build(ckpt)
+    config, settings = model.config, ckpt.config
+    data = Dataset(settings["dataset"], config.block_size)
+    device = resolve_device(settings.get("device", "auto"))
+    kind = device.partition(":")[0]
+    dtype = resolve_dtype(settings.get("dtype", "auto"), kind, config.n_embd)
+    model.to(device).eval()
+    losses = []
+    batches = data.spread("val", eval_tokens, max(1, min(64, 16384 // config.block_size)))
+    for x, y in batches:
+        with torch.autocast(kind, getattr(torch, dtype), enabled=dtype != "float32"):
+            losses.append(model(x.to(device), y.to(device))[1].item())
+    entries = runlog.read_log(folder / "log.jsonl")
+    curve, before, last = [], 0.0, 0.0
+    for e in (e for e in entries if "val_loss" in e and "seconds" in e):
+        before += last if e["seconds"] < last else 0.0  # a resumed run's clock starts anew
+        last = e["seconds"]
+        curve.append((e["iter"], before + last, e["val_loss"]))
+    per_iter = settings.get("batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
+    tokens = per_iter * config.block_size
+    ms = [e["ms"] for e in entries if "ms" in e]
+    return {
+        "val_loss": sum(losses) / len(losses),
+        "iterations": ckpt.iter_num,
+        "tokens": tokens * ckpt.iter_num,
+        "parameters": model.get_num_params(),
+        "attention_parameters": sum(
+            p.numel() for b in model.transformer.h for p in b.attn.parameters()
+        ),
+        "cached_numbers": costs.cached_numbers(config),
+        "cache_bytes": cache_bytes(model),
+        "training_flops": 3 * costs.flops_per_token(model, config.block_size) * tokens,
+        "ms": statistics.median(ms) if ms else None,
+        "curve": curve,
+        "dataset": settings["dataset"],
+        "model": dataclasses.asdict(config),
+    }
+
+
+def cache_bytes(model: GPT) -> float:
+    """Bytes per token of a full context, in all layers; a constant state is shared out over it."""
+    T = model.config.block_size
+    return model.make_cache(1, T).nbytes_at(T) / T
+
+
+# ---- all runs
+def compare(cfg: CompareConfig, origins: dict[str, str]) -> None:
+    """Train what is not trained yet, and report."""
+    if cfg.title:
+        slug = re.sub("[^a-z0-9]+", "-", cfg.title.lower()).strip("-")
+        cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.out_dir) / slug))
+    rows: list[dict[str, Any]] = []
+    if cfg.train.max_iters and cfg.variants.strip():
+        jobs = Jobs(cfg, origins)
+        pool = Pool(cfg)
+        search = [
+            jobs.make(name, "tokens", factor, cfg.all_seeds[0])
+            for name in jobs.variants
+            for factor in cfg.lr_factors
+        ]
+        more = len(jobs.variants) * (1 + cfg.equal_parameters) * len(cfg.all_seeds)
+        pool.run(search, later=more - len(jobs.variants))
+        best = {name: _best(j for j in search if j.variant == name) for name in jobs.variants}
+        repeats = [
+            jobs.make(name, equal, job.lr_factor, seed)
+            for equal in ("tokens", "parameters")[: 1 + cfg.equal_parameters]
+            for name, job in best.items()
+            if job
+            for seed in cfg.all_seeds
+        ]
+        pool.run(repeats)
+        done = list(dict.fromkeys([*search, *repeats]))
+        rows = [row for job in done if (row := as_row(job, best, pool.errors))]
+    write_report(cfg, rows, origins)
+
+
+def _best(jobs: Iterable[Job]) -> Job | None:
+    done = [job for job in jobs if job.result]
+    return min(done, key=lambda job: job.result["val_loss"], default=None)
+
+
+def as_row(job: Job, best: dict[str, Job | None], errors: dict[Path, str]) -> dict[str, Any]:
+    """A line of results.jsonl."""
+    chosen = best.get(job.variant)
+    row = {"variant": job.variant, "equal": job.equal, "lr_factor": job.lr_factor}
+    row |= {"seed": job.seed, "best_rate": bool(chosen) and job.lr_factor == chosen.lr_factor}
+    row |= {"folder": str(job.folder), "flags": list(job.flags)}
+    return row | (job.result or {"error": errors.get(job.folder, "unknown")})
+
+
+class Pool:
+    """Runs jobs side by side, each in a process, and prints a line as each of them ends."""
+
+    def __init__(self, cfg: CompareConfig) -> None:
+        self.cfg, self.errors, self.seconds = cfg, {}, []
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cpu = resolve_device(cfg.train.device) == "cpu"
+        self.size = cfg.jobs or (min(cores, 4) if cpu else 1)
+        threads = str(max(cores // self.size, 1))
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        self.environ = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+
+    def run(self, jobs: list[Job], later: int = 0) -> None:
+        """Run all that have no result yet. later: how many more there will be, for the estimate."""
+        jobs = list({job.folder: job for job in jobs}.values())  # some are the same run
+        waiting = [job for job in jobs if job.result is None]
+        if len(waiting) < len(jobs):
+            print0(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
+        running: dict[Job, tuple[subprocess.Popen, float]] = {}
+        try:
+            with sigterm_interrupts():
+                while waiting or running:
+                    while waiting and len(running) < self.size:
+                        job = waiting.pop(0)
+                        running[job] = self.start(job), time.perf_counter()
+                    time.sleep(0.05)
+                    for job, (process, began) in list(running.items()):
+                        if process.poll() is not None:
+                            del running[job]
+                            self.ended(job, process.returncode, time.perf_counter() - began)
+                            self.print_progress(job, len(waiting) + len(running) + later)
+        finally:
+            for process, _ in running.values():
+                process.terminate()  # train.py saves its checkpoint
+            for process, _ in running.values():
+                process.wait()
+            if running:
+                print0("stopped; the same command goes on from here")
+
+    def start(self, job: Job) -> subprocess.Popen:
+        content = {"flags": job.flags, "eval_tokens": self.cfg.eval_tokens}
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{job.folder} cannot be written ({error.strerror})") from None
+        command = [sys.executable, "-m", "tools.compare", "--run", str(job.folder)]
+        with open(job.folder / "output.txt", "wb") as output:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environ,
+                start_new_session=True,  # Ctrl-C reaches this process, which ends the others
+            )
+
+    def ended(self, job: Job, status: int, seconds: float) -> None:
+        self.seconds.append(seconds)
+        if status or job.result is None:
+            text = (job.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+            last = (text.strip().splitlines() or [f"exit status {status}"])[-1]
+            self.errors[job.folder] = re.sub("^[a-z_.]+: error: ", "", last)
+
+    def print_progress(self, job: Job, left: int) -> None:
+        result = job.result
+        what = f"loss {result['val_loss']:.4f}" if result else f"failed: {self.errors[job.folder]}"
+        eta = statistics.median(self.seconds) * left / self.size
+        rest = f"{left} left, about {runlog.clock(eta)}" if left else "the last of these"
+        print0(f"{job}: {what} ({self.seconds[-1]:.0f} s; {rest})")
+
+
+# ---- the report
+def write_report(cfg: CompareConfig, rows: list[dict[str, Any]], origins: dict[str, str]) -> None:
+    """Write results.jsonl, report.md and the pictures, and print the report."""
+    folder = Path(cfg.out_dir)
+    if rows and all("error" in row for row in rows):
+        raise UserError(f"every run failed; the first: {rows[0]['error']}")
+    device = resolve_device(cfg.train.device)
+    rates = experiments.decode_rates(rows, cfg.decode_context, device)
+    extra = experiments.COMMANDS[cfg.experiment](cfg, device) if cfg.experiment else []
+    text = report_text(cfg, rows, rates, f"{machine(device)}, torch {torch.__version__}", extra)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (folder / "results.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+        draw(rows, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
+    print0("", text, "", f"in {folder}")
+
+
+def report_finished(cfg: CompareConfig, folders: list[Path]) -> None:
+    """The report of runs that train.py made."""
+    rows = []
+    for folder in folders:
+        result = measure(folder, cfg.eval_tokens)
+        row = {"variant": str(folder), "equal": "tokens", "lr_factor": 1.0, "seed": 0}
+        rows.append(row | {"best_rate": True, "folder": str(folder), "flags": []} | result)
+    write_report(cfg, rows, {})
+
+
+if __name__ == "__main__":
+    run_script(main)
