@@ -207,7 +207,8 @@ def test_pareto_front():
         (["--lr_factors=a"], ["lr_factors"]),
         (["--seeds=0"], ["seeds"]),
         (["--init_from=resume"], ["init_from does not work here"]),
-        (["--experiment=nothing"], ["experiment='nothing'"]),
+        (["--measure=nothing"], ["measure='nothing'"]),
+        (["--variants=a: change=none"], ["change is one of"]),
         (["--learning_rates=1"], ["did you mean learning_rate?"]),
     ],
 )

@@ -92,16 +92,16 @@ class CompareConfig:
     jobs: Annotated[int | None, "runs side by side; None: a CPU's cores, at most 4", ">= 1"] = None
     eval_tokens: Annotated[int, "validation tokens of the final loss, about", ">= 1"] = 2**17
     decode_context: Annotated[int, "tokens of context to time decoding at; 0: none", ">= 0"] = 8192
-    experiment: Annotated[
-        str | None, f"what else to measure: {', '.join(experiments.COMMANDS)}"
-    ] = None
+    measure: Annotated[str, f"what else to measure: {' '.join(experiments.MEASURES)}"] = ""
+    cache_budget: Annotated[float, "MB of caches for measure=decoding", "> 0"] = 256.0
 
     def __post_init__(self) -> None:
         check(self)
         self.lr_factors = _several(self.lr_factors)
-        if self.experiment not in (None, *experiments.COMMANDS):
-            works = ", ".join(experiments.COMMANDS)
-            raise ValueError(f"experiment={self.experiment!r} does not work: one of {works}")
+        unknown = [name for name in self.measure.split() if name not in experiments.MEASURES]
+        if unknown:
+            works = " ".join(experiments.MEASURES)
+            raise ValueError(f"measure={unknown[0]!r} does not work: any of {works}")
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
@@ -146,6 +146,7 @@ class Job:
     lr_factor: float
     seed: int
     flags: tuple[str, ...]  # train.py's, all but out_dir
+    change: str | None  # to the model, by tools/experiments.py
     folder: Path
 
     @property
@@ -178,6 +179,9 @@ def read_variants(text: str, base: GPTConfig) -> dict[str, dict[str, Any]]:
             if not all(value for _, _, value in pairs):
                 raise UsageError(f"--variants: {name}: write key=value key=value, not {settings!r}")
             value = {key: value for key, _, value in pairs}
+            if value.get("change", "") not in ("", *experiments.CHANGES):
+                works = ", ".join(experiments.CHANGES)
+                raise UsageError(f"--variants: {name}: change is one of {works}")
         elif _plain(name) in known:
             name = known[_plain(name)]
             value = known_variants(base)[name]
@@ -209,15 +213,23 @@ class Jobs:
         self.variants = read_variants(cfg.variants, cfg.train.model)
         data = Dataset(cfg.train.dataset, cfg.train.model.block_size)
         self.vocab_size = cfg.train.vocab_size or padded_vocab(data)
-        self.parameters: dict[str, int] = {}
         self.configs = {name: self.model_config(name) for name in self.variants}
-        for name, config in self.configs.items():
-            self.parameters[name] = count_parameters(config)
+        self.parameters = {name: self.parameters_of(name) for name in self.variants}
 
     def settings(self, variant: str) -> dict[str, Any]:
-        """What differs from train.py's defaults, without the flags of an experiment."""
+        """train.py's settings of a variant."""
         values = self.recipe | self.variants[variant]
-        return {k: v for k, v in values.items() if k != "experiment"}
+        return {k: v for k, v in values.items() if k != "change"}
+
+    def change(self, variant: str) -> str | None:
+        """The change to its model (tools/experiments.py), if there is one."""
+        return self.variants[variant].get("change")
+
+    def parameters_of(self, variant: str, **changes: Any) -> int:
+        """How many its model has, with changes to its config."""
+        config = dataclasses.replace(self.configs[variant], **changes)
+        with torch.device("meta"), experiments.changed(self.change(variant)):
+            return GPT(config).get_num_params()
 
     def model_config(self, variant: str) -> GPTConfig:
         """The variant's model. Raises UsageError for settings that do not work."""
@@ -237,19 +249,18 @@ class Jobs:
         width = self.equal_width(variant)
         if equal == "parameters" and width != self.configs[variant].hidden:
             settings["mlp_hidden"] = width
-        if "experiment" in self.variants[variant]:
-            settings["experiment"] = self.variants[variant]["experiment"]
-        flags = tuple(as_flags(settings))
-        key = hashlib.sha256(json.dumps([flags, self.cfg.eval_tokens]).encode()).hexdigest()[:8]
+        flags, change = tuple(as_flags(settings)), self.change(variant)
+        content = json.dumps([flags, change, self.cfg.eval_tokens])
+        key = hashlib.sha256(content.encode()).hexdigest()[:8]
         slug = re.sub("[^a-z0-9]+", "-", variant.lower()).strip("-") or "variant"
         folder = self.folder / f"{slug}-x{lr_factor:g}-{seed}-{key}"
-        return Job(variant, equal, lr_factor, seed, flags, folder)
+        return Job(variant, equal, lr_factor, seed, flags, change, folder)
 
     def equal_width(self, variant: str) -> int:
         """The MLP's width with which a variant has the parameters of the first."""
         config, first = self.configs[variant], next(iter(self.variants))
-        wider = dataclasses.replace(config, mlp_hidden=config.hidden + 1)
-        per_unit = count_parameters(wider) - self.parameters[variant]
+        wider = self.parameters_of(variant, mlp_hidden=config.hidden + 1)
+        per_unit = wider - self.parameters[variant]
         missing = self.parameters[first] - self.parameters[variant]
         return max(config.hidden + round(missing / per_unit), 1)
 
@@ -258,22 +269,16 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def count_parameters(config: GPTConfig) -> int:
-    with torch.device("meta"):
-        return GPT(config).get_num_params()
-
 
 # ---- one run, in a process of its own
 def run_job(folder: Path) -> None:
     """Train and measure what job.json in this folder says."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    flags = [f for f in job["flags"] if not f.startswith("--experiment=")]
-    for name in (f.partition("=")[2] for f in job["flags"] if f.startswith("--experiment=")):
-        experiments.install(name)
     resume = ["--init_from=resume"] if (folder / checkpoint.LATEST).exists() else []
-    train.main([*flags, f"--out_dir={folder}", *resume])
-    result = measure(folder, job["eval_tokens"])
+    with experiments.changed(job["change"]):
+        train.main([*job["flags"], f"--out_dir={folder}", *resume])
+        result = measure(folder, job["eval_tokens"])
     tmp = folder / ".result.json.tmp"
     tmp.write_text(json.dumps(result), encoding="utf-8")
     os.replace(tmp, folder / "result.json")
@@ -344,29 +349,30 @@ def compare(cfg: CompareConfig, origins: dict[str, str]) -> None:
     if cfg.title:
         slug = re.sub("[^a-z0-9]+", "-", cfg.title.lower()).strip("-")
         cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.out_dir) / slug))
-    rows: list[dict[str, Any]] = []
-    if cfg.train.max_iters and cfg.variants.strip():
-        jobs = Jobs(cfg, origins)
-        pool = Pool(cfg)
-        search = [
-            jobs.make(name, "tokens", factor, cfg.all_seeds[0])
-            for name in jobs.variants
-            for factor in cfg.lr_factors
-        ]
-        more = len(jobs.variants) * (1 + cfg.equal_parameters) * len(cfg.all_seeds)
-        pool.run(search, later=more - len(jobs.variants))
-        best = {name: _best(j for j in search if j.variant == name) for name in jobs.variants}
-        repeats = [
-            jobs.make(name, equal, job.lr_factor, seed)
-            for equal in ("tokens", "parameters")[: 1 + cfg.equal_parameters]
-            for name, job in best.items()
-            if job
-            for seed in cfg.all_seeds
-        ]
-        pool.run(repeats)
-        done = list(dict.fromkeys([*search, *repeats]))
-        rows = [row for job in done if (row := as_row(job, best, pool.errors))]
-    write_report(cfg, rows, origins)
+    jobs, rows = Jobs(cfg, origins), []
+    if cfg.train.max_iters:  # else only what cfg.measure names
+        rows = train_all(cfg, jobs)
+        if all("error" in row for row in rows):
+            raise UserError(f"every run failed; the first: {rows[0]['error']}")
+    write_report(cfg, rows, jobs.configs)
+
+
+def train_all(cfg: CompareConfig, jobs: Jobs) -> list[dict[str, Any]]:
+    """The lines of results.jsonl: every rate with one seed, then the best with all seeds."""
+    pool, first, seeds = Pool(cfg), cfg.all_seeds[0], cfg.all_seeds
+    search = [jobs.make(v, "tokens", f, first) for v in jobs.variants for f in cfg.lr_factors]
+    later = (len(seeds) - 1 + len(seeds) * cfg.equal_parameters) * len(jobs.variants)
+    pool.run(search, later)
+    best = {v: _best(job for job in search if job.variant == v) for v in jobs.variants}
+    repeats = [
+        jobs.make(name, equal, job.lr_factor, seed)
+        for equal in ("tokens", "parameters")[: 1 + cfg.equal_parameters]
+        for name, job in best.items()
+        if job
+        for seed in seeds
+    ]
+    pool.run(repeats)
+    return [as_row(job, best, pool.errors) for job in dict.fromkeys([*search, *repeats])]
 
 
 def _best(jobs: Iterable[Job]) -> Job | None:
@@ -379,7 +385,7 @@ def as_row(job: Job, best: dict[str, Job | None], errors: dict[Path, str]) -> di
     chosen = best.get(job.variant)
     row = {"variant": job.variant, "equal": job.equal, "lr_factor": job.lr_factor}
     row |= {"seed": job.seed, "best_rate": bool(chosen) and job.lr_factor == chosen.lr_factor}
-    row |= {"folder": str(job.folder), "flags": list(job.flags)}
+    row |= {"folder": str(job.folder), "flags": list(job.flags), "change": job.change}
     return row | (job.result or {"error": errors.get(job.folder, "unknown")})
 
 
@@ -423,7 +429,8 @@ class Pool:
                 print0("stopped; the same command goes on from here")
 
     def start(self, job: Job) -> subprocess.Popen:
-        content = {"flags": job.flags, "eval_tokens": self.cfg.eval_tokens}
+        content = {"flags": job.flags, "change": job.change}
+        content |= {"eval_tokens": self.cfg.eval_tokens}
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
@@ -456,15 +463,19 @@ class Pool:
 
 
 # ---- the report
-def write_report(cfg: CompareConfig, rows: list[dict[str, Any]], origins: dict[str, str]) -> None:
-    """Write results.jsonl, report.md and the pictures, and print the report."""
-    folder = Path(cfg.out_dir)
-    if rows and all("error" in row for row in rows):
-        raise UserError(f"every run failed; the first: {rows[0]['error']}")
-    device = resolve_device(cfg.train.device)
-    rates = experiments.decode_rates(rows, cfg.decode_context, device)
-    extra = experiments.COMMANDS[cfg.experiment](cfg, device) if cfg.experiment else []
-    text = report_text(cfg, rows, rates, f"{machine(device)}, torch {torch.__version__}", extra)
+def write_report(
+    cfg: CompareConfig, rows: list[dict[str, Any]], configs: dict[str, GPTConfig]
+) -> None:
+    """Measure what does not need training, write the report with its pictures, and print it."""
+    folder, device = Path(cfg.out_dir), resolve_device(cfg.train.device)
+    rates, extra = {}, []
+    shapes = {r["variant"]: (r["model"], r.get("change")) for r in rows if "model" in r}
+    if cfg.decode_context and shapes:
+        rates = experiments.decode_rates(shapes, cfg.decode_context, device)
+    for name in cfg.measure.split():
+        extra += experiments.MEASURES[name](cfg, device, configs, rows)
+    where = f"{machine(device)}, torch {torch.__version__}"
+    text = report_text(cfg, rows, rates, where, extra)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(row) + "\n" for row in rows]
@@ -480,9 +491,9 @@ def report_finished(cfg: CompareConfig, folders: list[Path]) -> None:
     """The report of runs that train.py made."""
     rows = []
     for folder in folders:
-        result = measure(folder, cfg.eval_tokens)
         row = {"variant": str(folder), "equal": "tokens", "lr_factor": 1.0, "seed": 0}
-        rows.append(row | {"best_rate": True, "folder": str(folder), "flags": []} | result)
+        row |= {"best_rate": True, "folder": str(folder), "flags": []}
+        rows.append(row | measure(folder, cfg.eval_tokens))
     write_report(cfg, rows, {})
 
 
