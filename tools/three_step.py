@@ -19,6 +19,7 @@ the validation loss where a target is in the input and where it is not, and a sa
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -44,14 +45,11 @@ RECIPE = {  # config/train_mla.py's
 
 
 @dataclass
-class ThreeStepConfig:
-    """The settings of this experiment."""
+class ExperimentConfig:
+    """The settings of every experiment that times a layer and trains small GPTs."""
 
     dataset: Annotated[str, "#experiment", "a folder below data/, or a path"] = "shakespeare_char"
-    n_latents: Annotated[int, "m of the block that is trained", ">= 1"] = 32
     max_iters: Annotated[int, "training iterations of each model", ">= 1"] = 800
-    sample_tokens: Annotated[int, "length of each sample", ">= 1"] = 200
-    longest: Annotated[int, "timed lengths are 256, 512, ... up to this", ">= 256"] = 8192
     rounds: Annotated[int, "rounds that the medians are taken over", ">= 1"] = 9
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     seed: Annotated[int, "of weights, inputs, batches and samples", ">= 0"] = 1337
@@ -61,15 +59,35 @@ class ThreeStepConfig:
         check(self)
 
 
+@dataclass
+class ThreeStepConfig(ExperimentConfig):
+    """The settings of this experiment."""
+
+    n_latents: Annotated[int, "#three steps", "m of the trained block", ">= 1"] = 32
+    sample_tokens: Annotated[int, "length of each sample", ">= 1"] = 200
+    longest: Annotated[int, "timed lengths are 256, 512, ... up to this", ">= 256"] = 8192
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     cfg, _ = configure(ThreeStepConfig, sys.argv[1:] if argv is None else argv)
-    data = Dataset(cfg.dataset, SHAPE["block_size"])  # before the timing, as it may be missing
-    device = resolve_device(cfg.device)
-    print(f"{machine(device)}, torch {torch.__version__}, seed {cfg.seed}")
+    measure(cfg)
+
+
+def measure(cfg: ThreeStepConfig) -> Rows:
+    """The whole experiment: prints its tables, writes cfg.json and returns the rows."""
+    data, device = start(cfg)
     rows = time_block(cfg, device) + train_both(cfg, data, device)
     if cfg.json:
         write_json(cfg.json, device, rows)
+    return rows
+
+
+def start(cfg: ExperimentConfig) -> tuple[Dataset, str]:
+    """An experiment's dataset, before any timing, as it may be missing, and its device."""
+    data, device = Dataset(cfg.dataset, SHAPE["block_size"]), resolve_device(cfg.device)
+    print(f"{machine(device)}, torch {torch.__version__}, seed {cfg.seed}")
+    return data, device
 
 
 # ---- the block
@@ -174,20 +192,10 @@ def train_both(cfg: ThreeStepConfig, data: Dataset, device: str) -> Rows:
     }
     rows, samples = [], {}
     for name, make in makers.items():
-        torch.manual_seed(cfg.seed)
-        model = make().to(device)
-        began = time.perf_counter()
-        train(model, data, cfg, device)
-        seconds = time.perf_counter() - began
-        mean, last = evaluate(model, data, device)
-        row = {"attention": name, "parameters": f"{model.get_num_params():,}"}
-        row |= {"training, s": f"{seconds:.0f}", "validation loss": f"{mean:.3f}"}
-        row["loss at the last position"] = f"{last:.3f}"
-        row["leak"] = f"{leak(model, data, device):.3g}"
+        model, row = train_one(name, make, cfg, data, device)
         rows.append(row)
         samples[name] = sample(model, data, cfg, device)
-    size = "{n_layer} layers, {n_embd} wide, {block_size} tokens of context".format(**SHAPE)
-    rows = table(f"GPTs of {size} after {cfg.max_iters} iterations on {cfg.dataset}", rows)
+    rows = table(title(cfg), rows)
     print(
         "\nAt the last position the target is not in the input; at all others it is. leak: the\n"
         "largest change in the logits of earlier positions when the last token changes.\n"
@@ -198,7 +206,30 @@ def train_both(cfg: ThreeStepConfig, data: Dataset, device: str) -> Rows:
     return rows
 
 
-def train(model: GPT, data: Dataset, cfg: ThreeStepConfig, device: str) -> None:
+def title(cfg: ExperimentConfig) -> str:
+    """What the table of the trained models is about."""
+    size = "{n_layer} layers, {n_embd} wide, {block_size} tokens of context".format(**SHAPE)
+    return f"GPTs of {size} after {cfg.max_iters} iterations on {cfg.dataset}"
+
+
+def train_one(
+    name: str, make: Callable[[], GPT], cfg: ExperimentConfig, data: Dataset, device: str
+) -> tuple[GPT, dict[str, str]]:
+    """A trained model, and its row of the table: size, time, losses and leak."""
+    torch.manual_seed(cfg.seed)
+    model = make().to(device)
+    began = time.perf_counter()
+    train(model, data, cfg, device)
+    seconds = time.perf_counter() - began
+    mean, last = evaluate(model, data, device)
+    row = {"attention": name, "parameters": f"{model.get_num_params():,}"}
+    row |= {"training, s": f"{seconds:.0f}", "validation loss": f"{mean:.3f}"}
+    row["loss at the last position"] = f"{last:.3f}"
+    row["leak"] = f"{leak(model, data, device):.3g}"
+    return model, row
+
+
+def train(model: GPT, data: Dataset, cfg: ExperimentConfig, device: str) -> None:
     """cfg.max_iters iterations of RECIPE, on the batches that train.py would draw."""
     recipe = TrainConfig(model=model.config, max_iters=cfg.max_iters, **RECIPE)
     optimizers = optim.make_optimizers(model, recipe, device.partition(":")[0])
