@@ -18,7 +18,7 @@ from model import GPT, Cache, GPTConfig, MultiHeadLatentAttention, RMSNorm, Rota
 from nanomla import checkpoint, costs
 from nanomla.dataset import Dataset
 from nanomla.kernels import attend, dequantise
-from tools import three_step
+from tools import svd_forward, three_step
 from tools.bench import Rows, Timed, alternate, fill, markdown
 
 
@@ -236,9 +236,14 @@ def _cached_loss(model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
 
 def measure_three_step(cfg: Any, device: str, *_: Any) -> list[str]:
     """The bidirectional block of tools/three_step.py: cost, losses, leak."""
-    own = three_step.ThreeStepConfig(dataset=cfg.train.dataset, longest=4096, rounds=5)
-    data = Dataset(own.dataset, three_step.SHAPE["block_size"])
-    return _tables(three_step.time_block(own, device) + three_step.train_both(own, data, device))
+    own = three_step.ThreeStepConfig(dataset=cfg.train.dataset, longest=4096, device=device)
+    return _tables(three_step.measure(own))
+
+
+def measure_svd_forward(cfg: Any, device: str, *_: Any) -> list[str]:
+    """The SVD of value activations of tools/svd_forward.py: cost, losses, leak."""
+    own = svd_forward.SvdForwardConfig(dataset=cfg.train.dataset, device=device)
+    return _tables(svd_forward.measure(own))
 
 
 def _tables(rows: Rows) -> list[str]:
@@ -256,4 +261,5 @@ MEASURES: dict[str, Callable[..., list[str]]] = {
     "decoding": measure_decoding,
     "cached_loss": measure_cached_loss,
     "three_step": measure_three_step,
+    "svd_forward": measure_svd_forward,
 }
