@@ -82,9 +82,17 @@ class TrainConfig:
     muon_learning_rate: Annotated[
         float, "Muon's highest; its steps are scaled to AdamW's size", ">= 0", DECIDES_RUN
     ] = 0.01
-    decay_lr: Annotated[bool, "warm up and decay by a cosine; False: constant", DECIDES_RUN] = True
+    decay_lr: Annotated[bool, "warm up and decay; False: constant", DECIDES_RUN] = True
+    decay_shape: Annotated[
+        Literal["cosine", "wsd"],
+        "cosine, or wsd: warm up, stay, decay linearly; a run can be made longer until wsd decays",
+        DECIDES_RUN,
+    ] = "cosine"
+    wsd_decay: Annotated[
+        float, "share of the iterations in which wsd decays", "> 0", "<= 1", DECIDES_RUN
+    ] = 0.2
     warmup_iters: Annotated[int, "iterations of linear warm-up", ">= 0", DECIDES_RUN] = 2000
-    lr_decay_iters: Annotated[int | None, "iteration where the cosine ends; None: max_iters"] = None
+    lr_decay_iters: Annotated[int | None, "iteration where the decay ends; None: max_iters"] = None
     min_lr: Annotated[
         float | None, "AdamW's at the end, Muon's in proportion; None: a tenth", DECIDES_RUN
     ] = None

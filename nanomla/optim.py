@@ -3,8 +3,8 @@ The optimizers of a run (AdamW, or AdamW and Muon), their state in checkpoints, 
 
 `cfg` is train.py's TrainConfig or any object with the fields that a function reads.
 make_optimizers reads optimizer, learning_rate, weight_decay, beta1, beta2, muon_learning_rate and
-muon_weight_decay. lr_factor reads decay_lr, learning_rate, min_lr, warmup_iters, lr_decay_iters and
-max_iters.
+muon_weight_decay. lr_factor reads decay_lr, learning_rate, min_lr, warmup_iters, decay_shape,
+wsd_decay, lr_decay_iters and max_iters.
 """
 
 import math
@@ -24,19 +24,32 @@ def lr_factor(cfg: Any, it: int) -> float:
     """
     The learning rate at iteration `it`, as a share of the highest.
 
-    It rises linearly for warmup_iters, falls along a cosine to min_lr at lr_decay_iters, and stays.
+    It rises linearly for warmup_iters, falls to min_lr at lr_decay_iters, and stays. decay_shape
+    "cosine" falls from the end of the warm-up on. "wsd" (warm-up, stable, decay; MiniCPM,
+    arXiv:2404.06395) stays at the highest rate and falls linearly in the last share wsd_decay.
     """
     if not cfg.decay_lr:
         return 1.0
-    end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    start, end = decay_range(cfg)
     default = cfg.min_lr is None or cfg.learning_rate == 0
     lowest = 0.1 if default else cfg.min_lr / cfg.learning_rate
     if it < cfg.warmup_iters:
         return (it + 1) / (cfg.warmup_iters + 1)
     if it >= end:
         return lowest
-    ratio = (it - cfg.warmup_iters) / (end - cfg.warmup_iters)
-    return lowest + 0.5 * (1 + math.cos(math.pi * ratio)) * (1 - lowest)
+    if it < start:
+        return 1.0
+    ratio = (it - start) / (end - start)
+    left = 1 - ratio if cfg.decay_shape == "wsd" else 0.5 * (1 + math.cos(math.pi * ratio))
+    return lowest + left * (1 - lowest)
+
+
+def decay_range(cfg: Any) -> tuple[float, int]:
+    """The iterations where the learning rate begins to fall and where it has become the lowest."""
+    end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    if cfg.decay_shape == "cosine":
+        return cfg.warmup_iters, end
+    return max(cfg.warmup_iters, (1 - cfg.wsd_decay) * end), end
 
 
 def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:

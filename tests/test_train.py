@@ -220,6 +220,22 @@ def test_bad_input_is_one_line(tmp_path, dataset, args, status, words):
     assert not (tmp_path / "o" / "ckpt.pt").exists()
 
 
+def test_a_wsd_run_is_made_longer(tmp_path, dataset):
+    """
+    A run that has not begun to decay goes on with the decay of a longer one, without a warning and
+    to the same weights as the longer run in one part; after the decay it becomes another run.
+    """
+    args = [*QUICK, f"--dataset={dataset}", "--decay_shape=wsd", "--wsd_decay=0.5"]
+    full, parts = f"--out_dir={tmp_path}/full", f"--out_dir={tmp_path}/parts"
+    assert run("train.py", *args, full, "--max_iters=20").returncode == 0
+    assert run("train.py", *args, parts, "--max_iters=10", "--lr_decay_iters=99").returncode == 0
+    done = run("train.py", *args, parts, "--max_iters=20", "--init_from=resume")
+    assert done.returncode == 0 and "another run" not in done.stderr
+    assert same(weights(tmp_path / "full"), weights(tmp_path / "parts"))
+    done = run("train.py", *args, parts, "--max_iters=40", "--init_from=resume", "--eval_only")
+    assert "another run than the one it continues: lr_decay_iters 20, now 40\n" in done.stderr
+
+
 def test_bfloat16_and_grad_checkpoint_train(tmp_path, dataset):
     """AMP on the CPU and recomputed activations reach about the same loss as plain float32."""
     losses = []
