@@ -8,6 +8,7 @@ wsd_decay, lr_decay_iters and max_iters.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,27 @@ def decay_range(cfg: Any) -> tuple[float, int]:
     if cfg.decay_shape == "cosine":
         return cfg.warmup_iters, end
     return max(cfg.warmup_iters, (1 - cfg.wsd_decay) * end), end
+
+
+def lowest_point(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """
+    The rate where a parabola through the lowest loss and its neighbours, over log(rate), is lowest.
+
+    rates: ascending. losses: infinite for a run that diverged. Two losses that are at least as high
+    as the one between them have that minimum between their rates. A lowest loss without a neighbour
+    on one side gives its own rate. Raises UserError if all runs diverged.
+    """
+    if math.isinf(min(losses)):
+        raise UserError("all runs diverged; try lower learning rates, or dtype=float32")
+    i = min(range(len(losses)), key=losses.__getitem__)
+    if i in (0, len(losses) - 1):
+        return rates[i]
+    x = [math.log(rate) for rate in rates[i - 1 : i + 2]]
+    y = [min(loss, 1e6) for loss in losses[i - 1 : i + 2]]  # a parabola through infinity is none
+    # The slope of a parabola between two points is its derivative halfway, which is a line.
+    falls, rises = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    share = falls / (falls - rises) if falls < 0 else 0.5
+    return math.exp((x[0] + x[1] + share * (x[2] - x[0])) / 2)
 
 
 def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:
