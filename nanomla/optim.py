@@ -3,12 +3,13 @@ The optimizers of a run (AdamW, or AdamW and Muon), their state in checkpoints, 
 
 `cfg` is train.py's TrainConfig or any object with the fields that a function reads.
 make_optimizers reads optimizer, learning_rate, weight_decay, beta1, beta2, muon_learning_rate and
-muon_weight_decay. lr_factor reads decay_lr, learning_rate, min_lr, warmup_iters, lr_decay_iters and
-max_iters.
+muon_weight_decay. lr_factor reads decay_lr, learning_rate, min_lr, warmup_iters, decay_shape,
+wsd_decay, lr_decay_iters and max_iters.
 """
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,53 @@ def lr_factor(cfg: Any, it: int) -> float:
     """
     The learning rate at iteration `it`, as a share of the highest.
 
-    It rises linearly for warmup_iters, falls along a cosine to min_lr at lr_decay_iters, and stays.
+    It rises linearly for warmup_iters, falls to min_lr at lr_decay_iters, and stays. decay_shape
+    "cosine" falls from the end of the warm-up on. "wsd" (warm-up, stable, decay; MiniCPM,
+    arXiv:2404.06395) stays at the highest rate and falls linearly in the last share wsd_decay.
     """
     if not cfg.decay_lr:
         return 1.0
-    end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    start, end = decay_range(cfg)
     default = cfg.min_lr is None or cfg.learning_rate == 0
     lowest = 0.1 if default else cfg.min_lr / cfg.learning_rate
     if it < cfg.warmup_iters:
         return (it + 1) / (cfg.warmup_iters + 1)
     if it >= end:
         return lowest
-    ratio = (it - cfg.warmup_iters) / (end - cfg.warmup_iters)
-    return lowest + 0.5 * (1 + math.cos(math.pi * ratio)) * (1 - lowest)
+    if it < start:
+        return 1.0
+    ratio = (it - start) / (end - start)
+    left = 1 - ratio if cfg.decay_shape == "wsd" else 0.5 * (1 + math.cos(math.pi * ratio))
+    return lowest + left * (1 - lowest)
+
+
+def decay_range(cfg: Any) -> tuple[float, int]:
+    """The iterations where the learning rate begins to fall and where it has become the lowest."""
+    end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    if cfg.decay_shape == "cosine":
+        return cfg.warmup_iters, end
+    return max(cfg.warmup_iters, (1 - cfg.wsd_decay) * end), end
+
+
+def lowest_point(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """
+    The rate where a parabola through the lowest loss and its neighbours, over log(rate), is lowest.
+
+    rates: ascending. losses: infinite for a run that diverged. Two losses that are at least as high
+    as the one between them have that minimum between their rates. A lowest loss without a neighbour
+    on one side gives its own rate. Raises UserError if all runs diverged.
+    """
+    if math.isinf(min(losses)):
+        raise UserError("all runs diverged; try lower learning rates, or dtype=float32")
+    i = min(range(len(losses)), key=losses.__getitem__)
+    if i in (0, len(losses) - 1):
+        return rates[i]
+    x = [math.log(rate) for rate in rates[i - 1 : i + 2]]
+    y = [min(loss, 1e6) for loss in losses[i - 1 : i + 2]]  # a parabola through infinity is none
+    # The slope of a parabola between two points is its derivative halfway, which is a line.
+    falls, rises = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    share = falls / (falls - rises) if falls < 0 else 0.5
+    return math.exp((x[0] + x[1] + share * (x[2] - x[0])) / 2)
 
 
 # Coefficients (a, b, c) of odd polynomials a x + b x^3 + c x^5, applied one after the other. Each

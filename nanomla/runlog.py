@@ -6,6 +6,7 @@ What a run writes besides its weights: log.jsonl, loss.png and, with --wandb_log
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -188,6 +189,37 @@ def draw(path: Path) -> None:
 
 def _curve(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     return [e["iter"] for e in entries], [e[key] for e in entries]
+
+
+def draw_sweep(
+    path: str, setting: str, rates: list[float], losses: list[float], lowest: float
+) -> None:
+    """
+    Draw the losses of short runs over their learning rates, or warn if that fails.
+
+    setting: the learning rate's name. losses: infinite for a run that diverged. lowest: a rate.
+    """
+    try:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xscale="log", xlabel=setting, ylabel="validation loss (nats)")
+        lowest = min(losses)
+        finite = [(r, v) for r, v in zip(rates, losses, strict=True) if math.isfinite(v)]
+        axes.plot(*zip(*finite, strict=True), marker=".")
+        diverged = [rate for rate, loss in zip(rates, losses, strict=True) if math.isinf(loss)]
+        for rate in diverged:
+            axes.axvline(rate, color="gray", ls=":", label="diverged" * (rate == diverged[0]))
+        axes.plot(rates[losses.index(lowest)], lowest, "o", label=f"best: {lowest:.4f}")
+        axes.axvline(lowest, color="C2", ls="--", label=f"lowest: {lowest:.2g}")
+        if max(loss for _, loss in finite) > 2 * lowest:  # else nothing is seen near the lowest
+            axes.set_ylim(0.9 * lowest, 2 * lowest)
+        axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+        axes.set_xticks([], minor=True)
+        axes.legend()
+        figure.savefig(path, dpi=110)
+    except Exception as error:  # noqa: BLE001  a missing picture needs no traceback
+        print(f"warning: no {path} ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def draw_on_request(path: Path) -> None:

@@ -2,16 +2,17 @@
 Where a run starts: the model and state that --init_from names, and its folder.
 
 `cfg` is train.py's TrainConfig, or any dataclass of settings with the fields model (a GPTConfig),
-vocab_size, init_from, out_dir, dataset, decay_lr, lr_decay_iters and max_iters.
+vocab_size, init_from, out_dir, dataset, and those that optim.lr_factor reads.
 """
 
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from model import GPT, GPTConfig
-from nanomla import checkpoint, formats, settings, surgery
+from nanomla import checkpoint, formats, optim, settings, surgery
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
 from nanomla.distributed import print0, warn0
@@ -63,7 +64,7 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
     if not resume:
         return model, new_run
 
-    changed = changed_settings(ckpt.config, cfg)
+    changed = changed_settings(ckpt.config, cfg, ckpt.iter_num)
     if changed:
         warn0("from here on this is another run than the one it continues: " + ", ".join(changed))
     if note:
@@ -104,14 +105,24 @@ def padded_vocab(data: Dataset) -> int:
     return vocab if vocab <= 1024 else -(-vocab // 64) * 64
 
 
-def changed_settings(before: dict[str, Any], cfg: Any) -> list[str]:
-    """The settings that decide a run's numbers and that differ from those in its checkpoint."""
+def changed_settings(before: dict[str, Any], cfg: Any, it: int) -> list[str]:
+    """
+    The settings that decide a run's numbers and that differ from those in its checkpoint.
+
+    it: the iteration of the checkpoint. Under WSD the length of the run and of its decay may change
+    as long as the decay has not begun.
+    """
     now = settings.flat(cfg)
     names = [name for name, s in settings.declared(type(cfg)).items() if s.decides_run]
     pairs = {name: (before[name], now[name]) for name in names if name in before}
     if cfg.decay_lr and before.get("decay_lr") and "max_iters" in before:
-        ends = [c.get("lr_decay_iters") or c["max_iters"] for c in (before, now)]
-        pairs["lr_decay_iters"] = tuple(ends)  # where the cosine ends
+        earlier = {"decay_shape": "cosine", "lr_decay_iters": None}  # what old checkpoints lack
+        schedules = [SimpleNamespace(**now | c) for c in (earlier | before, now)]
+        starts, ends = zip(*map(optim.decay_range, schedules), strict=True)
+        shapes = tuple(s.decay_shape for s in schedules)
+        pairs |= {"decay_shape": shapes, "lr_decay_iters": ends}
+        if shapes == ("wsd", "wsd") and it <= min(starts):
+            pairs = {k: v for k, v in pairs.items() if k not in ("wsd_decay", "lr_decay_iters")}
     return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
 
 

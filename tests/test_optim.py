@@ -1,10 +1,14 @@
 """Optimizers and the learning rate. Run: python -m pytest tests/test_optim.py"""
 
+import math
+
 import pytest
 import torch
 
 from model import GPT
-from nanomla.optim import make_optimizers
+from nanomla.optim import lowest_point, make_optimizers
+from nanomla.settings import UserError, flat
+from nanomla.start import changed_settings
 from tests.conftest import tiny_config
 from train import TrainConfig
 
@@ -57,3 +61,55 @@ def test_learning_rate_schedule():
     assert cfg.lr_factor(60) == pytest.approx(0.55)
     assert cfg.lr_factor(110) == cfg.lr_factor(999) == pytest.approx(0.1)
     assert TrainConfig(decay_lr=False).lr_factor(3) == 1
+
+
+def test_wsd_schedule():
+    """Linear warm-up, the highest rate, and a linear decay in the last share of the iterations."""
+    rates = {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 10}
+    cfg = TrainConfig(decay_shape="wsd", wsd_decay=0.25, max_iters=200, **rates)
+    assert cfg.lr_factor(0) == pytest.approx(1 / 11)
+    assert all(cfg.lr_factor(it) == 1 for it in range(10, 150)) and cfg.lr_factor(151) < 1
+    assert cfg.lr_factor(175) == pytest.approx(0.55)
+    assert cfg.lr_factor(200) == cfg.lr_factor(999) == pytest.approx(0.1)
+    early = TrainConfig(decay_shape="wsd", wsd_decay=1, max_iters=200, lr_decay_iters=110, **rates)
+    assert early.lr_factor(9) < early.lr_factor(10) == pytest.approx(1)
+    assert early.lr_factor(60) == pytest.approx(0.55)
+    assert early.lr_factor(110) == early.lr_factor(200) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("it", [0, 5, 80, 81, 100, 150, 200])
+@pytest.mark.parametrize("now", [{"max_iters": 150}, {"lr_decay_iters": 200}, {"wsd_decay": 0.1}])
+def test_a_wsd_run_may_be_made_longer_until_it_decays(it, now):
+    """A resume is named another run exactly if earlier iterations had other learning rates."""
+    before = {"decay_shape": "wsd", "max_iters": 100, "warmup_iters": 3}
+    old, new = TrainConfig(**before), TrainConfig(**{**before, **now})
+    other = any(old.lr_factor(i) != new.lr_factor(i) for i in range(it))
+    changed = changed_settings(flat(old), new, it)
+    assert bool(changed) == (other or it == 81), changed  # 80 is the last at the highest rate
+
+
+def test_a_cosine_that_ends_elsewhere_is_another_run():
+    """Also at its start, and if it becomes WSD; a checkpoint without a decay_shape has a cosine."""
+    before = flat(TrainConfig(max_iters=100))
+    ends = "lr_decay_iters 100, now 150"
+    assert changed_settings(before, TrainConfig(max_iters=150), 0) == [ends]
+    assert changed_settings(before, TrainConfig(max_iters=150, lr_decay_iters=100), 90) == []
+    del before["decay_shape"], before["wsd_decay"]
+    changed = changed_settings(before, TrainConfig(max_iters=150, decay_shape="wsd"), 0)
+    assert set(changed) == {ends, "decay_shape 'cosine', now 'wsd'"}
+
+
+def test_lowest_point_of_losses_over_rates():
+    """The minimum of a parabola over log(rate), wherever it is between the rates; else an edge."""
+    rates = [0.001, 0.002, 0.005, 0.01, 0.02]
+    for lowest in (0.0017, 0.004, 0.005, 0.009):
+        losses = [2 + 0.3 * math.log(rate / lowest) ** 2 for rate in rates]
+        assert lowest_point(rates, losses) == pytest.approx(lowest)
+    assert lowest_point(rates, [5, 4, 3, 2, 1]) == 0.02
+    assert lowest_point(rates, [1, 2, 3, 4, math.inf]) == 0.001
+    assert lowest_point([1, 2, 4], [3, 3, 3]) == 1
+    # next to a run that diverged, half a step away from it
+    assert lowest_point([1, 4, 16], [3, 2, math.inf]) == pytest.approx(2, rel=1e-3)
+    assert lowest_point([1, 4, 16], [math.inf, 2, math.inf]) == pytest.approx(4)
+    with pytest.raises(UserError, match="all runs diverged"):
+        lowest_point(rates, [math.inf] * 5)

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from nanomla import checkpoint
-from nanomla.runlog import RunLog
+from nanomla.runlog import RunLog, draw_sweep
 from tests.conftest import QUICK, run
 from tests.test_survival import iterations, start
 from tests.test_train import entries
@@ -43,6 +43,13 @@ def test_no_picture_without_matplotlib(tmp_path, dataset, monkeypatch, capfd):
     assert run("train.py", *args, f"--out_dir={tmp_path}/broken").returncode == 0
     assert "loss.png from here on (OSError: no font)" in capfd.readouterr().err
     assert not list(tmp_path.glob("*/*loss.png*")) and (tmp_path / "broken" / "best.pt").exists()
+
+
+def test_no_picture_of_a_sweep_without_matplotlib(tmp_path, monkeypatch, capsys):
+    """One warning."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    draw_sweep(f"{tmp_path}/lr_find.png", "learning_rate", [1.0, 2.0, 4.0], [3.0, 2.0, 3.0], 2.0)
+    assert "warning: no " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path, dataset):

@@ -205,6 +205,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, dataset):
         (["--init_from=resume"], 1, ["no checkpoint in"]),
         (["--init_from=no/such/run"], 1, ["no/such/run"]),
         (["--n_head=3"], 2, ["n_head=3"]),
+        (["--lr_find", "--eval_only"], 2, ["lr_find", "leave out eval_only"]),
+        (["--lr_find", "--init_from=resume"], 2, ["lr_find", "init_from=resume"]),
+        (["--lr_find", "--learning_rate=0"], 2, ["lr_find", "above 0"]),
+        (["--lr_find", "--learning_rate=1e30"], 1, ["all runs diverged", "lower"]),
         (["--device=cuda:77"], 2, ["--device=cuda:77: not on this machine"]),
         (["--dtype=int8"], 2, ["float32, bfloat16, float16"]),
         (["--batch_size=0"], 2, ["batch_size=0", "at least 1"]),
@@ -218,6 +222,63 @@ def test_bad_input_is_one_line(tmp_path, dataset, args, status, words):
     base = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=1"]
     assert fails_with_one_line(run("train.py", *base, *args), status, *words)
     assert not (tmp_path / "o" / "ckpt.pt").exists()
+
+
+def test_a_wsd_run_is_made_longer(tmp_path, dataset):
+    """
+    A run that has not begun to decay goes on with the decay of a longer one, without a warning and
+    to the same weights as the longer run in one part; after the decay it becomes another run.
+    """
+    args = [*QUICK, f"--dataset={dataset}", "--decay_shape=wsd", "--wsd_decay=0.5"]
+    full, parts = f"--out_dir={tmp_path}/full", f"--out_dir={tmp_path}/parts"
+    assert run("train.py", *args, full, "--max_iters=20").returncode == 0
+    assert run("train.py", *args, parts, "--max_iters=10", "--lr_decay_iters=99").returncode == 0
+    done = run("train.py", *args, parts, "--max_iters=20", "--init_from=resume")
+    assert done.returncode == 0 and "another run" not in done.stderr
+    assert same(weights(tmp_path / "full"), weights(tmp_path / "parts"))
+    done = run("train.py", *args, parts, "--max_iters=40", "--init_from=resume", "--eval_only")
+    assert "another run than the one it continues: lr_decay_iters 20, now 40\n" in done.stderr
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_lr_find(tmp_path, dataset, optimizer):
+    """
+    A table, a picture and a suggestion between the best rate's neighbours. The loss at factor 1,
+    after other rates were tried, is that of a run of its own; that run's files stay as they are.
+    """
+    pytest.importorskip("matplotlib")
+    # Such a weight decay makes the highest rates diverge.
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", f"--optimizer={optimizer}"]
+    args += ["--weight_decay=250", "--muon_weight_decay=250", "--grad_clip=0", "--dropout=0.1"]
+    args += ["--min_lr=1e-3"]
+    done = run("train.py", *args, "--max_iters=20", "--warmup_iters=2", "--eval_interval=20")
+    assert done.returncode == 0, done.stderr
+    before = files_in(tmp_path / "o")
+    find = ["--lr_find=True", "--lr_find_iters=20", "--checkpoint_interval=5", "--max_iters=80"]
+    swept = run("train.py", *args, *find)
+    assert swept.returncode == 0 and swept.stderr == ""
+    after = files_in(tmp_path / "o")
+    assert after.pop("lr_find.png").startswith(b"\x89PNG") and after == before
+
+    lines = swept.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("factor"))
+    table = [line.split() for line in lines[first : first + 8]]
+    names = ["muon_learning_rate"] * (optimizer == "muon") + ["learning_rate", "min_lr"]
+    assert table[0] == ["factor", *names, "val_loss"] and swept.stdout.count("settings:") == 1
+    assert [row[0] for row in table[1:]] == ["0.125", "0.25", "0.5", "1", "2", "4", "8"]
+    assert table[7][-1] == "diverged" and f"val loss {table[4][-1]}," in done.stdout
+    losses = [float(row[-1].replace("diverged", "inf")) for row in table[1:]]
+    best = losses.index(min(losses))
+    rates = [float(row[-3]) for row in table[1:]]
+    assert 0 < best < 6 and lines[-1].startswith("suggestion: ")
+    flags = dict(flag.removeprefix("--").split("=") for flag in lines[-1].split()[1:])
+    assert list(flags) == names
+    # half of the best, as the run is four times longer
+    assert rates[best - 1] < 2 * float(flags["learning_rate"]) < rates[best + 1]
 
 
 def test_bfloat16_and_grad_checkpoint_train(tmp_path, dataset):
