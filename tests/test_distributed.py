@@ -83,8 +83,6 @@ def test_two_processes_equal_one(tmp_path, dataset):
     assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) < 1e-5
 
 
-# Muon orthogonalises in bfloat16: a difference in the last bit of a gradient becomes one of 0.4% in
-# a few weights.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
@@ -92,8 +90,8 @@ def test_two_processes_equal_one(tmp_path, dataset):
         (["--parallel=fsdp", "--sample_interval=1"], 1e-5),
         (["--parallel=fsdp", "--mla_share_latent=True", "--n_layer=3", "--grad_checkpoint"], 1e-5),
         (["--parallel=ddp", "--use_mla=False", "--pos_emb=learned"], 1e-5),
-        (["--parallel=ddp", "--optimizer=muon"], 1e-2),
-        (["--parallel=fsdp", "--optimizer=muon"], 1e-2),
+        (["--parallel=ddp", "--optimizer=muon"], 1e-4),
+        (["--parallel=fsdp", "--optimizer=muon"], 1e-4),
     ],
     ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
 )

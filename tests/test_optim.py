@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import GPT
-from nanomla.optim import lowest_point, make_optimizers
+from nanomla.optim import Muon, lowest_point, make_optimizers, orthogonalise
 from nanomla.settings import UserError, flat
 from nanomla.start import changed_settings
 from tests.conftest import tiny_config
@@ -52,6 +52,47 @@ def test_optimizer_groups():
     assert all(n.startswith("transformer.h.") for n in names) and len(names) == 2 * 5
     in_adamw = sum(len(g["params"]) for g in both["adamw"].param_groups)
     assert len(muon) + in_adamw == len(list(model.parameters()))
+
+
+def test_orthogonalise():
+    """
+    Singular vectors stay, singular values from 1% of the largest on become 1 within 0.27; each
+    matrix of a batch is treated on its own, whatever its scale.
+    """
+    U, _, Vh = torch.linalg.svd(torch.randn(3, 12, 20), full_matrices=False)
+    S = torch.logspace(-2, 0, 12) * torch.tensor([[1e-6], [1.0], [1e6]])
+    X = U * S[:, None] @ Vh
+    Y = orthogonalise(X)
+    back = U.mT @ Y @ Vh.mT
+    values = back.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(back, torch.diag_embed(values), atol=1e-3, rtol=0)
+    assert ((values - 1).abs() < 0.275).all() and values.dtype == torch.float32
+    torch.testing.assert_close(orthogonalise(X[1:2]), Y[1:2])
+    assert torch.equal(orthogonalise(torch.zeros(1, 3, 5)), torch.zeros(1, 3, 5))
+
+
+def test_muon_treats_equal_shapes_together():
+    """A step is the same as with every matrix in an optimizer of its own; both ways up count."""
+    shapes = [(12, 20), (20, 12), (12, 20), (7, 7)]
+    grads = [torch.randn(*shape) for shape in shapes]
+    together = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]
+    alone = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]
+    optimizers = [Muon(together, 0.1, 0.01), *(Muon([p], 0.1, 0.01) for p in alone)]
+    for _ in range(3):
+        for params in (together, alone):
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.clone()
+        for opt in optimizers:
+            opt.step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b)
+    tall, lying = Muon([torch.nn.Parameter(torch.zeros(20, 12))], 1.0, 0.0), together[0]
+    p = tall.param_groups[0]["params"][0]
+    p.grad = grads[0].mT.clone()
+    tall.step()
+    update = -orthogonalise(grads[0][None])[0] * 0.2 * 20**0.5  # AdamW's root mean square
+    torch.testing.assert_close(p.mT, update)
+    assert lying.shape == update.shape
 
 
 def test_learning_rate_schedule():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import model as gpt
-from model import GPT, Cache, GPTConfig, MultiHeadLatentAttention, RMSNorm, Rotation
+from model import ATTENTION, GPT, Cache, GPTConfig, RMSNorm, Rotation
 from nanomla import checkpoint, costs
 from nanomla.dataset import Dataset
 from nanomla.kernels import attend, dequantise
@@ -23,7 +23,7 @@ from tools.bench import Rows, Timed, alternate, fill, markdown
 
 
 # ---- changes to the model
-class RotatedKeys(MultiHeadLatentAttention):
+class RotatedKeys(ATTENTION["mla"]):
     """
     MLA whose keys are expanded from the latent, then rotated, instead of a rotary key beside it.
 
@@ -51,7 +51,7 @@ class RotatedKeys(MultiHeadLatentAttention):
         return self._output(attend(q.transpose(1, 2), k.transpose(1, 2), v, T, self.scale))
 
 
-class NormedKeysAndValues(MultiHeadLatentAttention):
+class NormedKeysAndValues(ATTENTION["mla"]):
     """MLA with a norm on every head's expanded keys and values, which cannot be absorbed either."""
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
@@ -73,12 +73,12 @@ class NormedKeysAndValues(MultiHeadLatentAttention):
 
 @contextlib.contextmanager
 def _attention(kind: str, attention: type) -> Iterator[None]:
-    before = gpt.ATTENTION[kind]
-    gpt.ATTENTION[kind] = attention
+    before = ATTENTION[kind]
+    ATTENTION[kind] = attention
     try:
         yield
     finally:
-        gpt.ATTENTION[kind] = before
+        ATTENTION[kind] = before
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def _xavier() -> Iterator[None]:
 
 CHANGES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "rotated_keys": lambda: _attention("mla", RotatedKeys),
-    "normed_keys_and_values": lambda: _attention("mla", NormedKeysAndValues),
+    "normed_kv": lambda: _attention("mla", NormedKeysAndValues),
     "xavier": _xavier,
 }
 
@@ -216,7 +216,7 @@ def measure_cached_loss(
         whole = sum(loaded(x, y)[1].item() for x, y in batches) / len(batches)
         row = {"variant": name, "without a cache": f"{whole:.6f}"}
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
-            if dtype not in gpt.ATTENTION[loaded.config.attention].Cache.DTYPES:
+            if dtype not in ATTENTION[loaded.config.attention].Cache.DTYPES:
                 continue
             loss = sum(_cached_loss(loaded, x, y, dtype) for x, y in batches) / len(batches)
             row[str(dtype).removeprefix("torch.")] = f"{loss - whole:+.6f}"

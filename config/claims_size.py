@@ -1,0 +1,43 @@
+# Claims about quality: MLA, GQA and MQA beside MHA, and the loss over the latent's width. The
+# widths are those of the claims by their share of the keys' or values' width, nh * hs = 128:
+# 128 to 2,048 of 5,120 are 1/40 to 2/5 of it, and its 1/32 is 4. See docs/claims.md.
+
+title = "Claims: size"
+lr_factors = (0.5, 1.0, 2.0)
+seeds = 2
+equal_parameters = False
+decode_context = 0
+
+variants = """
+MHA
+GQA
+MQA
+L=4: use_mla=True mla_latent_dim=4 mla_rope_dim=16
+L=6: use_mla=True mla_latent_dim=6 mla_rope_dim=16
+L=13: use_mla=True mla_latent_dim=13 mla_rope_dim=16
+L=26: use_mla=True mla_latent_dim=26 mla_rope_dim=16
+L=51: use_mla=True mla_latent_dim=51 mla_rope_dim=16
+"""
+
+dataset = "shakespeare_char"
+
+n_layer = 2
+n_head = 4
+n_embd = 128
+block_size = 64
+pos_emb = "rope"
+
+batch_size = 12
+gradient_accumulation_steps = 1
+max_iters = 400
+eval_interval = 200
+eval_iters = 20
+log_interval = 10
+
+optimizer = "muon"
+muon_learning_rate = 0.01
+learning_rate = 6e-3
+min_lr = 3e-4
+beta2 = 0.99
+warmup_iters = 50
+dtype = "float32"
