@@ -22,9 +22,9 @@ pos_emb = "rope"
 
 batch_size = 8
 gradient_accumulation_steps = 1
-max_iters = 400
-eval_interval = 100
-eval_iters = 10
+max_iters = 250
+eval_interval = 125
+eval_iters = 5
 log_interval = 10
 
 optimizer = "muon"
@@ -32,4 +32,4 @@ muon_learning_rate = 0.01
 learning_rate = 6e-3
 min_lr = 3e-4
 beta2 = 0.99
-warmup_iters = 50
+warmup_iters = 30

@@ -90,18 +90,28 @@ def orthogonalise(X: Tensor) -> Tensor:
     """
     The matrices of X (b, m, n), m <= n, with all singular values moved towards 1.
 
-    This is Muon's Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for a whole batch.
+    This is Muon's Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for a whole batch: on
+    a CPU in float32, elsewhere in bfloat16.
     """
-    X = X.float() if X.device.type == "cpu" else X.bfloat16()
+    in_float32 = X.device.type == "cpu"
+    X = X.float() if in_float32 else X.bfloat16()
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+    A = X @ X.mT
+    A2 = A @ A
+    # ||A^2||^(1/4) bounds the largest singular value much closer than ||X|| does
+    scale = A2.norm(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
+    A, A2, X, Q = A / scale, A2 / scale.square(), X / scale.sqrt(), None
     for i, (a, b, c) in enumerate(POLYNOMIALS):
-        A = X @ X.mT
-        A2 = A @ A
-        if i == 0:  # ||A^2||^(1/4) bounds the largest singular value much closer than ||X|| does
-            scale = A2.norm(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
-            A, A2, X = A / scale, A2 / scale.square(), X / scale.sqrt()
-        X = torch.baddbmm(X, b * A + c * A2, X, beta=a)
-    return X
+        if i > 0:
+            A = P @ A @ P if in_float32 else X @ X.mT
+            A2 = A @ A
+        P = b * A + c * A2
+        P.diagonal(dim1=1, dim2=2).add_(a)
+        if in_float32:  # products of the small A alone; bfloat16 is too coarse for that
+            Q = P if Q is None else P @ Q
+        else:
+            X = P @ X
+    return Q @ X if in_float32 else X
 
 
 class Muon(torch.optim.Optimizer):

@@ -81,7 +81,7 @@ class CompareConfig:
     ] = ", ".join(known_variants(GPTConfig()))
     lr_factors: Annotated[
         float | tuple[float, ...], "of the recipe's learning rates, each tried with one seed", "> 0"
-    ] = (0.5, 1.0, 2.0)
+    ] = (0.6, 1.0, 1.6)
     seeds: Annotated[
         int | tuple[int, ...], "seeds at a variant's best rate: how many, or which", ">= 1"
     ] = 3
