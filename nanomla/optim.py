@@ -102,15 +102,15 @@ def orthogonalise(X: Tensor) -> Tensor:
     scale = A2.norm(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
     A, A2, X, Q = A / scale, A2 / scale.square(), X / scale.sqrt(), None
     for i, (a, b, c) in enumerate(POLYNOMIALS):
-        if i > 0:
-            A = P @ A @ P if in_float32 else X @ X.mT
-            A2 = A @ A
         P = b * A + c * A2
         P.diagonal(dim1=1, dim2=2).add_(a)
         if in_float32:  # products of the small A alone; bfloat16 is too coarse for that
             Q = P if Q is None else P @ Q
         else:
             X = P @ X
+        if i + 1 < len(POLYNOMIALS):
+            A = P @ A @ P if in_float32 else X @ X.mT
+            A2 = A @ A
     return Q @ X if in_float32 else X
 
 
