@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import fails_with_one_line, run
+from tests.conftest import QUICK, fails_with_one_line, run
 from tools import bench
 
 
@@ -109,3 +109,15 @@ def test_commands_run(command, flags, count, tmp_path):
     assert done.returncode == 0, done.stderr
     tables = {row["table"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
     assert len(tables) == count and all(t in done.stdout for t in tables)
+
+
+def test_profile_adds_up(tmp_path, dataset):
+    """Every part of an iteration of a config's run has its time, and all is their sum."""
+    args = [*QUICK, f"--dataset={dataset}", "--optimizer=muon", "--gradient_accumulation_steps=2"]
+    done = run("tools.bench", "profile", *args, "--rounds=3", f"--json={tmp_path}/b.json")
+    assert done.returncode == 0, done.stderr
+    rows = {r["part"]: r for r in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    parts = ["batch", "forward", "backward", "clipping", "adamw", "muon"]
+    assert list(rows) == [*parts, "all"] and "2 x 4 x 16 tokens, float32" in done.stdout
+    ms = {part: float(row["ms"]) for part, row in rows.items()}
+    assert sum(ms[p] for p in parts) == pytest.approx(ms["all"], abs=0.05) and min(ms.values()) > 0

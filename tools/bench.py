@@ -5,6 +5,8 @@ Time the attention variants against each other, against this machine's limits an
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
     python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
     python -m tools.bench svd               exact against randomized factors
+    python -m tools.bench profile config/train_mla.py
+                                            where an iteration of a config's run goes
     python -m tools.bench config/train_mla.py --report
                                             a config's parameters, bytes and FLOPs beside MHA's
 
@@ -27,9 +29,11 @@ from torch import Tensor, nn
 
 from model import ATTENTION, GPT, Cache, GPTConfig
 from nanomla import checkpoint, costs, formats
-from nanomla.distributed import resolve_device
+from nanomla.dataset import Dataset
+from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.optim import make_optimizers
 from nanomla.settings import UsageError, UserError, check, configure, declared, run_script
+from nanomla.start import padded_vocab
 from nanomla.surgery import factorise
 from train import TrainConfig
 
@@ -76,6 +80,26 @@ class ReportConfig:
         check(self)
 
 
+@dataclass
+class ProfileConfig:
+    """The settings of `profile`: a run's."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rounds: Annotated[int, "#profile", "iterations that the medians are taken over", ">= 1"] = 60
+    json: Annotated[str | None, "write the figures to this file too"] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def device(self) -> str:
+        return self.train.device
+
+    @property
+    def seed(self) -> int:
+        return self.train.seed
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     commands = {
@@ -83,11 +107,12 @@ def main(argv: list[str] | None = None) -> None:
         "train": (TimingConfig, bench_train),
         "lengths": (RoundsConfig, bench_lengths),
         "svd": (BenchConfig, bench_svd),
+        "profile": (ProfileConfig, bench_profile),
         "--report": (ReportConfig, report),
     }
     given = [arg for arg in argv if arg.removesuffix("=True") in commands]
     if len(given) != 1 and not {"--help", "-h"} & set(argv):
-        raise UsageError("say one of: decode, train, lengths, svd, or --report with a config file")
+        raise UsageError("say one of: decode, train, lengths, svd, profile, --report")
     config_class, command = commands[given[0].removesuffix("=True") if given else "decode"]
     rest = [arg for arg in argv if arg not in commands]
     cfg, origins = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
@@ -520,6 +545,55 @@ def hf_gpt2_loss(base: GPTConfig, x: Tensor, y: Tensor) -> tuple[Callable[[], Te
     model = GPT2LMHeadModel(config).to(x.device)
     adamw = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
     return lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()), model, adamw
+
+
+# ---- profile
+
+
+def bench_profile(cfg: ProfileConfig, device: str) -> Rows:
+    """Where the time of an iteration goes: medians of its parts over consecutive iterations."""
+    recipe, kind = cfg.train, device.partition(":")[0]
+    data = Dataset(recipe.dataset, recipe.model.block_size)
+    vocab_size = recipe.vocab_size or padded_vocab(data)
+    model = GPT(dataclasses.replace(recipe.model, vocab_size=vocab_size)).to(device)
+    optimizers = make_optimizers(model, recipe, kind)
+    dtype = getattr(torch, resolve_dtype(recipe.dtype, kind, model.config.n_embd))
+    times: dict[str, list[float]] = {}
+
+    def timed(part: str, run: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        result = run()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        times[part][-1] += time.perf_counter() - began
+        return result
+
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            return model(x.to(device), y.to(device))[1]
+
+    for it in range(-5, cfg.rounds):  # the first ones warm up
+        for part in ("batch", "forward", "backward", "clipping", *optimizers):
+            times[part] = [*times.get(part, []), 0.0] if it > 0 else [0.0]
+        for micro in range(recipe.gradient_accumulation_steps):
+            batch = (recipe.seed, abs(it), micro, recipe.batch_size)
+            x, y = timed("batch", lambda batch=batch: data.batch(*batch))
+            loss = timed("forward", lambda x=x, y=y: forward(x, y))
+            timed("backward", (loss / recipe.gradient_accumulation_steps).backward)
+        timed("clipping", lambda: nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip))
+        for name, optimizer in optimizers.items():
+            timed(name, optimizer.step)
+            optimizer.zero_grad(set_to_none=True)
+    medians = {part: statistics.median(seconds) * 1e3 for part, seconds in times.items()}
+    whole = sum(medians.values())
+    medians["all"] = whole
+    rows = [
+        {"part": part, "ms": f"{ms:.2f}", "share": f"{ms / whole:.0%}"}
+        for part, ms in medians.items()
+    ]
+    size = f"{model.get_num_params():,} parameters, {recipe.gradient_accumulation_steps} x "
+    size += f"{recipe.batch_size} x {model.config.block_size} tokens, {name_of(dtype)}"
+    return table(f"An iteration of {size}", rows)
 
 
 # ---- lengths
