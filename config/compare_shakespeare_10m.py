@@ -11,7 +11,7 @@ MHA
 rotary latent 8x: use_mla=True mla_rope=latent mla_latent_dim=96
 rotary latent 16x: use_mla=True mla_rope=latent mla_latent_dim=48
 """
-lr_factors = (0.5, 1.0)
+lr_factors = (0.5, 1.0, 1.6)
 equal_parameters = False
 
 n_layer = 6

@@ -260,12 +260,19 @@ def sigterm_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder` that is removed at the end; `folder` too if it is new and empty."""
+    """
+    A folder inside `folder` that is removed at the end; `folder` too if it is new and empty.
+
+    Those of killed runs are removed, too.
+    """
     missing = not folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as tmp:
-            yield Path(tmp)
+        with locked(folder, "writing this dataset") as certain:
+            for leftover in folder.glob(".prepare-*") if certain else ():
+                shutil.rmtree(leftover, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as tmp:
+                yield Path(tmp)
     finally:
         if missing:
             with contextlib.suppress(OSError):  # rmdir fails if the dataset was written
@@ -273,10 +280,14 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` against other runs, and remove the temporary folders of killed ones."""
-    if os.name != "posix":  # no flock there; without it, a temporary folder may be in use
-        yield
+def locked(folder: Path, doing: str) -> Iterator[bool]:
+    """
+    Lock an existing folder against other processes; gives whether that is possible here (POSIX).
+
+    Raises UserError, with what the other one is `doing`, if it is locked already.
+    """
+    if os.name != "posix":
+        yield False
         return
     import fcntl
 
@@ -285,9 +296,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:  # the kernel releases this lock however the process ends
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another run is writing this dataset") from None
-        for leftover in folder.glob(".prepare-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
+            raise UserError(f"{folder}: another run is {doing}") from None
+        yield True
     finally:
         os.close(handle)

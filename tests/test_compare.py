@@ -12,6 +12,7 @@ import pytest
 
 from model import GPT, GPTConfig
 from nanomla import checkpoint
+from nanomla.dataset import locked
 from nanomla.settings import UsageError, configure
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 from tools import report
@@ -226,6 +227,14 @@ def test_no_dataset_and_no_room(tmp_path, dataset):
     (tmp_path / "file").write_text("")
     out = compare(dataset, tmp_path / "file", "--variants=MHA")
     assert fails_with_one_line(out, 1, "cannot be written")
+
+
+def test_two_comparisons_cannot_share_a_folder(tmp_path, dataset):
+    """The second one gets one line, and the first goes on."""
+    (tmp_path / "runs").mkdir()
+    with locked(tmp_path / "runs", "training in it") as certain:
+        out = compare(dataset, tmp_path, "--variants=MHA")
+        assert not certain or fails_with_one_line(out, 1, "another run is training in it")
 
 
 def test_runs_end_with_the_process_that_started_them(tmp_path, dataset):

@@ -36,7 +36,7 @@ import torch
 import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, runlog
-from nanomla.dataset import Dataset, sigterm_interrupts
+from nanomla.dataset import Dataset, locked, sigterm_interrupts
 from nanomla.distributed import print0, resolve_device, resolve_dtype
 from nanomla.settings import UsageError, UserError, check, configure, flat, run_script
 from nanomla.start import padded_vocab
@@ -350,8 +350,10 @@ def compare(cfg: CompareConfig, origins: dict[str, str]) -> None:
         slug = re.sub("[^a-z0-9]+", "-", cfg.title.lower()).strip("-")
         cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.out_dir) / slug))
     jobs, rows = Jobs(cfg, origins), []
+    make_folder(jobs.folder)
     if cfg.train.max_iters:  # else only what cfg.measure names
-        rows = train_all(cfg, jobs)
+        with locked(jobs.folder, "training in it"):
+            rows = train_all(cfg, jobs)
         if all("error" in row for row in rows):
             raise UserError(f"every run failed; the first: {rows[0]['error']}")
     write_report(cfg, rows, jobs.configs)
@@ -373,6 +375,14 @@ def train_all(cfg: CompareConfig, jobs: Jobs) -> list[dict[str, Any]]:
     ]
     pool.run(repeats)
     return [as_row(job, best, pool.errors) for job in dict.fromkeys([*search, *repeats])]
+
+
+def make_folder(folder: Path) -> None:
+    """Create it, and those above it. Raises UserError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
 
 
 def _best(jobs: Iterable[Job]) -> Job | None:
@@ -431,11 +441,8 @@ class Pool:
     def start(self, job: Job) -> subprocess.Popen:
         content = {"flags": job.flags, "change": job.change}
         content |= {"eval_tokens": self.cfg.eval_tokens}
-        try:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{job.folder} cannot be written ({error.strerror})") from None
+        make_folder(job.folder)
+        (job.folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
         command = [sys.executable, "-m", "tools.compare", "--run", str(job.folder)]
         with open(job.folder / "output.txt", "wb") as output:
             return subprocess.Popen(
