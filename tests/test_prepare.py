@@ -17,7 +17,7 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
-from nanomla.dataset import Dataset, _locked
+from nanomla.dataset import Dataset, locked
 from nanomla.prepare import download_url, sha256
 from nanomla.settings import UsageError, UserError
 from nanomla.tokenizer import Tokenizer
@@ -410,7 +410,7 @@ def test_two_runs_at_once(tmp_path):
     """The second is told, and harms nothing."""
     (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
     second = pytest.raises(UserError, match="another run is writing this dataset")
-    with _locked(tmp_path), second:
+    with locked(tmp_path, "writing this dataset"), second:
         prepare(tmp_path / "a.txt", f"--out={tmp_path}", "--tokenizer=byte")
 
 
