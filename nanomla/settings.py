@@ -178,7 +178,7 @@ def configure(
         print(_help_text(config_class, values, origins))
         raise SystemExit(0)
     try:
-        return _replaced(config_class(), values), origins
+        return _build(config_class, values), origins
     except ValueError as error:  # the dataclasses check how their values fit together
         raise UsageError(str(error)) from None
 
@@ -210,15 +210,19 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _replaced(config: Config, values: dict[str, Any]) -> Config:
-    """A copy of a dataclass instance with these values in it or in the instances that it holds."""
-    settings = declared(type(config))
-    changes = {k: v for k, v in values.items() if settings[k].part is None}
-    for part in dict.fromkeys(s.part for s in settings.values() if s.part):
-        nested = {k: v for k, v in values.items() if settings[k].part == part}
+def _build(
+    config_class: type[Config], values: dict[str, Any], base: Config | None = None
+) -> Config:
+    """A `config_class` with these values in it and in its nested dataclasses, the rest as in base
+    or, without one, by default."""
+    settings = declared(config_class)
+    arguments = {k: v for k, v in values.items() if settings[k].part is None}
+    for field in dataclasses.fields(config_class):
+        nested = {k: v for k, v in values.items() if settings[k].part == field.name}
         if nested:
-            changes[part] = _replaced(getattr(config, part), nested)
-    return dataclasses.replace(config, **changes)
+            inner = getattr(base, field.name) if base else field.default_factory()
+            arguments[field.name] = _build(type(inner), nested, inner)
+    return dataclasses.replace(base, **arguments) if base else config_class(**arguments)
 
 
 def _run_config_file(path: str) -> dict[str, Any]:
