@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class TrainConfig:
     Raises ValueError naming the setting, its value and what would work.
     """
 
+    # Settings of tools.compare, so that the config file of a comparison is one of a run, too.
+    ignored_in_files: ClassVar[tuple[str, ...]] = (
+        "title", "variants", "lr_factors", "seeds", "equal_parameters", "measure", "cache_budget",
+        "decode_context",
+    )  # fmt: skip
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     vocab_size: Annotated[int | None, "#model", "token ids; None: the dataset's", ">= 1"] = None
 

@@ -134,11 +134,13 @@ def configure(
     argv: config files and `--key=value` in any order; a bare `--key` sets a bool to True; `--help`
     prints the settings as the other arguments leave them, and exits.
     hints: what to say about keys that do not exist here but that people know from elsewhere.
-    ignored_in_files: keys of other scripts that config files may hold.
+    ignored_in_files: keys of other scripts that config files may hold, beside those that the class
+    names in an attribute ignored_in_files.
     Returns the config and, for every key that was set, where it came from.
     Raises UsageError for an unknown key, a wrong value, a missing or broken file.
     """
     settings, hints = declared(config_class), hints or {}
+    ignored = {*ignored_in_files, *getattr(config_class, "ignored_in_files", ())}
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
@@ -160,7 +162,7 @@ def configure(
             continue
         if not arg.startswith("-"):
             for key, value in _run_config_file(arg).items():
-                if key in settings or key not in ignored_in_files:
+                if key in settings or key not in ignored:
                     assign(key, value, arg)
             continue
         key, equals, text = arg.removeprefix("--").partition("=")
@@ -213,8 +215,7 @@ def run_script(main: Callable[[], None]) -> None:
 def _build(
     config_class: type[Config], values: dict[str, Any], base: Config | None = None
 ) -> Config:
-    """A `config_class` with these values in it and in its nested dataclasses, the rest as in base
-    or, without one, by default."""
+    """A `config_class` with these values, nested ones too; the rest is base's or the default."""
     settings = declared(config_class)
     arguments = {k: v for k, v in values.items() if settings[k].part is None}
     for field in dataclasses.fields(config_class):
