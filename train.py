@@ -139,12 +139,17 @@ class TrainConfig:
         settings.check(self)
         if self.lr_find and (self.eval_only or self.init_from == "resume"):
             raise ValueError("lr_find starts new runs: leave out eval_only and init_from=resume")
-        if self.lr_find and not self.learning_rate * self.muon_learning_rate:
+        rates = (self.learning_rate, self.muon_learning_rate or self.optimizer == "adamw")
+        if self.lr_find and not all(rates):
             raise ValueError("lr_find multiplies the learning rates, which must be above 0")
 
     def lr_factor(self, it: int) -> float:
         """The learning rate at an iteration, as a share of the highest."""
         return optim.lr_factor(self, it)
+
+
+class Diverged(UserError):
+    """A loss or gradient that is not finite."""
 
 
 class Run:
@@ -393,13 +398,13 @@ class Run:
         self.evaluations += 1
         return is_best
 
-    def diverged(self, it: int, what: str) -> UserError:
+    def diverged(self, it: int, what: str) -> "Diverged":
         """The error that ends a run whose losses or gradients are not finite."""
         last_good: object = "none yet"
         with contextlib.suppress(UserError):
             last_good = checkpoint.find(self.cfg.out_dir)
         lr = self.cfg.lr_factor(it) * self.cfg.learning_rate
-        return UserError(
+        return Diverged(
             f"iteration {it}: {what}, at learning rate {lr:.3g}; last good checkpoint: "
             f"{last_good}; try a lower learning rate, or dtype=float32"
         )
@@ -467,7 +472,7 @@ def find_learning_rate(cfg: TrainConfig, origins: dict[str, str], world: World) 
         run.scaler = torch.amp.GradScaler(world.device_type, enabled=run.scaler.is_enabled())
         run.optimizers = optim.make_optimizers(run.model, run.cfg, world.device_type)
         loss = math.inf
-        with contextlib.suppress(UserError):  # raised by a run that diverges
+        with contextlib.suppress(Diverged):
             for it in range(iters):
                 optim.set_learning_rates(run.optimizers, run.cfg.lr_factor(it))
                 run.step(it, signal_received=0)

@@ -1,6 +1,7 @@
 # Claims about quality: MLA, GQA and MQA beside MHA, and the loss over the latent's width. The
-# widths are those of the claims by their share of the keys' or values' width, nh * hs = 128:
-# 128 to 2,048 of 5,120 are 1/40 to 2/5 of it, and its 1/32 is 4. See docs/claims.md.
+# widths are those of the claims by their share of the model's width, here 128: 128 to 2,048 of
+# 5,120 are 1/40 to 2/5, or 3 to 51, and 1/32 of nh * hs is 4. A rotary key of 16 numbers is cached
+# beside each. See docs/claims.md.
 
 title = "Claims: size"
 lr_factors = (0.5, 1.0, 2.0)
@@ -12,6 +13,7 @@ variants = """
 MHA
 GQA
 MQA
+L=3: use_mla=True mla_latent_dim=3 mla_rope_dim=16
 L=4: use_mla=True mla_latent_dim=4 mla_rope_dim=16
 L=6: use_mla=True mla_latent_dim=6 mla_rope_dim=16
 L=13: use_mla=True mla_latent_dim=13 mla_rope_dim=16

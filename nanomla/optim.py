@@ -86,20 +86,20 @@ POLYNOMIALS = (
 
 
 @torch.no_grad()
-def orthogonalise(X: Tensor) -> Tensor:
+def orthogonalise(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     The matrices of X (b, m, n), m <= n, with all singular values moved towards 1.
 
-    This is Muon's Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for a whole batch: on
-    a CPU in float32, elsewhere in bfloat16.
+    This is Muon's Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for a whole batch, in
+    float32 or bfloat16.
     """
-    in_float32 = X.device.type == "cpu"
-    X = X.float() if in_float32 else X.bfloat16()
+    in_float32, X = dtype == torch.float32, X.to(dtype)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     A = X @ X.mT
     A2 = A @ A
     # ||A^2||^(1/4) bounds the largest singular value much closer than ||X|| does
     scale = A2.norm(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
+    scale = scale if in_float32 else 1.02 * scale  # the polynomials grow fast above 1
     A, A2, X, Q = A / scale, A2 / scale.square(), X / scale.sqrt(), None
     for i, (a, b, c) in enumerate(POLYNOMIALS):
         P = b * A + c * A2
@@ -142,17 +142,15 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            dtype = torch.float32 if params[0].device.type == "cpu" else torch.bfloat16
             for indices in same_shape.values():
                 X = [full(ahead[i]) for i in indices]
                 X = torch.stack([x.mT if x.size(0) > x.size(1) else x for x in X])
-                for i, x in zip(indices, orthogonalise(X), strict=True):
+                for i, x in zip(indices, orthogonalise(X, dtype), strict=True):
                     p = params[i]
                     x = x if x.shape == p.shape else x.mT
-                    p.add_(sharded_like(x, p), alpha=-group["lr"] * step_size(p.shape))
-
-
-def step_size(shape: torch.Size) -> float:
-    return 0.2 * math.sqrt(max(shape))
+                    size = 0.2 * math.sqrt(max(p.shape))
+                    p.add_(sharded_like(x, p), alpha=-group["lr"] * size)
 
 
 def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:

@@ -204,16 +204,16 @@ def draw_sweep(
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot(xscale="log", xlabel=setting, ylabel="validation loss (nats)")
-        lowest = min(losses)
+        least = min(losses)
         finite = [(r, v) for r, v in zip(rates, losses, strict=True) if math.isfinite(v)]
         axes.plot(*zip(*finite, strict=True), marker=".")
         diverged = [rate for rate, loss in zip(rates, losses, strict=True) if math.isinf(loss)]
         for rate in diverged:
             axes.axvline(rate, color="gray", ls=":", label="diverged" * (rate == diverged[0]))
-        axes.plot(rates[losses.index(lowest)], lowest, "o", label=f"best: {lowest:.4f}")
+        axes.plot(rates[losses.index(least)], least, "o", label=f"best: {least:.4f}")
         axes.axvline(lowest, color="C2", ls="--", label=f"lowest: {lowest:.2g}")
-        if max(loss for _, loss in finite) > 2 * lowest:  # else nothing is seen near the lowest
-            axes.set_ylim(0.9 * lowest, 2 * lowest)
+        if max(loss for _, loss in finite) > 2 * least:  # else nothing is seen near the lowest
+            axes.set_ylim(0.9 * least, 2 * least)
         axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
         axes.set_xticks([], minor=True)
         axes.legend()

@@ -161,7 +161,7 @@ def configure(
         if arg in ("--help", "-h"):
             continue
         if not arg.startswith("-"):
-            for key, value in _run_config_file(arg).items():
+            for key, value in run_config_file(arg).items():
                 if key in settings or key not in ignored:
                     assign(key, value, arg)
             continue
@@ -226,7 +226,7 @@ def _build(
     return dataclasses.replace(base, **arguments) if base else config_class(**arguments)
 
 
-def _run_config_file(path: str) -> dict[str, Any]:
+def run_config_file(path: str) -> dict[str, Any]:
     """What a config file assigns, without modules, functions, classes and _private names."""
     try:
         with open(path, encoding="utf-8") as file:

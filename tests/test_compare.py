@@ -153,6 +153,8 @@ def test_variants_are_read():
     found = read_variants(text, base)
     assert list(found) == ["MHA", "MLA decoupled", "a", "b", "MQA"]
     assert found["b"] == {"use_mla": "True", "mla_latent_dim": "(8,6)"}
+    changed = read_variants("mla decoupled: mla_latent_dim=4", base)["mla decoupled"]
+    assert changed["mla_latent_dim"] == "4" and changed["use_mla"] is True  # not MHA
     for text, words in (
         ("MHA, MHB", "unknown 'MHB'"),
         ("a: n_kv_head", "write key=value"),
@@ -192,6 +194,54 @@ def test_learning_rates_are_scaled_together(dataset):
     assert {*scaled, "--beta2=0.98", "--seed=7"} <= {*flags}
 
 
+def test_the_order_of_flags_makes_no_other_run(dataset):
+    """The same settings in another order, or another measurement, find the same folder."""
+    common = [f"--dataset={dataset}", "--block_size=16"]
+    folders = set()
+    for flags in (
+        ["--beta1=0.8", "--beta2=0.9"],
+        ["--beta2=0.9", "--beta1=0.8", "--eval_tokens=99"],
+        ["--beta2=0.9", "--beta1=0.8", "--init_from=scratch"],
+    ):
+        cfg, origins = configure(CompareConfig, [*common, *flags])
+        folders.add(Jobs(cfg, origins).make("MHA", "tokens", 1.0, 1).folder)
+    assert len(folders) == 1
+    cfg, origins = configure(CompareConfig, [*common, "--seeds=0,5"])
+    assert cfg.all_seeds == (0, 5)
+
+
+def test_a_checkpoint_that_was_not_written_is_no_result(tmp_path, dataset, monkeypatch):
+    """With a full disk train.py goes on, and the loss of an earlier checkpoint is not reported."""
+    from nanomla.settings import UserError
+
+    save = checkpoint.save
+
+    def full(out_dir, state, best=False):
+        if state.iter_num == 20:
+            raise UserError("No space left on device")
+        save(out_dir, state, best)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr("tools.compare._end_with_parent", lambda: None)
+    flags = [*QUICK, "--n_layer=1", "--max_iters=20", f"--dataset={dataset}"]
+    job = {"flags": flags, "change": None, "eval_tokens": 600}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    out = run("tools.compare", "--run", str(tmp_path))
+    assert fails_with_one_line(out, 1, "iteration 20, could not be written")
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_changed_model_is_measured_with_its_change(done, dataset, tmp_path):
+    """A finished run of a comparison is built as it was trained."""
+    variant = "--variants=a: change=rotated_keys use_mla=True pos_emb=rope mla_latent_dim=6"
+    args = [f"{variant} mla_rope_dim=0", "--lr_factors=1", "--seeds=1", "--decode_context=0"]
+    assert compare(dataset, tmp_path, *args, "--equal_parameters=False").returncode == 0
+    (row,) = results(tmp_path)
+    out = run("tools.compare", row["folder"], "--eval_tokens=600", f"--out_dir={tmp_path}/f")
+    assert out.returncode == 0, out.stderr
+    assert results(tmp_path / "f")[0]["val_loss"] == pytest.approx(row["val_loss"], abs=1e-6)
+
+
 def test_pareto_front():
     """What no other point beats in both; equal caches leave the better one."""
     points = [(256, 1.70), (64, 1.72), (32, 1.74), (32, 1.71), (16, 1.80), (128, 1.75)]
@@ -211,6 +261,12 @@ def test_pareto_front():
         (["--measure=nothing"], ["measure='nothing'"]),
         (["--variants=a: change=none"], ["change is one of"]),
         (["--learning_rates=1"], ["did you mean learning_rate?"]),
+        (["--seeds=-1"], ["seeds=-1", "at least 1"]),
+        (["--decode_context=4"], ["decode_context=4", "at least 16, or 0"]),
+        (["--decode_context=0", "--measure=costs"], ["decode_context=0", "at least 16"]),
+        (["--variants=a: seed=3"], ["seed cannot differ"]),
+        (["--variants=a: init-from=gpt2"], ["init_from cannot differ"]),
+        (["--variants=a: mla_latent_dim=4"], ["mla_latent_dim has no effect"]),
     ],
 )
 def test_wrong_calls(tmp_path, dataset, args, words):

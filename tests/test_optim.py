@@ -71,6 +71,15 @@ def test_orthogonalise():
     assert torch.equal(orthogonalise(torch.zeros(1, 3, 5)), torch.zeros(1, 3, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalise_never_overshoots(dtype):
+    """Early gradients are often nearly of rank 1, where rounding could push a value above 1."""
+    for n in (4, 16, 40):
+        thin = torch.randn(200, n, 1) * torch.randn(200, 1, 2 * n)
+        Y = orthogonalise(thin + 1e-3 * torch.randn(200, n, 2 * n), dtype)
+        assert torch.linalg.svdvals(Y.float()).max() < 1.3
+
+
 def test_muon_treats_equal_shapes_together():
     """A step is the same as with every matrix in an optimizer of its own; both ways up count."""
     shapes = [(12, 20), (20, 12), (12, 20), (7, 7)]

@@ -48,7 +48,7 @@ def test_no_picture_without_matplotlib(tmp_path, dataset, monkeypatch, capfd):
 def test_no_picture_of_a_sweep_without_matplotlib(tmp_path, monkeypatch, capsys):
     """One warning."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    draw_sweep(f"{tmp_path}/lr_find.png", "learning_rate", [1.0, 2.0, 4.0], [3.0, 2.0, 3.0], 2.0)
+    draw_sweep(f"{tmp_path}/lr_find.png", "learning_rate", [1.0, 2.0, 4.0], [3.0, 2.5, 3.0], 2.0)
     assert "warning: no " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 

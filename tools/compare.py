@@ -38,14 +38,23 @@ from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, runlog
 from nanomla.dataset import Dataset, locked, sigterm_interrupts
 from nanomla.distributed import print0, resolve_device, resolve_dtype
-from nanomla.settings import UsageError, UserError, check, configure, flat, run_script
-from nanomla.start import padded_vocab
+from nanomla.settings import (
+    UsageError,
+    UserError,
+    check,
+    configure,
+    flat,
+    run_config_file,
+    run_script,
+)  # fmt: skip
+from nanomla.start import padded_vocab, without_effect
 from tools import experiments
 from tools.bench import machine
 from tools.report import draw, report_text
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+NOT_HERE = {"init_from": "scratch", "eval_only": False, "lr_find": False}
 RATES = ("learning_rate", "muon_learning_rate", "min_lr")  # what lr_factors multiply
 ORDINARY = {"use_mla": False, "use_svd": False, "use_latent_tokens": False, "n_kv_head": None}
 
@@ -53,7 +62,7 @@ ORDINARY = {"use_mla": False, "use_svd": False, "use_latent_tokens": False, "n_k
 def known_variants(base: GPTConfig) -> dict[str, dict[str, Any]]:
     """The variants that have a name, with settings for this width; MLA's caches are 8x smaller."""
     C, nh, hs = base.n_embd, base.n_head, base.hs
-    eighth, r = max(C // 4, 4), max(min(C // 8, hs // 2) // 2 * 2, 2)
+    eighth, r = max(C // 8 * 2, 4), max(min(C // 8, hs // 2) // 2 * 2, 2)
     kv_heads = next(n for n in range(max(nh // 2, 1), 0, -1) if nh % n == 0)
     latent = ORDINARY | {"use_mla": True, "pos_emb": "rope"}
     decoupled = latent | {"mla_rope": "decoupled", "mla_latent_dim": eighth - r, "mla_rope_dim": r}
@@ -83,7 +92,7 @@ class CompareConfig:
         float | tuple[float, ...], "of the recipe's learning rates, each tried with one seed", "> 0"
     ] = (0.6, 1.0, 1.6)
     seeds: Annotated[
-        int | tuple[int, ...], "seeds at a variant's best rate: how many, or which", ">= 1"
+        int | tuple[int, ...], "seeds at a variant's best rate: how many, or which, as 5,6 or 5,"
     ] = 3
     equal_parameters: Annotated[
         bool, "train each with as many parameters as the first, too, by the MLP's width"
@@ -98,6 +107,12 @@ class CompareConfig:
     def __post_init__(self) -> None:
         check(self)
         self.lr_factors = _several(self.lr_factors)
+        if min(_several(self.seeds)) < isinstance(self.seeds, int):
+            raise ValueError(f"seeds={self.seeds!r} does not work: at least 1, or seeds from 0 on")
+        timed = {"costs", "decoding"} & {*self.measure.split()}
+        if self.decode_context < 16 and (self.decode_context or timed):
+            works = "at least 16" + ", or 0" * (not timed)
+            raise ValueError(f"decode_context={self.decode_context} does not work: {works}")
         unknown = [name for name in self.measure.split() if name not in experiments.MEASURES]
         if unknown:
             works = " ".join(experiments.MEASURES)
@@ -125,15 +140,22 @@ def main(argv: list[str] | None = None) -> None:
     if folders:
         if len(folders) < len(files):
             raise UsageError("give config files or the folders of finished runs, not both")
-        cfg, _ = configure(CompareConfig, flags)
+        cfg, origins = configure(CompareConfig, flags)
+        if "out_dir" not in origins:
+            cfg.out_dir += "-finished"
         return report_finished(cfg, [Path(name) for name in folders])
-    titled = [f for f in files if configure(CompareConfig, [f])[0].title]
-    for name in titled or [None]:
-        own = [f for f in files if f == name or f not in titled]
-        cfg, origins = configure(CompareConfig, [*own, *flags])
-        if cfg.title and len(titled) > 1:
+    titled = [f for f in files if run_config_file(f).get("title")]
+    parts = [[f for f in files if f == name or f not in titled] for name in titled or [None]]
+    configs = [configure(CompareConfig, [*own, *flags]) for own in parts]
+    if len({_slug(cfg.title or "") for cfg, _ in configs}) < len(configs):
+        raise UsageError("several config files have the same title")
+    failed = []
+    for cfg, origins in configs:
+        if len(configs) > 1:
             print0("", f"=== {cfg.title}")
-        compare(cfg, origins)
+        failed += compare(cfg, origins)
+    if failed:
+        raise UserError(failed[0])
 
 
 # ---- what to train
@@ -147,15 +169,14 @@ class Job:
     seed: int
     flags: tuple[str, ...]  # train.py's, all but out_dir
     change: str | None  # to the model, by tools/experiments.py
+    eval_tokens: int
     folder: Path
 
     @property
     def result(self) -> dict[str, Any] | None:
         """What its process measured; None until it has ended."""
-        try:
-            return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        found = read_json(self.folder / "result.json")
+        return found if found.get("eval_tokens") == self.eval_tokens else None
 
     def __str__(self) -> str:
         equal = ", equal parameters" * (self.equal == "parameters")
@@ -178,7 +199,11 @@ def read_variants(text: str, base: GPTConfig) -> dict[str, dict[str, Any]]:
             pairs = [pair.removeprefix("--").partition("=") for pair in settings.split()]
             if not all(value for _, _, value in pairs):
                 raise UsageError(f"--variants: {name}: write key=value key=value, not {settings!r}")
-            value = {key: value for key, _, value in pairs}
+            value = {key.replace("-", "_"): value for key, _, value in pairs}
+            if own := sorted({*value} & {"seed", "out_dir", *NOT_HERE}):
+                raise UsageError(f"--variants: {name}: {own[0]} cannot differ between variants")
+            if _plain(name) in known:
+                value = known_variants(base)[known[_plain(name)]] | value
             if value.get("change", "") not in ("", *experiments.CHANGES):
                 works = ", ".join(experiments.CHANGES)
                 raise UsageError(f"--variants: {name}: change is one of {works}")
@@ -206,14 +231,18 @@ class Jobs:
     def __init__(self, cfg: CompareConfig, origins: dict[str, str]) -> None:
         values, own = flat(cfg.train), {f.name for f in dataclasses.fields(cfg)}
         self.cfg, self.recipe = cfg, {k: values[k] for k in origins if k not in own}
-        for name in ("init_from", "eval_only", "lr_find"):
-            if name in self.recipe:
+        for name, usual in NOT_HERE.items():
+            if self.recipe.pop(name, usual) != usual:
                 raise UsageError(f"{name} does not work here: all runs start from scratch")
         self.folder = Path(cfg.out_dir) / "runs"
         self.variants = read_variants(cfg.variants, cfg.train.model)
         data = Dataset(cfg.train.dataset, cfg.train.model.block_size)
         self.vocab_size = cfg.train.vocab_size or padded_vocab(data)
-        self.configs = {name: self.model_config(name) for name in self.variants}
+        self.trains = {name: self.train_config(name) for name in self.variants}
+        self.configs = {
+            name: dataclasses.replace(own.model, vocab_size=self.vocab_size)
+            for name, own in self.trains.items()
+        }
         self.parameters = {name: self.parameters_of(name) for name in self.variants}
 
     def settings(self, variant: str) -> dict[str, Any]:
@@ -231,30 +260,31 @@ class Jobs:
         with torch.device("meta"), experiments.changed(self.change(variant)):
             return GPT(config).get_num_params()
 
-    def model_config(self, variant: str) -> GPTConfig:
-        """The variant's model. Raises UsageError for settings that do not work."""
+    def train_config(self, variant: str) -> TrainConfig:
+        """Its whole settings. Raises UsageError for some that do not work or do nothing."""
         try:
             cfg, _ = configure(TrainConfig, as_flags(self.settings(variant)))
         except UsageError as error:
             raise UsageError(f"variant {variant}: {error}") from None
-        return dataclasses.replace(cfg.model, vocab_size=self.vocab_size)
+        idle = {*without_effect(cfg.model)} & {*self.variants[variant]}
+        if idle and self.variants[variant] not in known_variants(self.cfg.train.model).values():
+            raise UsageError(f"variant {variant}: {min(idle)} has no effect in this model")
+        return cfg
 
     def make(self, variant: str, equal: str, lr_factor: float, seed: int) -> Job:
         """One run; with equal parameters its MLP's width makes it as large as the first variant."""
         settings = self.settings(variant) | {"seed": seed}
-        whole = flat(self.cfg.train) | settings
         for name in RATES:
-            if whole[name] is not None:
-                settings[name] = float(whole[name]) * lr_factor
+            if (highest := getattr(self.trains[variant], name)) is not None:
+                settings[name] = highest * lr_factor
         width = self.equal_width(variant)
         if equal == "parameters" and width != self.configs[variant].hidden:
             settings["mlp_hidden"] = width
-        flags, change = tuple(as_flags(settings)), self.change(variant)
-        content = json.dumps([flags, change, self.cfg.eval_tokens])
-        key = hashlib.sha256(content.encode()).hexdigest()[:8]
-        slug = re.sub("[^a-z0-9]+", "-", variant.lower()).strip("-") or "variant"
-        folder = self.folder / f"{slug}-x{lr_factor:g}-{seed}-{key}"
-        return Job(variant, equal, lr_factor, seed, flags, change, folder)
+        flags, change = tuple(sorted(as_flags(settings))), self.change(variant)
+        key = hashlib.sha256(json.dumps([flags, change]).encode()).hexdigest()[:8]
+        folder = self.folder / f"{_slug(variant)}-x{lr_factor:g}-{seed}-{key}"
+        eval_tokens = self.cfg.eval_tokens
+        return Job(variant, equal, lr_factor, seed, flags, change, eval_tokens, folder)
 
     def equal_width(self, variant: str) -> int:
         """The MLP's width with which a variant has the parameters of the first."""
@@ -269,6 +299,17 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") or "variant"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; {} if it is not there or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
 
 # ---- one run, in a process of its own
 def run_job(folder: Path) -> None:
@@ -276,9 +317,12 @@ def run_job(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     resume = ["--init_from=resume"] if (folder / checkpoint.LATEST).exists() else []
-    with experiments.changed(job["change"]):
+    with locked(folder, "training in it"), experiments.changed(job["change"]):
         train.main([*job["flags"], f"--out_dir={folder}", *resume])
         result = measure(folder, job["eval_tokens"])
+    wanted = configure(TrainConfig, job["flags"])[0].max_iters
+    if result["iterations"] < wanted:
+        raise UserError(f"the last checkpoint, of iteration {wanted}, could not be written")
     tmp = folder / ".result.json.tmp"
     tmp.write_text(json.dumps(result), encoding="utf-8")
     os.replace(tmp, folder / "result.json")
@@ -320,6 +364,7 @@ def measure(folder: Path, eval_tokens: int) -> dict[str, Any]:
     tokens = per_iter * config.block_size
     ms = [e["ms"] for e in entries if "ms" in e]
     return {
+        "eval_tokens": eval_tokens,
         "val_loss": sum(losses) / len(losses),
         "iterations": ckpt.iter_num,
         "tokens": tokens * ckpt.iter_num,
@@ -344,19 +389,22 @@ def cache_bytes(model: GPT) -> float:
 
 
 # ---- all runs
-def compare(cfg: CompareConfig, origins: dict[str, str]) -> None:
-    """Train what is not trained yet, and report."""
+def compare(cfg: CompareConfig, origins: dict[str, str]) -> list[str]:
+    """Train what is not trained yet, and report; returns an error if no run has succeeded."""
     if cfg.title:
-        slug = re.sub("[^a-z0-9]+", "-", cfg.title.lower()).strip("-")
-        cfg = dataclasses.replace(cfg, out_dir=str(Path(cfg.out_dir) / slug))
+        cfg.out_dir = str(Path(cfg.out_dir) / _slug(cfg.title))
     jobs, rows = Jobs(cfg, origins), []
     make_folder(jobs.folder)
     if cfg.train.max_iters:  # else only what cfg.measure names
         with locked(jobs.folder, "training in it"):
             rows = train_all(cfg, jobs)
         if all("error" in row for row in rows):
-            raise UserError(f"every run failed; the first: {rows[0]['error']}")
-    write_report(cfg, rows, jobs.configs)
+            return [f"every run failed; the first: {rows[0]['error']}"]
+    plain = {name: config for name, config in jobs.configs.items() if not jobs.change(name)}
+    size = Pool(cfg).size
+    beside = f"; {size} runs side by side" if rows and size > 1 else ""
+    write_report(cfg, rows, plain, beside)
+    return []
 
 
 def train_all(cfg: CompareConfig, jobs: Jobs) -> list[dict[str, Any]]:
@@ -432,7 +480,7 @@ class Pool:
                             self.print_progress(job, len(waiting) + len(running) + later)
         finally:
             for process, _ in running.values():
-                process.terminate()  # train.py saves its checkpoint
+                process.terminate()  # train.py saves its checkpoint, which takes a moment
             for process, _ in running.values():
                 process.wait()
             if running:
@@ -471,7 +519,7 @@ class Pool:
 
 # ---- the report
 def write_report(
-    cfg: CompareConfig, rows: list[dict[str, Any]], configs: dict[str, GPTConfig]
+    cfg: CompareConfig, rows: list[dict[str, Any]], configs: dict[str, GPTConfig], beside: str = ""
 ) -> None:
     """Measure what does not need training, write the report with its pictures, and print it."""
     folder, device = Path(cfg.out_dir), resolve_device(cfg.train.device)
@@ -481,27 +529,34 @@ def write_report(
         rates = experiments.decode_rates(shapes, cfg.decode_context, device)
     for name in cfg.measure.split():
         extra += experiments.MEASURES[name](cfg, device, configs, rows)
-    where = f"{machine(device)}, torch {torch.__version__}"
+    where = f"{machine(device)}, torch {torch.__version__}{beside}"
     text = report_text(cfg, rows, rates, where, extra)
+    print0("", text, "")
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / "results.jsonl").write_text("".join(lines), encoding="utf-8")
+        if rows:
+            lines = [json.dumps(row) + "\n" for row in rows]
+            (folder / "results.jsonl").write_text("".join(lines), encoding="utf-8")
         (folder / "report.md").write_text(text + "\n", encoding="utf-8")
         draw(rows, folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror})") from None
-    print0("", text, "", f"in {folder}")
+    print0(f"in {folder}")
 
 
 def report_finished(cfg: CompareConfig, folders: list[Path]) -> None:
     """The report of runs that train.py made."""
-    rows = []
+    rows, configs = [], {}
     for folder in folders:
+        change = read_json(folder / "job.json").get("change")  # of a run of a comparison
+        with experiments.changed(change):
+            result = measure(folder, cfg.eval_tokens)
         row = {"variant": str(folder), "equal": "tokens", "lr_factor": 1.0, "seed": 0}
-        row |= {"best_rate": True, "folder": str(folder), "flags": []}
-        rows.append(row | measure(folder, cfg.eval_tokens))
-    write_report(cfg, rows, {})
+        row |= {"best_rate": True, "folder": str(folder), "flags": [], "change": change}
+        rows.append(row | result)
+        if not change:
+            configs[str(folder)] = GPTConfig(**result["model"])
+    write_report(cfg, rows, configs)
 
 
 if __name__ == "__main__":

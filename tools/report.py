@@ -37,8 +37,10 @@ def report_text(cfg: Any, rows: Rows, rates: dict[str, float], where: str, extra
     """The report as Markdown. rates: decoded tokens/s of the variants; extra: further lines."""
     lines = [f"# {cfg.title or 'Attention compared'}", ""]
     done = [row for row in rows if "val_loss" in row]
-    if done:
-        lines += [*recipe(cfg, done, where), "", *main_table(cfg, rows, rates)]
+    if not done:
+        lines += [f"{where}."]
+    else:
+        lines += [recipe(done, where), "", *main_table(cfg, rows, rates)]
         if any(row["equal"] == "parameters" for row in done):
             lines += ["", "## Equal parameters", "", *equal_table(rows)]
         if len({row["lr_factor"] for row in done}) > 1:
@@ -49,26 +51,31 @@ def report_text(cfg: Any, rows: Rows, rates: dict[str, float], where: str, extra
     if failed:
         lines += ["", "## Failed", ""]
         for row in failed:
-            at = f"rate x {row['lr_factor']:g}, seed {row['seed']}"
+            at = f"equal {row['equal']}, rate x {row['lr_factor']:g}, seed {row['seed']}"
             lines.append(f"- {row['variant']}, {at}: {row['error']}")
     return "\n".join([*lines, *extra])
 
 
-def recipe(cfg: Any, done: Rows, where: str) -> list[str]:
+def recipe(done: Rows, where: str) -> str:
     """What the runs have in common, in words."""
     model, tokens = done[0]["model"], {row["tokens"] for row in done}
     shape = f"{model['n_layer']} layers, {model['n_embd']} wide, {model['block_size']} tokens"
     text = f"{done[0]['dataset']}; {shape} of context; {_range(tokens)} tokens a run. {where}."
-    per_variant = {name: repeated(rows=done, variant=name) for name in names(done)}
-    seeds = max(len(mine) for mine in per_variant.values())
-    if seeds > 1:
-        text += f" Losses are means over {seeds} seeds at the variant's best rate, with their"
-        text += " standard deviation."
+    seeds = {len(repeated(done, name)) for name in names(done)}
+    if max(seeds) > 1:
+        text += f" Losses are means over {_range(seeds)} seeds at the variant's best rate, with"
+        text += " their standard deviation."
+    positions: dict[str, list[str]] = {}
+    for row in done:
+        positions.setdefault(row["model"]["pos_emb"], []).append(row["variant"])
+    if len(positions) > 1:
+        those = [f"{kind}: {', '.join(dict.fromkeys(v))}" for kind, v in positions.items()]
+        text += f" Positions differ: {'; '.join(those)}."
     if len({row["dataset"] for row in done}) > 1:
         text += " **The runs have different datasets: their losses cannot be compared.**"
     elif len(tokens) > 1:
         text += " The runs have seen different numbers of tokens."
-    return [text]
+    return text
 
 
 def _range(values: set[int]) -> str:
@@ -84,11 +91,10 @@ def main_table(cfg: Any, rows: Rows, rates: dict[str, float]) -> list[str]:
         if not mine:
             continue
         run, (loss, spread) = mine[0], mean_and_spread(mine)
-        first = loss if first is None else first
-        row = {"variant": name, "cached numbers": f"{run['cached_numbers']:g}"}
+        first = loss if name == names(rows)[0] else first
+        numbers = f"{run['cached_numbers']:g}" if run["cached_numbers"] else "a state"
+        row = {"variant": name, "cached numbers a layer": numbers}
         row["cache bytes/token"] = f"{run['cache_bytes']:,.0f}"
-        if not run["cached_numbers"]:
-            row["cached numbers"] = "a state"
         row["parameters"] = f"{run['parameters']:,}"
         row["of attention"] = f"{run['attention_parameters']:,}"
         row["GFLOP/iteration"] = f"{run['training_flops'] / 1e9:.2f}"
@@ -97,7 +103,7 @@ def main_table(cfg: Any, rows: Rows, rates: dict[str, float]) -> list[str]:
         if len({r["lr_factor"] for r in rows}) > 1:
             row["best rate"] = f"x {run['lr_factor']:g}"
         row["loss"] = f"{loss:.4f}" + (f" ± {spread:.4f}" if len(mine) > 1 else "")
-        row["change"] = f"{loss - first:+.4f}"
+        row["change"] = "" if first is None else f"{loss - first:+.4f}"
         if rates:
             row[f"decoded tokens/s at {cfg.decode_context:,}"] = f"{rates[name]:,.0f}"
         table.append(row)
@@ -112,13 +118,16 @@ def equal_table(rows: Rows) -> list[str]:
         if not mine:
             continue
         run, (loss, spread) = mine[0], mean_and_spread(mine)
-        first = (run["parameters"], loss) if first is None else first
+        first = (run["parameters"], loss) if name == names(rows)[0] else first
+        aside, change = ("", "") if first is None else (
+            f"{run['parameters'] / first[0] - 1:+.2%}", f"{loss - first[1]:+.4f}"
+        )  # fmt: skip
         row = {"variant": name, "MLP width": str(run["model"]["mlp_hidden"])}
         row["parameters"] = f"{run['parameters']:,}"
-        row["beside the first"] = f"{run['parameters'] / first[0] - 1:+.2%}"
+        row["beside the first"] = aside
         row["GFLOP/iteration"] = f"{run['training_flops'] / 1e9:.2f}"
         row["loss"] = f"{loss:.4f}" + (f" ± {spread:.4f}" if len(mine) > 1 else "")
-        table.append(row | {"change": f"{loss - first[1]:+.4f}"})
+        table.append(row | {"change": change})
     return markdown(table)
 
 
@@ -135,7 +144,7 @@ def rate_table(rows: Rows) -> list[str]:
             row[f"x {f:g}"] = f"{found[f]:.4f}" if found.get(f) else "failed"
         table.append(row)
         best = min((f for f in factors if found.get(f)), key=found.get, default=None)
-        if best in (factors[0], factors[-1]) and len(factors) > 2:
+        if best in (factors[0], factors[-1]):
             edges.append(f"{name} (x {best:g})")
     note = f"At the edge of the rates tried: {', '.join(edges)}." if edges else ""
     return [*markdown(table), *(["", note] if note else [])]
