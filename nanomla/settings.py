@@ -134,8 +134,7 @@ def configure(
     argv: config files and `--key=value` in any order; a bare `--key` sets a bool to True; `--help`
     prints the settings as the other arguments leave them, and exits.
     hints: what to say about keys that do not exist here but that people know from elsewhere.
-    ignored_in_files: keys of other scripts that config files may hold, beside those that the class
-    names in an attribute ignored_in_files.
+    ignored_in_files: other scripts' keys that config files may hold; the class may name more.
     Returns the config and, for every key that was set, where it came from.
     Raises UsageError for an unknown key, a wrong value, a missing or broken file.
     """
