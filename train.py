@@ -50,7 +50,7 @@ class TrainConfig:
     # Settings of tools.compare, so that the config file of a comparison is one of a run, too.
     ignored_in_files: ClassVar[tuple[str, ...]] = (
         "title", "variants", "lr_factors", "seeds", "equal_parameters", "measure", "cache_budget",
-        "decode_context",
+        "decode_context", "eval_tokens",
     )  # fmt: skip
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     vocab_size: Annotated[int | None, "#model", "token ids; None: the dataset's", ">= 1"] = None

@@ -2,7 +2,7 @@
 # not ones that the model offers: tools/experiments.py. See docs/claims.md.
 
 title = "Claims: norms, positions, initialisation"
-lr_factors = (0.5, 1.0, 2.0, 4.0)
+lr_factors = (0.5, 1.0, 2.0)
 seeds = 1
 equal_parameters = False
 decode_context = 4096
@@ -31,9 +31,9 @@ pos_emb = "rope"
 
 batch_size = 12
 gradient_accumulation_steps = 1
-max_iters = 400
-eval_interval = 200
-eval_iters = 20
+max_iters = 300
+eval_interval = 150
+eval_iters = 10
 log_interval = 10
 
 optimizer = "muon"
@@ -41,5 +41,6 @@ muon_learning_rate = 0.01
 learning_rate = 6e-3
 min_lr = 3e-4
 beta2 = 0.99
-warmup_iters = 50
+warmup_iters = 30
 dtype = "float32"
+eval_tokens = 65536

@@ -31,9 +31,9 @@ pos_emb = "rope"
 
 batch_size = 12
 gradient_accumulation_steps = 1
-max_iters = 400
-eval_interval = 200
-eval_iters = 20
+max_iters = 300
+eval_interval = 150
+eval_iters = 10
 log_interval = 10
 
 optimizer = "muon"
@@ -41,5 +41,6 @@ muon_learning_rate = 0.01
 learning_rate = 6e-3
 min_lr = 3e-4
 beta2 = 0.99
-warmup_iters = 50
+warmup_iters = 30
 dtype = "float32"
+eval_tokens = 65536

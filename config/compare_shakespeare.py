@@ -20,9 +20,9 @@ pos_emb = "rope"
 
 batch_size = 12
 gradient_accumulation_steps = 1
-max_iters = 700
-eval_interval = 100
-eval_iters = 20
+max_iters = 500
+eval_interval = 125
+eval_iters = 10
 log_interval = 10
 
 optimizer = "muon"
@@ -30,5 +30,6 @@ muon_learning_rate = 0.01
 learning_rate = 6e-3
 min_lr = 3e-4
 beta2 = 0.99
-warmup_iters = 50
+warmup_iters = 40
 dtype = "float32"
+eval_tokens = 65536

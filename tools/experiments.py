@@ -236,14 +236,18 @@ def _cached_loss(model: GPT, x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
 
 def measure_three_step(cfg: Any, device: str, *_: Any) -> list[str]:
     """The bidirectional block of tools/three_step.py: cost, losses, leak."""
-    own = three_step.ThreeStepConfig(dataset=cfg.train.dataset, longest=4096, device=device)
+    own = three_step.ThreeStepConfig(**_short(cfg, device), longest=2048, rounds=5)
     return _tables(three_step.measure(own))
 
 
 def measure_svd_forward(cfg: Any, device: str, *_: Any) -> list[str]:
     """The SVD of value activations of tools/svd_forward.py: cost, losses, leak."""
-    own = svd_forward.SvdForwardConfig(dataset=cfg.train.dataset, device=device)
+    own = svd_forward.SvdForwardConfig(**_short(cfg, device))
     return _tables(svd_forward.measure(own))
+
+
+def _short(cfg: Any, device: str) -> dict[str, Any]:
+    return {"dataset": cfg.train.dataset, "device": device, "max_iters": 400}
 
 
 def _tables(rows: Rows) -> list[str]:
