@@ -485,8 +485,7 @@ def find_learning_rate(cfg: TrainConfig, origins: dict[str, str], world: World) 
     lowest = optim.lowest_point(SWEEP, losses)
     if lowest in (SWEEP[0], SWEEP[-1]):
         print0("the lowest is at the edge of these: repeat lr_find with other rates")
-    # Measured with config/train_mla.py: the best rate of 100, 400 and 700 iterations falls like
-    # their root (docs/results.md).
+    # The best rate of 100, 400 and 700 iterations fell like their root: docs/results.md.
     factor = lowest * math.sqrt(min(iters / max(cfg.max_iters, 1), 1))
     if world.is_main:
         highest = getattr(cfg, names[0])

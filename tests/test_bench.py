@@ -25,9 +25,7 @@ def test_report_counts_a_config(tmp_path):
     assert rows["cache bytes per token, float32"]["this config"] == f"{2 * 32 * 4}"
     assert rows["cache bytes per token, float32"]["MHA"] == f"{2 * 256 * 4:,}"
     assert rows["cache bytes per token, bfloat16"]["MHA / this"] == "8.00"
-    attention = (
-        128 * 128 * 2 + 128 * 32 + 16 + 16 * (4 * 16) + 16 * 128
-    )  # q and c_proj, latent, norm, expansions
+    attention = 128 * 128 * 2 + 128 * 32 + 32 + 32 * 128  # q and c_proj, latent, norm, expansion
     assert rows["parameters: attention"]["this config"] == f"{2 * attention:,}"
     assert rows["of these, making keys and values"]["MHA"] == f"{2 * 2 * 128 * 128:,}"
     assert "| cache bytes per token, float32 " in done.stdout

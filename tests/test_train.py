@@ -69,7 +69,7 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, dataset):
         "bits per byte",
         "tokens/s, ETA 0:00:0",
         "sample: ",
-        "5.33x fewer than MHA",
+        "8x fewer than MHA",
         "done: best validation loss",
     ):
         assert text in done.stdout, (text, done.stdout)

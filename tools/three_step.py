@@ -38,7 +38,7 @@ from train import TrainConfig
 
 TIMED_LATENTS = (16, 64)  # m of the timed blocks
 SHAPE = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 128, "bias": False}
-RECIPE = {  # config/train_mla.py's
+RECIPE = {
     "optimizer": "muon", "batch_size": 12, "muon_learning_rate": 0.01, "learning_rate": 6e-3,
     "min_lr": 3e-4, "beta2": 0.99, "warmup_iters": 50,
 }  # fmt: skip
