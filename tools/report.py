@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model import GPTConfig
 from tools.bench import markdown
 
 MARKERS = "osD^vPX*<>hp"
-COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+COLORS = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#808080",
+)  # fmt: skip
 Rows = list[dict[str, Any]]
 
 
@@ -122,7 +125,7 @@ def equal_table(rows: Rows) -> list[str]:
         aside, change = ("", "") if first is None else (
             f"{run['parameters'] / first[0] - 1:+.2%}", f"{loss - first[1]:+.4f}"
         )  # fmt: skip
-        row = {"variant": name, "MLP width": str(run["model"]["mlp_hidden"])}
+        row = {"variant": name, "MLP width": str(GPTConfig(**run["model"]).hidden)}
         row["parameters"] = f"{run['parameters']:,}"
         row["beside the first"] = aside
         row["GFLOP/iteration"] = f"{run['training_flops'] / 1e9:.2f}"
@@ -213,7 +216,7 @@ def draw_cache(done: Rows, path: Path) -> None:
 
 
 def draw_seconds(done: Rows, path: Path) -> None:
-    """The validation loss over seconds of training, of one run of every variant."""
+    """The validation loss over seconds of training, of the median run in time of every variant."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -223,9 +226,10 @@ def draw_seconds(done: Rows, path: Path) -> None:
     )
     lowest, highest = [], []
     for i, name in enumerate(names(done)):
-        curve = [p for run in repeated(done, name)[:1] for p in run["curve"]]
-        if not curve:
+        curves = [r["curve"] for r in repeated(done, name) if r["curve"]]
+        if not curves:
             continue
+        curve = sorted(curves, key=lambda points: points[-1][1])[len(curves) // 2]
         line = ("-", "--", "-.", ":")[i % 4]
         seconds, losses = [p[1] for p in curve], [p[2] for p in curve]
         axes.plot(seconds, losses, line, lw=1.2, ms=6, label=name, **style(i))
