@@ -20,8 +20,8 @@ pos_emb = "rope"
 
 batch_size = 12
 gradient_accumulation_steps = 1
-max_iters = 500
-eval_interval = 125
+max_iters = 400
+eval_interval = 100
 eval_iters = 10
 log_interval = 10
 
@@ -30,6 +30,6 @@ muon_learning_rate = 0.01
 learning_rate = 6e-3
 min_lr = 3e-4
 beta2 = 0.99
-warmup_iters = 40
+warmup_iters = 30
 dtype = "float32"
 eval_tokens = 65536

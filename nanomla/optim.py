@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model import Attention
 from nanomla.distributed import full, load_optimizer_state, sharded_like
 from nanomla.settings import UserError
 
@@ -118,39 +119,69 @@ class Muon(torch.optim.Optimizer):
     """
     Momentum whose update is orthogonalised (kellerjordan.github.io/posts/muon), for matrices.
 
+    maps: the rows of each map, for parameters that stack several; each map is orthogonalised apart.
     The step is scaled to the root mean square of AdamW's, 0.2 sqrt(max(rows, columns)), as in
-    arXiv:2502.16982. Matrices of equal shape, either way up, are orthogonalised together: on a CPU
-    in float32, so that any number of processes makes the same run, elsewhere in bfloat16.
+    arXiv:2502.16982. Maps of equal shape, either way up, are orthogonalised together: on a CPU in
+    float32, so that any number of processes makes the same run, elsewhere in bfloat16.
     """
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        maps: dict[nn.Parameter, list[int]] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.maps = maps or {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update from the gradients."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            grads, same_shape = [p.grad for p in params], defaultdict(list)
-            for i, p in enumerate(params):
-                same_shape[tuple(sorted(p.shape))].append(i)
+            grads = [p.grad for p in params]
+            for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             means = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            dtype = torch.float32 if params[0].device.type == "cpu" else torch.bfloat16
-            for indices in same_shape.values():
-                X = [full(ahead[i]) for i in indices]
-                X = torch.stack([x.mT if x.size(0) > x.size(1) else x for x in X])
-                for i, x in zip(indices, orthogonalise(X, dtype), strict=True):
-                    p = params[i]
-                    x = x if x.shape == p.shape else x.mT
-                    size = 0.2 * math.sqrt(max(p.shape))
-                    p.add_(sharded_like(x, p), alpha=-group["lr"] * size)
+            for p, update in zip(params, self._updates(params, ahead), strict=True):
+                p.add_(sharded_like(update, p), alpha=-group["lr"])
+
+    def _updates(self, params: list[nn.Parameter], ahead: list[Tensor]) -> list[Tensor]:
+        """The scaled and orthogonalised matrices of `ahead`, whole on every rank."""
+        pairs = zip(params, ahead, strict=True)
+        parts = [[*full(x).split(self.maps.get(p, p.size(0)))] for p, x in pairs]
+        same_shape = defaultdict(list)
+        for maps in parts:
+            for i, x in enumerate(maps):
+                same_shape[tuple(sorted(x.shape))].append((maps, i))
+        for (rows, columns), places in same_shape.items():
+            lying = [x.mT if x.size(0) > x.size(1) else x for x in (m[i] for m, i in places)]
+            dtype = torch.float32 if lying[0].device.type == "cpu" else torch.bfloat16
+            scaled = 0.2 * math.sqrt(columns) * orthogonalise(torch.stack(lying), dtype)
+            for (maps, i), x in zip(places, scaled, strict=True):
+                maps[i] = x if maps[i].size(0) == rows else x.mT
+        return [torch.cat(maps) if len(maps) > 1 else maps[0] for maps in parts]
+
+
+def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
+    """The rows of the maps in the matrices of attention that hold several."""
+    maps = {}
+    for attn in (module for module in model.modules() if isinstance(module, Attention)):
+        config, hs = attn.config, attn.hs
+        for name, p in attn.named_parameters():
+            if name == "c_attn.weight":  # queries, keys and, unless they are low-rank, values
+                keys = config.nkv * hs
+                maps[p] = [attn.nh * hs, *[keys] * ((p.size(0) - attn.nh * hs) // keys)]
+            elif name == "kv_latent_proj.weight":  # a latent for every group, the rotary key
+                latents = [config.mla_latent_dim] * config.mla_groups
+                maps[p] = [n for n in (*latents, p.size(0) - sum(latents)) if n]
+    return maps
 
 
 def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:
@@ -178,6 +209,7 @@ def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:
             [p for n, p in named if n in in_muon],
             lr=cfg.muon_learning_rate,
             weight_decay=cfg.muon_weight_decay,
+            maps=stacked_maps(model),
         )
     for name, optimizer in optimizers.items():
         for group in optimizer.param_groups:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from model import GPT
-from nanomla.optim import Muon, lowest_point, make_optimizers, orthogonalise
+from nanomla.optim import Muon, lowest_point, make_optimizers, orthogonalise, stacked_maps
 from nanomla.settings import UserError, flat
 from nanomla.start import changed_settings
-from tests.conftest import tiny_config
+from tests.conftest import TINY_MLA, tiny_config
 from train import TrainConfig
 
 
@@ -102,6 +102,37 @@ def test_muon_treats_equal_shapes_together():
     update = -orthogonalise(grads[0][None])[0] * 0.2 * 20**0.5  # AdamW's root mean square
     torch.testing.assert_close(p.mT, update)
     assert lying.shape == update.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"n_kv_head": 2}, {"c_attn": [24, 12, 12]}),
+        ({"use_svd": True, "svd_rank": 3}, {"c_attn": [24, 24]}),
+        ({"use_latent_tokens": True, "n_latent_tokens": 3}, {"c_attn": [24, 24, 24]}),
+        (TINY_MLA, {"kv_latent_proj": [7, 2]}),
+        ({**TINY_MLA, "mla_groups": 2, "mla_latent_dim": (5, 3)}, {"kv_latent_proj": [5, 5, 2]}),
+        ({**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 4}, {"kv_latent_proj": [7]}),
+    ],
+)
+def test_every_map_is_orthogonalised_apart(settings, rows):
+    """The stacked maps of each attention, by their rows, and their update."""
+    model = GPT(tiny_config(**settings))
+    attn, maps = model.transformer.h[0].attn, stacked_maps(model)
+    found = {n.removesuffix(".weight"): maps[p] for n, p in attn.named_parameters() if p in maps}
+    assert found == rows
+    ((name, parts),) = rows.items()
+    p = getattr(attn, name).weight
+    muon = make_optimizers(model, TrainConfig(optimizer="muon", muon_learning_rate=1.0), "cpu")
+    before, grad = p.detach().clone(), torch.randn_like(p)
+    p.grad = grad.clone()
+    muon["muon"].step()
+    expected = []
+    for part in grad.split(parts):
+        tall = part.size(0) > part.size(1)
+        update = orthogonalise((part.mT if tall else part)[None])[0]
+        expected.append((update.mT if tall else update) * 0.2 * max(part.shape) ** 0.5)
+    torch.testing.assert_close(p, before * (1 - 0.01) - torch.cat(expected))
 
 
 def test_learning_rate_schedule():
