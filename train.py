@@ -7,6 +7,9 @@ Train a GPT, in one process or in several under torchrun.
     torchrun --standalone --nproc_per_node=2 train.py config/train_mla.py
 """
 
+from nanomla.errors import Steady, UsageError, UserError, run_script
+
+# isort: split
 import contextlib
 import dataclasses
 import math
@@ -28,8 +31,15 @@ from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
 from nanomla.distributed import World, print0, warn0
 from nanomla.runlog import RunLog, clock, draw_sweep, evaluation_text
-from nanomla.settings import DECIDES_RUN, UsageError, UserError
-from nanomla.start import check_model, open_model, open_teacher, prepare_out_dir
+from nanomla.settings import DECIDES_RUN
+from nanomla.start import (
+    check_model,
+    nothing_left,
+    open_model,
+    open_teacher,
+    run_folder,
+    with_stored_settings,
+)
 from nanomla.tokenizer import Tokenizer
 
 NANOGPT_HINTS = {
@@ -162,22 +172,26 @@ class Run:
 
     def __init__(self, cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
         self.cfg, self.world, self.started = cfg, world, time.perf_counter()
-        self.micro_steps, rest = divmod(cfg.gradient_accumulation_steps, world.size)
+        shape = (cfg.gradient_accumulation_steps, cfg.batch_size, cfg.model.block_size)
+        rows, rest = divmod(math.prod(shape[:2]), world.size)
         if rest:
             raise UsageError(
-                f"gradient_accumulation_steps={cfg.gradient_accumulation_steps} counts micro-steps "
-                f"over all ranks and must be divisible by their number, {world.size}"
+                f"the {math.prod(shape[:2])} sequences of an iteration (batch_size x "
+                f"gradient_accumulation_steps) cannot be shared out evenly over {world.size} "
+                "processes"
             )
+        self.rows = range(rows * world.rank, rows * (world.rank + 1))
 
         # data and model
         self.data = Dataset(cfg.dataset, cfg.model.block_size)
+        self.settings = settings.describe(cfg, origins, most=1000)
         print0("settings:", *(f"  {line}" for line in settings.describe(cfg, origins)))
         torch.manual_seed(cfg.seed)
         self.model, ckpt = open_model(cfg, origins, self.data)
         config = self.model.config
         if config.block_size != self.data.block_size:
             self.data = Dataset(cfg.dataset, config.block_size)
-        check_model(config, cfg.dataset, self.data)
+        check_model(config, cfg, self.data)
         self.teacher = open_teacher(cfg.distill, config, world.device)
 
         # precision and processes
@@ -203,10 +217,12 @@ class Run:
             self.scaler.load_state_dict(ckpt.scaler)
         self.first, self.best_val_loss = ckpt.iter_num, ckpt.best_val_loss
         self.wandb_run_id = ckpt.wandb_run_id
-        self.saved_at, self.stopping = None, False
+        # iterations of the last attempt to save, and of the checkpoint that is there
+        self.saved_at = self.on_disk = self.first if cfg.init_from == "resume" else None
+        self.stopping = False
         self.evaluations, self.skipped, self.seconds = 0, 0, 0.0
 
-        shape = (cfg.gradient_accumulation_steps, cfg.batch_size, config.block_size)
+        shape = (*shape[:2], config.block_size)
         self.tokens_per_iter = math.prod(shape)
         print0(
             f"model: {self.model.get_num_params():,} parameters, {costs.cache_in_words(config)}",
@@ -218,9 +234,10 @@ class Run:
     def __enter__(self) -> Self:
         cfg, resume, self.log = self.cfg, self.cfg.init_from == "resume", None
         self.world.barrier()  # all ranks have read their checkpoint, which a new run may move
+        self.folder = contextlib.ExitStack()
         if self.world.is_main:
-            prepare_out_dir(cfg.out_dir, keep=resume)
-            self.log = RunLog(cfg.out_dir, resume_at=self.first if resume else 0)
+            self.folder.enter_context(run_folder(cfg.out_dir, keep=resume))
+            self.log = RunLog(cfg.out_dir, self.first if resume else 0, self.settings)
             if cfg.wandb_log:
                 self.wandb_run_id = self.log.start_wandb(
                     cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg), self.wandb_run_id
@@ -230,10 +247,19 @@ class Run:
         self.bar = tqdm(total=cfg.max_iters, initial=self.first, unit="iter", disable=hidden)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
         self.bar.close()
         if self.log:
             self.log.close(at_once=kind is KeyboardInterrupt)
+        self.folder.close()
+        if isinstance(error, Exception):
+            error.add_note(f"last checkpoint: {self.last_checkpoint()}")
+
+    def last_checkpoint(self) -> str:
+        """The file of the latest checkpoint that is on the disk, or "none yet"."""
+        with contextlib.suppress(UserError, OSError):
+            return str(checkpoint.find(self.cfg.out_dir))
+        return "none yet"
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -271,7 +297,7 @@ class Run:
         """
         Forward, backward and update of one iteration; returns its loss, gradient norm and seconds.
 
-        The loss is the mean over all micro-steps of all ranks. `stopping` becomes True on every
+        The loss is the mean over the rows of all ranks. `stopping` becomes True on every
         rank if any has received a signal. A checkpoint that is due is written before the update.
         Raises UserError if loss or norm is not finite.
         """
@@ -310,18 +336,18 @@ class Run:
         return loss, norm, seconds
 
     def _accumulate_gradients(self, it: int) -> Tensor:
-        """Add up the gradients of this rank's micro-steps; returns its mean loss, a tensor."""
-        cfg, world = self.cfg, self.world
+        """Add up the gradients of this rank's rows; returns their mean loss, a tensor."""
+        cfg, world, rows = self.cfg, self.world, self.rows
         loss_sum = torch.zeros((), device=world.device)
-        for i in range(self.micro_steps):
-            micro = i * world.size + world.rank
-            x, y = self.data.batch(cfg.seed, it, micro, cfg.batch_size)
+        steps = -(-len(rows) // cfg.batch_size)
+        for i in range(steps):
+            micro = rows[i * len(rows) // steps : (i + 1) * len(rows) // steps]
+            x, y = self.data.batch(cfg.seed, it, micro)
             if cfg.model.dropout:  # it depends on the same three numbers as the batch, on no others
-                seeds = np.random.SeedSequence([cfg.seed, it, micro])
+                seeds = np.random.SeedSequence([cfg.seed, it, micro.start])
                 torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-            last = i == self.micro_steps - 1
-            with distributed.gradient_sync(self.net, now=last), self.amp:
-                loss = self._loss(x.to(world.device), y.to(world.device)) / self.micro_steps
+            with distributed.gradient_sync(self.net, now=i == steps - 1), self.amp:
+                loss = self._loss(x.to(world.device), y.to(world.device)) * (len(micro) / len(rows))
                 self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         return loss_sum
@@ -337,16 +363,21 @@ class Run:
         kl = F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True)
         return loss + kl / y.numel()
 
-    def save(self, it: int, is_best: bool = False) -> None:
-        """Write ckpt.pt and, if is_best, best.pt. If that fails, warn and go on."""
+    def save(self, it: int, val_loss: float = math.inf) -> None:
+        """
+        Write ckpt.pt and, if this validation loss is the lowest so far, best.pt. If that fails,
+        warn and go on; the lowest loss is that of weights which are on the disk.
+        """
         self.saved_at, keep = it, self.world.is_main
+        best_val_loss = min(val_loss, self.best_val_loss)
+        is_best, written = val_loss < self.best_val_loss, False
         state = Checkpoint(
             model=distributed.full_state_dict(self.model.state_dict(), keep),
             model_args=dataclasses.asdict(self.model.config),
             optimizer=distributed.full_state_dict(optim.optimizer_state(self.optimizers), keep),
             scaler=self.scaler.state_dict(),
             iter_num=it,
-            best_val_loss=self.best_val_loss,
+            best_val_loss=best_val_loss,
             config=settings.flat(self.cfg),
             tokenizer=self.data.tokenizer,
             wandb_run_id=self.wandb_run_id,
@@ -354,8 +385,25 @@ class Run:
         if self.world.is_main:
             try:
                 checkpoint.save(self.cfg.out_dir, state, is_best)
+                written = True
             except UserError as error:
                 warn0(f"{error}; training goes on")
+        if self.world.sum(written) == [1.0]:
+            self.on_disk, self.best_val_loss = it, best_val_loss
+
+    def require_checkpoint(self, it: int) -> str:
+        """
+        What is on the disk at the end of a run, in words: the checkpoint of this iteration, tried
+        once more if it failed, or an earlier one. Raises UserError if there is none.
+        """
+        if self.on_disk != it:
+            self.save(it)
+        folder = self.cfg.out_dir
+        if self.world.is_main and self.last_checkpoint() == "none yet":
+            raise UserError(f"iteration {it} is done, but there is no checkpoint in {folder}")
+        if self.on_disk != it:
+            return f"but the checkpoint in {folder} is of iteration {self.on_disk}"
+        return f"checkpoints in {folder}"
 
     def report(self, it: int, loss: float, norm: float, seconds: float) -> None:
         """Print and log an iteration."""
@@ -368,7 +416,8 @@ class Run:
         use = costs.mfu(self.model, context, tokens_per_s, kind, self.dtype)
         print0(
             f"iter {it}: loss {loss:.4f}, norm {norm:.3f}, lr {lr:.2e}, {ms:.1f} ms, "
-            f"{rate:,.0f} tokens/s, ETA {clock(eta)}, MFU {f'{use:.1%}' if use else 'n/a'}"
+            f"{rate:,.0f} tokens/s, ETA {clock(eta)}"
+            + (f", MFU {use:.1%}" if use else "")
             + (f", {self.skipped} skipped" if self.skipped else "")
         )
         if self.log:
@@ -376,18 +425,16 @@ class Run:
             rates = {"lr": lr, "ms": ms, "tokens_per_s": rate}
             self.log.write(iter=it, loss=loss, grad_norm=grad_norm, **rates)
 
-    def report_evaluation(self, it: int, measures: dict[str, float]) -> bool:
+    def report_evaluation(self, it: int, measures: dict[str, float]) -> float:
         """
         Print and log what evaluate() returned, redraw loss.png, and print a sample if one is due.
 
-        Returns whether this is the best validation loss. Raises UserError if a loss is not finite.
+        Returns the validation loss. Raises UserError if a loss is not finite.
         """
         train_loss, val_loss = measures["train_loss"], measures["val_loss"]
         if not math.isfinite(train_loss + val_loss):
             what = f"evaluation gave train loss {train_loss}, val loss {val_loss}"
             raise self.diverged(it, what)
-        is_best = val_loss < self.best_val_loss
-        self.best_val_loss = min(self.best_val_loss, val_loss)
         seconds = round(time.perf_counter() - self.started, 2)
         print0(f"iteration {it}: {evaluation_text(measures)} ({clock(seconds)})")
         if self.log:
@@ -396,17 +443,14 @@ class Run:
         if self.cfg.sample_interval and self.evaluations % self.cfg.sample_interval == 0:
             print_sample(self.model, self.data)
         self.evaluations += 1
-        return is_best
+        return val_loss
 
     def diverged(self, it: int, what: str) -> "Diverged":
         """The error that ends a run whose losses or gradients are not finite."""
-        last_good: object = "none yet"
-        with contextlib.suppress(UserError):
-            last_good = checkpoint.find(self.cfg.out_dir)
         lr = self.cfg.lr_factor(it) * self.cfg.learning_rate
         return Diverged(
             f"iteration {it}: {what}, at learning rate {lr:.3g}; last good checkpoint: "
-            f"{last_good}; try a lower learning rate, or dtype=float32"
+            f"{self.last_checkpoint()}; try a lower learning rate, or dtype=float32"
         )
 
 
@@ -417,6 +461,9 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     if cfg.eval_only:
         print0(f"iteration {it}: {evaluation_text(run.evaluate())}")
         return
+    if nothing_left(cfg, it):
+        print0(f"nothing to do: iteration {it} of {cfg.max_iters}; raise --max_iters")
+        return
     with run, distributed.StopSignals(announce=world.is_main) as stop:
         while True:
             # set the learning rates of this iteration
@@ -424,9 +471,10 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
 
             # evaluate, and save what that shows
             if it % cfg.eval_interval == 0 or it >= cfg.max_iters:
-                is_best = run.report_evaluation(it, run.evaluate())
-                if it and (it > run.first or is_best):  # a resumed run's start is saved already
-                    run.save(it, is_best)
+                val_loss = run.report_evaluation(it, run.evaluate())
+                # a resumed run's start is saved already
+                if it and (it > run.first or val_loss < run.best_val_loss):
+                    run.save(it, val_loss)
             if it >= cfg.max_iters:
                 break
 
@@ -441,10 +489,12 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
             # save and stop after a signal to any rank
             if run.stopping:
                 run.save(it)
-                print0(f"stopped before iteration {it}; go on with --init_from=resume")
+                there = run.require_checkpoint(it)
+                print0(f"stopped before iteration {it}; go on with --init_from=resume, {there}")
                 raise SystemExit(128 + (stop.received or signal.SIGTERM))
-        ending = f"checkpoints in {cfg.out_dir}{world.peak_memory()}"
-        print0(f"done: best validation loss {run.best_val_loss:.4f}, {ending}")
+        there = run.require_checkpoint(it) if it else "nothing was trained"
+        best = min(run.best_val_loss, val_loss) if it == 0 else run.best_val_loss
+        print0(f"done: best validation loss {best:.4f}, {there}{world.peak_memory()}")
 
 
 def find_learning_rate(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
@@ -456,7 +506,8 @@ def find_learning_rate(cfg: TrainConfig, origins: dict[str, str], world: World) 
     """
     run, iters = Run(cfg, origins, world), cfg.lr_find_iters
     if world.is_main:
-        prepare_out_dir(cfg.out_dir, keep=True)
+        with run_folder(cfg.out_dir, keep=True):
+            pass  # before the runs, to find out whether the picture can be written
     names = ["muon_learning_rate"] * ("muon" in run.optimizers) + ["learning_rate"]
     names += ["min_lr"] * (cfg.decay_lr and cfg.min_lr is not None)
     print0(f"lr_find: {len(SWEEP)} runs of {iters} iterations")
@@ -504,15 +555,11 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.report_errors_once():
         argv = sys.argv[1:] if argv is None else argv
         cfg, origins = settings.configure(TrainConfig, argv, NANOGPT_HINTS)
+        sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
+        if cfg.init_from == "resume":
+            cfg, origins = with_stored_settings(cfg, origins)
         with World(cfg.device, cfg.backend) as world:
-            try:
-                (find_learning_rate if cfg.lr_find else train)(cfg, origins, world)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(
-                    f"out of memory on {world.device} ({reason}); try less --batch_size with more "
-                    "--gradient_accumulation_steps, --grad_checkpoint or --dtype=bfloat16"
-                ) from None
+            (find_learning_rate if cfg.lr_find else train)(cfg, origins, world)
 
 
 def print_sample(model: GPT, data: Dataset) -> None:
@@ -529,4 +576,4 @@ def print_sample(model: GPT, data: Dataset) -> None:
 
 
 if __name__ == "__main__":
-    settings.run_script(main)
+    run_script(main)

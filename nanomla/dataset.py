@@ -1,9 +1,9 @@
 """
 Prepared datasets: folders with meta.json, and train.bin and val.bin of raw uint16 or uint32 ids.
 
-Batches are a pure function of (seed, iteration, micro-batch). So a resumed run sees the batches
-that it would have seen without the stop, and two processes with one micro-step each see the same
-batches as one process with two.
+The rows of a batch are a pure function of (seed, iteration, row). So a resumed run sees the batches
+that it would have seen without the stop, and the rows of an iteration can be shared out over any
+number of processes and micro-steps.
 """
 
 import contextlib
@@ -117,19 +117,16 @@ class Dataset:
             )
         return np.memmap(path, dtype=dtype, mode="r")
 
-    def batch(
-        self, seed: int, iteration: int, micro: int, batch_size: int
-    ) -> tuple["Tensor", "Tensor"]:
+    def batch(self, seed: int, iteration: int, rows: range) -> tuple["Tensor", "Tensor"]:
         """
-        Training inputs and targets, both (batch_size, block_size) int64.
+        Some rows of an iteration: training inputs and targets, both (len(rows), block_size) int64.
 
-        micro: the number of the micro-batch within the iteration, counted over all ranks.
-        A counter-based generator draws the offsets from (seed, iteration, micro) alone.
+        A row is a function of (seed, iteration, row) alone, by a counter-based generator.
         """
         tokens = self.splits["train"]
-        draw = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, micro, iteration]))
-        offsets = draw.integers(0, len(tokens) - self.block_size, size=batch_size)
-        return self._windows("train", offsets)
+        draw = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, iteration]))
+        offsets = draw.integers(0, len(tokens) - self.block_size, size=rows.stop)
+        return self._windows("train", offsets[rows.start :])
 
     def eval_batch(
         self, split: str, index: int, count: int, batch_size: int

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Self
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanomla.settings import UsageError, UserError
+from nanomla.errors import SIGNALS, UsageError, UserError, printable, raise_stopped, say
 
 
 class World:
@@ -30,11 +31,13 @@ class World:
     """
 
     def __init__(self, device: str, backend: str) -> None:
-        self.rank, self.size = _rank(), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.size = _rank(), _number("WORLD_SIZE", 1, least=1)
+        if self.rank >= self.size:
+            raise UsageError(f"RANK={self.rank} in the environment is not below its WORLD_SIZE")
         self.is_main = self.rank == 0
         self.device = resolve_device(device)
         if self.device == "cuda" and "LOCAL_RANK" in os.environ:
-            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
             if local >= gpus:
                 there = f"this machine's {gpus} GPU{'s' * (gpus > 1)}"
                 raise UsageError(f"--nproc_per_node is more than {there}")
@@ -57,7 +60,13 @@ class World:
             # NCCL is told the device, because it would otherwise guess one at the first barrier.
             known = self.backend == "nccl" and ":" in self.device
             device = torch.device(self.device) if known else None
-            dist.init_process_group(backend=self.backend, device_id=device)
+            try:
+                dist.init_process_group(backend=self.backend, device_id=device)
+            except (ValueError, RuntimeError) as error:  # a missing address, a port in use
+                reason = str(error).partition("\n")[0]
+                raise UserError(f"the {self.size} processes cannot be joined ({reason})") from None
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -86,21 +95,38 @@ class World:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int, least: int = 0) -> int:
+    """A number that torchrun puts into the environment. Raises UsageError for anything else."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise UsageError(f"{name}={text!r} in the environment must be a whole number from {least}")
+    return int(text)
+
+
+def _end_with(parent: int) -> None:
+    """Stop this process when torchrun has been killed: by SIGTERM, and after 20 seconds at once."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+    os._exit(128 + signal.SIGTERM)
 
 
 def print0(*lines: str) -> None:
     """Print lines on rank 0, above its progress bar, and flush them."""
     if _rank() == 0:
         for line in lines:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(printable(line), file=sys.stdout)
         sys.stdout.flush()
 
 
 def warn0(line: str) -> None:
     """Print a warning on rank 0's stderr."""
     if _rank() == 0:
-        print(f"warning: {line}", file=sys.stderr)
+        say(f"warning: {line}", sys.stderr)
 
 
 @contextlib.contextmanager
@@ -123,7 +149,8 @@ def report_errors_once() -> Iterator[None]:
 
 class StopSignals:
     """
-    A context in which a first SIGINT or SIGTERM only sets `received`; a second one stops at once.
+    A context in which a first SIGINT, SIGTERM or SIGHUP only sets `received`; a second one stops at
+    once. Signals that the process was started to ignore, as nohup does, stay ignored.
 
     announce: print a line at the first one.
     """
@@ -132,18 +159,20 @@ class StopSignals:
         self.received, self.announce = 0, announce
 
     def __enter__(self) -> Self:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.old = {number: signal.signal(number, self._note) for number in numbers}
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self.old = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            raise_stopped(number)
         self.received = number
         if self.announce:
             # The signal may have interrupted a print, which does not allow another one inside it.
             line = "stopping after this iteration; once more stops at once, without a checkpoint"
-            os.write(2, f"\n{line}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{line}\n".encode())
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.old.items():

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class RunLog:
     does not stop training; lines that did not fit on the disk are written when it has room again.
     """
 
-    def __init__(self, out_dir: str, resume_at: int = 0) -> None:
+    def __init__(self, out_dir: str, resume_at: int = 0, settings: Sequence[str] = ()) -> None:
         self.path = Path(out_dir) / "log.jsonl"
         entries = [e for e in read_log(self.path) if e["iter"] < resume_at] if resume_at else []
         tmp = self.path.with_name(".log.jsonl.tmp")
@@ -40,6 +41,7 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror})") from None
         self.unwritten, self.warned = b"", False
+        self.first = {"settings": list(settings)} if settings else {}
         self.wandb: Any = None
         self.plotter: subprocess.Popen | None = None
 
@@ -70,7 +72,8 @@ class RunLog:
 
     def write(self, **entry: Any) -> None:
         """Append an entry to the log and to wandb. It must have the key `iter`."""
-        self.unwritten += json.dumps(entry).encode() + b"\n"
+        self.unwritten += json.dumps(entry | self.first).encode() + b"\n"
+        self.first = {}
         self._flush()
         if self.wandb is not None:
             try:

@@ -25,31 +25,45 @@ import math
 import numbers
 import operator
 import os
-import signal
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
+
+from nanomla.errors import UsageError, UserError, run_script, say  # noqa: F401
 
 Config = TypeVar("Config")
 
 DECIDES_RUN = "decides the run"
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+HELP = ("--help", "-h")
+SWITCHES = ("True", "False", "true", "false")  # what may follow a bool's flag, after a space
+ELSEWHERE = {  # what other programs call settings of ours: the first that a script has
+    **dict.fromkeys(("lr", "max_lr", "base_lr"), "learning_rate"),
+    **dict.fromkeys(("prompt", "text", "input"), "start"),
+    **dict.fromkeys(("steps", "iters", "max_steps", "num_iterations", "epochs"), "max_iters"),
+    **dict.fromkeys(("tokens", "max_tokens", "n_tokens", "length"), "max_new_tokens max_iters"),
+    **dict.fromkeys(("ctx", "n_ctx", "context_length", "seq_len", "max_seq_len"), "block_size"),
+    **dict.fromkeys(("layers", "n_layers", "num_layers", "depth"), "n_layer"),
+    **dict.fromkeys(("heads", "n_heads", "num_heads"), "n_head"),
+    **dict.fromkeys(("kv_heads", "n_kv_heads", "num_key_value_heads"), "n_kv_head"),
+    **dict.fromkeys(("dim", "d_model", "hidden_size", "embed_dim", "width"), "n_embd"),
+    **dict.fromkeys(("latent", "latent_dim", "kv_lora_rank"), "mla_latent_dim"),
+    **dict.fromkeys(("head_size", "v_head_dim"), "head_dim"),
+    **dict.fromkeys(("data", "dataset_name"), "dataset"),
+    **dict.fromkeys(("output", "output_dir", "save_dir"), "out_dir to"),
+    **dict.fromkeys(("grad_accum", "accum"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "warmup_iters"),
+    **dict.fromkeys(("model", "checkpoint", "model_path"), "init_from ckpt"),
+    "rope_dim": "mla_rope_dim", "qk_rope_head_dim": "mla_rope_dim",
+    "qk_nope_head_dim": "mla_nope_dim", "q_lora_rank": "mla_q_latent_dim",
+    "resume": "init_from", "wd": "weight_decay", "temp": "temperature", "chat": "interactive",
+    "batch": "batch_size", "vocab": "vocab_size", "rank": "svd_rank", "eval_every": "eval_interval",
+}  # fmt: skip
 IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
-
-
-class UserError(Exception):
-    """Something the user can mend. Scripts print it as one line and exit with `status`."""
-
-    status = 1
-
-
-class UsageError(UserError):
-    """A wrong flag, value or config file."""
-
-    status = 2
 
 
 @dataclass(frozen=True)
@@ -127,14 +141,16 @@ def configure(
     argv: Sequence[str],
     hints: dict[str, str] | None = None,
     ignored_in_files: Collection[str] = (),
+    files: list[str] | None = None,
 ) -> tuple[Config, dict[str, str]]:
     """
     Build a `config_class` from command-line arguments.
 
-    argv: config files and `--key=value` in any order; a bare `--key` sets a bool to True; `--help`
-    prints the settings as the other arguments leave them, and exits.
+    argv: config files and `--key=value` or `--key value` in any order; a bare `--key` sets a bool
+    to True; `--help` prints the settings as the other arguments leave them, and exits.
     hints: what to say about keys that do not exist here but that people know from elsewhere.
     ignored_in_files: other scripts' keys that config files may hold; the class may name more.
+    files: a list that gets the arguments that are no flags, which are then no config files.
     Returns the config and, for every key that was set, where it came from.
     Raises UsageError for an unknown key, a wrong value, a missing or broken file.
     """
@@ -150,32 +166,22 @@ def configure(
         try:
             values[key] = _checked(value, settings[key])
         except ValueError as error:
-            raise UsageError(f"{where}: {key} must be {error}, not {value!r}") from None
+            raise UsageError(f"{where}: {key} must be {error}, not {_brief(value)}") from None
         origins[key] = where
         if values[key] is None and settings[key].part is not None:
             # The nested dataclass decides what None stands for, as if nothing had been given.
             del values[key], origins[key]
 
-    for arg in argv:
-        if arg in ("--help", "-h"):
-            continue
-        if not arg.startswith("-"):
-            for key, value in run_config_file(arg).items():
-                if key in settings or key not in ignored:
-                    assign(key, value, arg)
-            continue
-        key, equals, text = arg.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        if not arg.startswith("--") or not key:
-            raise UsageError(f"{arg}: expected a config file or --key=value; --help lists the keys")
-        setting = settings.get(key)
-        if equals:
-            assign(key, _read_flag(text, setting.type if setting else None), arg)
-        elif setting is None or setting.type is bool:
-            assign(key, True, arg)
+    for key, text, where in _arguments(argv, settings):
+        if key:
+            assign(key, _read_flag(text, settings[key].type if key in settings else None), where)
+        elif files is not None:
+            files.append(text)
         else:
-            raise UsageError(f"{arg}: needs a value: {arg}=...")
-    if "--help" in argv or "-h" in argv:
+            for name, value in run_config_file(text).items():
+                if name in settings or name not in ignored:
+                    assign(name, value, text)
+    if set(HELP) & set(argv):
         print(_help_text(config_class, values, origins))
         raise SystemExit(0)
     try:
@@ -184,31 +190,66 @@ def configure(
         raise UsageError(str(error)) from None
 
 
-def describe(config: Any, origins: dict[str, str]) -> list[str]:
-    """One line for every setting that has another value than its default, with its origin."""
-    settings, values = declared(type(config)), flat(config)
-    return [
-        f"{key} = {values[key]!r}  ({where})"
-        for key, where in origins.items()
-        if values[key] != settings[key].default
-    ]
+def _arguments(argv: Sequence[str], settings: dict[str, Setting]) -> Iterator[tuple[str, str, str]]:
+    """(key, text, how it was written) of every flag; ("", argument, argument) of what is none."""
+    rest = [arg for arg in argv if arg not in HELP]
+    while rest:
+        arg = where = rest.pop(0)
+        if not arg.startswith("-"):
+            yield "", arg, arg
+            continue
+        key, equals, text = arg.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if not arg.startswith("--") or not key:
+            raise UsageError(f"{arg}: expected a config file or --key=value; --help lists the keys")
+        switch = key not in settings or settings[key].type is bool
+        if not equals and rest and rest[0][:2] != "--" and (not switch or rest[0] in SWITCHES):
+            text = rest.pop(0)
+            where = f"{arg} {text}"
+        elif not equals and not switch:
+            raise UsageError(f"{arg}: needs a value: {arg}=...")
+        elif not equals:
+            text = "True"
+        yield key, text, where
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main(): a UserError becomes one line and its status, Ctrl-C exits with 130."""
-    name = os.path.basename(sys.argv[0])
+def replace(config: Config, values: dict[str, Any], where: str) -> Config:
+    """
+    A copy of a config with these settings, nested ones too; what is None in a nested one stays.
+
+    Raises UserError naming `where`, for a value that does not work.
+    """
+    settings = declared(type(config))
     try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of stdout went away, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        for key, value in values.items():
+            _checked(value, settings[key])
+    except ValueError as error:
+        raise UserError(f"{where}: {key} must be {error}, not {_brief(value)}") from None
+    try:
+        return _build(type(config), values, config)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def describe(config: Any, origins: dict[str, str], most: int = 8, width: int = 100) -> list[str]:
+    """
+    The settings that have another value than their default, by where they came from, in at most so
+    many lines; the last then says how many are left out.
+    """
+    settings, values, places = declared(type(config)), flat(config), {}
+    for key, where in origins.items():
+        if values[key] != settings[key].default:
+            place = "command line" if where.startswith("--") else where
+            places.setdefault(place, []).append(f"{key}={values[key]!r}")
+    lines = []
+    for place, texts in places.items():
+        text = f"{place}: {', '.join(texts)}"
+        lines += textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False)
+    if len(lines) <= most:
+        return lines
+    shown = sum(line.count("=") for line in lines[: most - 1])
+    left = sum(map(len, places.values())) - shown
+    return [*lines[: most - 1], f"  ... and {left} more"]
 
 
 def _build(
@@ -251,7 +292,7 @@ def _read_flag(text: str, hint: Any) -> Any:
         return None if text in ("None", "none") and inner is not hint else text
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
-    except (ValueError, SyntaxError, MemoryError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -283,17 +324,17 @@ def _coerce(value: Any, kind: Any) -> Any:
         return _coerce(value, several if isinstance(value, (list, tuple)) else one)
     if typing.get_origin(kind) is Literal:
         for choice in typing.get_args(kind):
-            if value == choice:
+            if isinstance(value, type(choice)) and value == choice:
                 return choice
     elif typing.get_origin(kind) is tuple:
         if isinstance(value, (list, tuple)) and value:  # a list where it comes from JSON
             return tuple(_coerce(v, typing.get_args(kind)[0]) for v in value)
     elif kind is bool:
-        if isinstance(value, bool):
-            return value
+        if str(value) in ("True", "False") and not isinstance(value, str):  # numpy's, too
+            return bool(value)
     elif kind is str:
-        if isinstance(value, str):
-            return str(value)
+        if isinstance(value, (str, os.PathLike)):
+            return str.__str__(os.fspath(value))  # str() of an enum would be its name
     elif isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
         plain = kind(value)  # int() cuts a fraction off
         if kind is float or plain == value:
@@ -319,8 +360,14 @@ def _without_none(hint: Any) -> Any:
     return functools.reduce(operator.or_, inner) if found else hint
 
 
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _nearest(key: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
+    elsewhere = [name for name in ELSEWHERE.get(key, "").split() if name in known]
+    close = elsewhere or difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else "; --help lists the keys"
 
 
@@ -337,9 +384,10 @@ def _type_name(hint: Any) -> str:
 def _help_text(config_class: type, values: dict[str, Any], origins: dict[str, str]) -> str:
     """Every setting under its topic, with the value in force and where that came from."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set when started with python -m
-    script = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
+    script = f"-m {spec.name}" if spec else sys.argv[0]
+    takes = getattr(config_class, "usage", "[CONFIG.py ...] [--key=value ...]")
     doc = (sys.modules[config_class.__module__].__doc__ or "").strip()
-    lines = [f"usage: python {script} [CONFIG.py ...] [--key=value ...]", "", doc]
+    lines = [f"usage: python {script} {takes}", "", doc]
     settings = declared(config_class).values()
     for topic in dict.fromkeys(setting.topic for setting in settings):
         lines += ["", f"{topic}:"]

@@ -5,8 +5,10 @@ Where a run starts: the model and state that --init_from names, and its folder.
 vocab_size, init_from, out_dir, dataset, and those that optim.lr_factor reads.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +16,46 @@ from typing import Any
 from model import GPT, GPTConfig
 from nanomla import checkpoint, formats, optim, settings, surgery
 from nanomla.checkpoint import Checkpoint
-from nanomla.dataset import Dataset
+from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, warn0
-from nanomla.settings import UserError
+from nanomla.errors import UserError
+from nanomla.runlog import read_log
+
+OF_THIS_RUN = ("init_from", "out_dir", "eval_only", "lr_find", "lr_find_iters")
+# What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
+NANOGPT_MACHINE = ("device", "dtype", "backend", "compile")
+
+
+def with_stored_settings(cfg: Any, origins: dict[str, str]) -> tuple[Any, dict[str, str]]:
+    """
+    The settings of a run that is resumed, and where each came from: what was not given is taken
+    from its checkpoint, which may be nanoGPT's.
+
+    Raises UserError if there is no checkpoint, or for a stored setting that does not work.
+    """
+    ckpt = checkpoint.load(checkpoint.find(cfg.out_dir))
+    known = settings.declared(type(cfg))
+    not_taken = {*origins, *OF_THIS_RUN}
+    if "parallel" not in ckpt.config:  # every run of ours has this setting
+        not_taken |= {*NANOGPT_MACHINE}
+    recipe = {k: v for k, v in ckpt.config.items() if k in known and known[k].part is None}
+    shape = {k: v for k, v in ckpt.model_args.items() if k in known and known[k].part == "model"}
+    plain = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
+    given = {k: v for k, v in settings.flat(cfg).items() if k in origins and k in plain}
+    taken = {k: v for k, v in (recipe | shape).items() if k not in not_taken}
+    model = plain | shape | given  # not cfg.model, whose other settings are those of no run
+    values = {k: v for k, v in taken.items() if k not in model} | {k: model[k] for k in shape}
+    cfg = dataclasses.replace(cfg, model=GPTConfig())
+    cfg = settings.replace(cfg, values | given, ckpt.source)
+    return cfg, {**dict.fromkeys(taken, ckpt.source), **origins}
+
+
+def nothing_left(cfg: Any, first: int) -> bool:
+    """Whether a run that is resumed at this iteration has been trained and evaluated to its end."""
+    log = read_log(Path(cfg.out_dir) / "log.jsonl")
+    evaluated = any("val_loss" in entry and entry["iter"] >= first for entry in log)
+    kept = evaluated and (Path(cfg.out_dir) / checkpoint.BEST).is_file()
+    return cfg.init_from == "resume" and first >= cfg.max_iters and (kept or not log)
 
 
 def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, Checkpoint]:
@@ -126,12 +165,15 @@ def changed_settings(before: dict[str, Any], cfg: Any, it: int) -> list[str]:
     return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
 
 
-def check_model(config: GPTConfig, dataset: str, data: Dataset) -> None:
+def check_model(config: GPTConfig, cfg: Any, data: Dataset) -> None:
     """Raise UserError if the model lacks tokens of the dataset; warn of settings without effect."""
+    remedy = f"use --vocab_size={data.vocab_size} or more"
+    if cfg.init_from != "scratch":
+        remedy = "give the dataset that it was trained on, or one in its tokens: --dataset=NAME"
     if data.vocab_size and data.vocab_size > config.vocab_size:
         raise UserError(
-            f"dataset {dataset} has token ids up to {data.vocab_size - 1}, the model only "
-            f"vocab_size={config.vocab_size}; use --vocab_size={data.vocab_size} or more"
+            f"dataset {cfg.dataset} has token ids up to {data.vocab_size - 1}, the model only "
+            f"vocab_size={config.vocab_size}; {remedy}"
         )
     idle = [f"{name}={getattr(config, name)!r}" for name in without_effect(config)]
     if idle:
@@ -150,11 +192,13 @@ def without_effect(config: GPTConfig) -> list[str]:
     return [name for name in idle if getattr(config, name) != fields[name].default]
 
 
-def prepare_out_dir(out_dir: str, keep: bool) -> None:
+@contextlib.contextmanager
+def run_folder(out_dir: str, keep: bool) -> Iterator[None]:
     """
-    Create out_dir. Unless `keep`, move the files of an earlier run in it to a folder old-N.
+    A context in which out_dir is there and no other process trains in it. Unless `keep`, the files
+    of an earlier run are moved to a folder old-N in it.
 
-    Raises UserError if out_dir cannot be written.
+    Raises UserError if out_dir cannot be written or another process trains in it.
     """
     folder = Path(out_dir)
     try:
@@ -164,9 +208,16 @@ def prepare_out_dir(out_dir: str, keep: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"out_dir {out_dir} cannot be written ({error.strerror})") from None
+    with locked(folder, "training in it"):
+        if not keep:
+            _move_earlier_run(folder)
+        yield
+
+
+def _move_earlier_run(folder: Path) -> None:
     names = (checkpoint.LATEST, checkpoint.BEST, "log.jsonl", "loss.png", *checkpoint.CONVERSION)
     earlier = [path for path in folder.iterdir() if path.name in names]
-    if keep or not earlier:
+    if not earlier:
         return
     number = 1
     while (folder / f"old-{number}").exists():

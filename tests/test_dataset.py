@@ -61,17 +61,21 @@ def test_interrupted_write_keeps_the_old_dataset(tmp_path):
 
 
 def test_batches_are_a_pure_function(dataset):
-    """The same arguments give the same batch whatever was drawn before, others another one."""
+    """
+    The same row is the same whatever was drawn before or is drawn with it, others are other ones.
+    """
     data = Dataset(str(dataset), block_size=8)
-    x, y = data.batch(seed=1, iteration=5, micro=2, batch_size=6)
-    data.batch(9, 9, 9, 3)
-    again = Dataset(str(dataset), block_size=8).batch(1, 5, 2, 6)
+    x, y = data.batch(seed=1, iteration=5, rows=range(12, 18))
+    data.batch(9, 9, range(3))
+    fresh = Dataset(str(dataset), block_size=8)
+    pieces = [fresh.batch(1, 5, rows) for rows in (range(12, 13), range(13, 18))]
+    again = [torch.cat(part) for part in zip(*pieces, strict=True)]
     assert torch.equal(x, again[0]) and torch.equal(y, again[1])
     assert x.shape == y.shape == (6, 8) and x.dtype == torch.int64
     assert x.is_contiguous() and y.is_contiguous()
     assert torch.equal(x[:, 1:], y[:, :-1])
-    for other in ((2, 5, 2, 6), (1, 6, 2, 6), (1, 5, 3, 6)):
-        assert not torch.equal(x, data.batch(*other)[0])
+    for seed, iteration, first in ((2, 5, 12), (1, 6, 12), (1, 5, 18)):
+        assert not torch.equal(x, data.batch(seed, iteration, range(first, first + 6))[0])
 
 
 def test_batches_reach_both_ends(tmp_path):
@@ -80,7 +84,7 @@ def test_batches_reach_both_ends(tmp_path):
     data = Dataset(str(tmp_path), block_size=8)
     starts, ends = set(), set()
     for i in range(50):
-        x, y = data.batch(0, i, 0, 4)
+        x, y = data.batch(0, i, range(4))
         starts |= set(x[:, 0].tolist())
         ends |= set(y[:, -1].tolist())
     assert starts == {0, 1, 2, 3} and ends == {8, 9, 10, 11}
@@ -116,7 +120,7 @@ def test_dataset_errors_say_what_to_do(tmp_path, dataset):
         Dataset(str(dataset), 5400)
     write(tmp_path, range(50), range(50), 30)
     with pytest.raises(UserError, match="holds token id 49, but the vocabulary has 30"):
-        Dataset(str(tmp_path), 40).batch(0, 0, 0, 64)
+        Dataset(str(tmp_path), 40).batch(0, 0, range(64))
     (tmp_path / "train.bin").write_bytes(b"123")
     with pytest.raises(UserError, match="3 bytes is no whole number"):
         Dataset(str(tmp_path), 4)

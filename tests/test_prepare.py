@@ -101,7 +101,7 @@ def test_opens_as_a_dataset(kind, tmp_path):
     assert data.vocab_size == meta["vocab_size"] and data.splits["train"].tolist() == train.tolist()
     tokenizer = Tokenizer(data.tokenizer)
     assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == text
-    x, y = data.batch(seed=1, iteration=0, micro=0, batch_size=3)
+    x, y = data.batch(seed=1, iteration=0, rows=range(3))
     assert x[:, 1:].tolist() == y[:, :-1].tolist()
 
 

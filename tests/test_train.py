@@ -64,8 +64,9 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, dataset):
     done = run("train.py", *args, "--sample_interval=1")
     assert done.returncode == 0, done.stderr
     for text in (
-        "mla_latent_dim = 4  (--mla_latent_dim=4)",
-        "use_mla = True  (config/train_mla.py)",
+        "  command line: out_dir=",
+        "mla_latent_dim=4, ",
+        "  config/train_mla.py: pos_emb='rope', use_mla=True, mla_rope='latent'",
         "bits per byte",
         "tokens/s, ETA 0:00:0",
         "sample: ",
@@ -233,7 +234,8 @@ def test_a_wsd_run_is_made_longer(tmp_path, dataset):
     full, parts = f"--out_dir={tmp_path}/full", f"--out_dir={tmp_path}/parts"
     assert run("train.py", *args, full, "--max_iters=20").returncode == 0
     assert run("train.py", *args, parts, "--max_iters=10", "--lr_decay_iters=99").returncode == 0
-    done = run("train.py", *args, parts, "--max_iters=20", "--init_from=resume")
+    more = ["--lr_decay_iters=None", "--init_from=resume"]  # else it is the checkpoint's
+    done = run("train.py", *args, parts, "--max_iters=20", *more)
     assert done.returncode == 0 and "another run" not in done.stderr
     assert same(weights(tmp_path / "full"), weights(tmp_path / "parts"))
     done = run("train.py", *args, parts, "--max_iters=40", "--init_from=resume", "--eval_only")

@@ -317,7 +317,7 @@ def run_job(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     resume = ["--init_from=resume"] if (folder / checkpoint.LATEST).exists() else []
-    with locked(folder, "training in it"), experiments.changed(job["change"]):
+    with experiments.changed(job["change"]):
         train.main([*job["flags"], f"--out_dir={folder}", *resume])
         result = measure(folder, job["eval_tokens"])
     wanted = configure(TrainConfig, job["flags"])[0].max_iters
@@ -531,7 +531,7 @@ def write_report(
         extra += experiments.MEASURES[name](cfg, device, configs, rows)
     where = f"{machine(device)}, torch {torch.__version__}{beside}"
     text = report_text(cfg, rows, rates, where, extra)
-    print0("", text, "")
+    print0("", *text.splitlines(), "")
     make_folder(folder)
     try:
         if rows:

@@ -153,7 +153,7 @@ class Source:
         windows, i = max(round(tokens / self.block_size), 1), first
         while windows > 0:
             rows = min(self.rows, windows)
-            x, y = self.data.batch(self.cfg.seed, i, 0, rows)
+            x, y = self.data.batch(self.cfg.seed, i, range(rows))
             yield x.to(self.device), y.to(self.device)
             windows, i = windows - rows, i + 1
 

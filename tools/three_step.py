@@ -235,7 +235,7 @@ def train(model: GPT, data: Dataset, cfg: ExperimentConfig, device: str) -> None
     optimizers = optim.make_optimizers(model, recipe, device.partition(":")[0])
     for it in range(cfg.max_iters):
         optim.set_learning_rates(optimizers, recipe.lr_factor(it))
-        x, y = data.batch(cfg.seed, it, 0, recipe.batch_size)
+        x, y = data.batch(cfg.seed, it, range(recipe.batch_size))
         loss = model(x.to(device), y.to(device))[1]
         if not math.isfinite(loss.item()):
             raise UserError(f"iteration {it}: the loss is {loss.item()}; try another --seed")

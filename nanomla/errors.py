@@ -1,0 +1,226 @@
+"""
+What the user sees when something goes wrong: errors that are one line, and the one place that turns
+any exception into such a line and an exit status.
+
+A script imports this file before all others, so that Ctrl-C is one line also while torch is loaded.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
+MEMORY = {  # what a script takes less memory with
+    "train.py": "try less --batch_size with more --gradient_accumulation_steps, --grad_checkpoint "
+    "or --dtype=bfloat16",
+    "sample.py": "try fewer --num_samples or --max_new_tokens, or --cache_dtype=int8",
+}
+
+
+class UserError(Exception):
+    """Something the user can mend. Scripts print it as one line and exit with `status`."""
+
+    status = 1
+
+
+class UsageError(UserError):
+    """A wrong flag, value or config file."""
+
+    status = 2
+
+
+class Stopped(BaseException):
+    """A signal that ends the process, once what is open is closed; SIGINT is KeyboardInterrupt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def raise_stopped(number: int, _frame: Any = None) -> None:
+    """A signal handler: KeyboardInterrupt for SIGINT, Stopped for any other."""
+    raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+
+# ---- lines
+
+
+def printable(text: str) -> str:
+    """Text as one line: control characters, which can forge lines and colours, as \\x1b or \\n."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line that may name what others have named, on stdout or `file`, and flush it."""
+    print(printable(line), file=file or sys.stdout, flush=True)
+
+
+class Steady:
+    """A stream that never fails: what a full disk or a closed terminal does not take is lost."""
+
+    def __init__(self, stream: TextIO | Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+# ---- exceptions as lines
+
+
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """
+    The line that tells a user of this exception, "" for none, and the exit status; (None, 1) for
+    one that nobody expected.
+    """
+    text = (str(error).splitlines() or [""])[0]
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, UserError):
+        return f"error: {error}", error.status
+    if isinstance(error, (KeyboardInterrupt, Stopped)):
+        number = getattr(error, "number", signal.SIGINT)
+        return SIGNALS.get(signal.Signals(number).name, "stopped"), 128 + number
+    if isinstance(error, BrokenPipeError):  # the reader of stdout went away, as in `... | head`
+        return "", 128 + signal.SIGPIPE
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"error: {': '.join([' -> '.join(names)] * bool(names) + [error.strerror])}", 1
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"error: this needs the package {package}: pip install {package}", 1
+    if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in text:
+        remedy = MEMORY.get(os.path.basename(sys.argv[0]), "try a smaller model, batch or context")
+        return f"error: out of memory ({text or 'in Python'}); {remedy}", 1
+    if lost_process(error):
+        return "error: another process of this run has ended, so this one cannot go on", 1
+    if kinds & {"InvalidCxxCompiler", "BackendCompilerFailed", "InductorError"}:
+        return f"error: --compile does not work here ({_cause(error)}); leave it out", 1
+    if "lost sys.std" in text:
+        return "error: stdin is closed", 1
+    return None, 1
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an exchange with the other processes of a run failed (gloo's and NCCL's errors)."""
+    kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
+    failed = "gloo" in text or "by peer" in text or "NCCL" in text
+    return bool(kinds & {"DistError", "DistBackendError"}) or ("RuntimeError" in kinds and failed)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the exception that this one wraps."""
+    inner = getattr(error, "inner_exception", None) or error.__cause__ or error
+    return f"{type(inner).__name__}: {(str(inner).splitlines() or [''])[0][:100]}"
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(). An exception becomes a line on stderr and an exit status."""
+    _mend_streams()
+    try:
+        with _signals_raise():
+            main()
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt, Stopped) as error:  # noqa: BLE001  all end here
+        sys.exit(_report(error))
+
+
+def _report(error: BaseException) -> int:
+    """Print what explain says; returns the exit status."""
+    name, (line, status) = os.path.basename(sys.argv[0]), explain(error)
+    if isinstance(error, OSError):  # what could not be written must not fail again at the exit
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+    err = Steady(sys.stderr)
+    if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
+        return status  # torchrun stops the other ranks when one has failed, which says why
+    if line is None:
+        more = "; ".join(["not expected, please report it", *_notes(error)])
+        say(f"{name}: error: {more}", err)
+        err.write("".join(traceback.format_exception(error)))
+    elif line:
+        (say if lost_process(error) else say_last)(f"{name}: {line}", err)
+    return status
+
+
+WAIT_AND_SAY = """
+import os, sys, time
+for _ in range(600):
+    time.sleep(0.1)
+    try:
+        os.kill(int(sys.argv[1]), 0)
+    except OSError:
+        break
+print(sys.argv[2], file=sys.stderr, flush=True)
+"""
+
+
+def say_last(line: str, file: Any) -> None:
+    """
+    Print a line; under torchrun when torchrun has ended, because it prints a traceback of its own
+    when a process fails, and the line should not stand above that.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(os, "getppid"):
+        command = [sys.executable, "-S", "-c", WAIT_AND_SAY, str(os.getppid()), printable(line)]
+        subprocess.Popen(command, start_new_session=True)  # torchrun ends those of its own session
+    else:
+        say(line, file)
+
+
+def _mend_streams() -> None:
+    """Replace closed streams, so that no file gets their numbers, and what cannot be encoded."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open as long as we run
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Inside, SIGTERM raises Stopped, so that what is open is closed."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, raise_stopped)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted_import(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """sys.excepthook of the scripts, for what comes before run_script: Ctrl-C is one line."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, KeyboardInterrupt):
+            os._exit(_report(chain))
+        chain = chain.__cause__ or chain.__context__
+    sys.__excepthook__(kind, error, trace)
+
+
+_script = getattr(sys.modules.get("__main__"), "__file__", None)
+if _script and Path(__file__).resolve().parents[1] in Path(_script).resolve().parents:
+    sys.excepthook = _interrupted_import
