@@ -132,6 +132,8 @@ class TrainConfig:
     wandb_project: Annotated[str, "the project in wandb"] = "nanomla"
     wandb_run_name: Annotated[str | None, "the run's name in wandb; None: out_dir's"] = None
 
+    tensorboard: Annotated[bool, "write out_dir/tensorboard, for tensorboard --logdir"] = False
+
     device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, ... or mps"] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -242,6 +244,8 @@ class Run:
                 self.wandb_run_id = self.log.start_wandb(
                     cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg), self.wandb_run_id
                 )
+            if cfg.tensorboard:
+                self.log.start_tensorboard(self.first)
         self.world.barrier()
         hidden = not (self.world.is_main and sys.stderr.isatty())
         self.bar = tqdm(total=cfg.max_iters, initial=self.first, unit="iter", disable=hidden)

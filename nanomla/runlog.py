@@ -1,5 +1,6 @@
 """
-What a run writes besides its weights: log.jsonl, loss.png and, with --wandb_log, a wandb run.
+What a run writes besides its weights: log.jsonl, loss.png and, if asked to, a wandb run or the
+files of TensorBoard.
 
     python -m nanomla.runlog out-mla/log.jsonl     draw loss.png beside it at every line on stdin
 """
@@ -14,14 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanomla.settings import UserError
+from nanomla.errors import UserError, say
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class RunLog:
     """
-    The log of a run: one JSON object a line in out_dir/log.jsonl, and the same numbers in wandb.
+    The log of a run: one JSON object a line in out_dir/log.jsonl, and the same numbers in wandb and
+    TensorBoard.
 
     Only rank 0 has a log. resume_at: the iteration that a resumed run starts at; lines of earlier
     iterations are kept, the others are dropped, as their iterations are done again.
@@ -42,7 +44,7 @@ class RunLog:
             raise UserError(f"{self.path} cannot be written ({error.strerror})") from None
         self.unwritten, self.warned = b"", False
         self.first = {"settings": list(settings)} if settings else {}
-        self.wandb: Any = None
+        self.others: dict[str, Any] = {}  # wandb, tensorboard: have log(numbers, step) and finish()
         self.plotter: subprocess.Popen | None = None
 
     def start_wandb(
@@ -57,7 +59,7 @@ class RunLog:
             import wandb
 
             folder = self.path.parent
-            self.wandb = wandb.init(
+            opened = self.others["wandb"] = wandb.init(
                 project=project,
                 name=name or folder.absolute().name,
                 config=config,
@@ -65,22 +67,29 @@ class RunLog:
                 resume="allow",
                 dir=folder,
             )
-            return self.wandb.id
+            return opened.id
         except Exception as error:  # noqa: BLE001  a failure of wandb must not stop the run
-            self._lost_wandb(error)
+            self._lost("wandb", error)
             return run_id
 
+    def start_tensorboard(self, resume_at: int) -> None:
+        """Write the numbers to out_dir/tensorboard too; what is there from resume_at on is void."""
+        try:
+            self.others["tensorboard"] = TensorBoard(self.path.parent / "tensorboard", resume_at)
+        except Exception as error:  # noqa: BLE001  as above
+            self._lost("tensorboard", error)
+
     def write(self, **entry: Any) -> None:
-        """Append an entry to the log and to wandb. It must have the key `iter`."""
+        """Append an entry, which must have the key `iter`, to the log and the others."""
         self.unwritten += json.dumps(entry | self.first).encode() + b"\n"
         self.first = {}
         self._flush()
-        if self.wandb is not None:
+        numbers = {k: v for k, v in entry.items() if k != "iter"}
+        for name, other in list(self.others.items()):
             try:
-                numbers = {k: v for k, v in entry.items() if k != "iter"}
-                self.wandb.log(numbers, step=entry["iter"])
+                other.log(numbers, step=entry["iter"])
             except Exception as error:  # noqa: BLE001
-                self._lost_wandb(error)
+                self._lost(name, error)
 
     def _flush(self) -> None:
         """Write what is unwritten. What a full disk does not take, perhaps half a line, stays."""
@@ -90,7 +99,7 @@ class RunLog:
         except OSError as error:
             if not self.warned:
                 what = f"{self.path} cannot be written ({error.strerror})"
-                print(f"warning: {what}; training goes on", file=sys.stderr)
+                say(f"warning: {what}; training goes on", sys.stderr)
             self.warned = True
 
     def plot(self) -> None:
@@ -127,16 +136,35 @@ class RunLog:
                 self.plotter.communicate(timeout=0 if at_once else 10)
             except (OSError, ValueError, subprocess.TimeoutExpired):
                 self.plotter.kill()
-        if self.wandb is not None and not at_once:
+        for name, other in list(self.others.items()) if not at_once else ():
             try:
-                self.wandb.finish()
+                other.finish()
             except Exception as error:  # noqa: BLE001
-                self._lost_wandb(error)
+                self._lost(name, error)
 
-    def _lost_wandb(self, error: Exception) -> None:
-        self.wandb = None
+    def _lost(self, name: str, error: Exception) -> None:
+        self.others.pop(name, None)
         reason = f"{type(error).__name__}: {error}"
-        print(f"warning: wandb is off from here on ({reason})", file=sys.stderr)
+        say(f"warning: {name} is off from here on ({reason})", sys.stderr)
+
+
+class TensorBoard:
+    """TensorBoard's files in a folder, with wandb's interface. Raises ImportError without it."""
+
+    def __init__(self, folder: Path, resume_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=resume_at or None)
+
+    def log(self, numbers: dict[str, Any], step: int) -> None:
+        """Add each number to the curve of its name."""
+        for name, number in numbers.items():
+            if number is not None:
+                self.writer.add_scalar(name, number, step)
+
+    def finish(self) -> None:
+        """Write what is still held, and close the files."""
+        self.writer.close()
 
 
 def clock(seconds: float) -> str:
@@ -222,7 +250,7 @@ def draw_sweep(
         axes.legend()
         figure.savefig(path, dpi=110)
     except Exception as error:  # noqa: BLE001  a missing picture needs no traceback
-        print(f"warning: no {path} ({type(error).__name__}: {error})", file=sys.stderr)
+        say(f"warning: no {path} ({type(error).__name__}: {error})", sys.stderr)
 
 
 def draw_on_request(path: Path) -> None:
@@ -237,7 +265,7 @@ def draw_on_request(path: Path) -> None:
             draw(path)
     except Exception as error:  # noqa: BLE001  a missing picture needs no traceback
         what = f"no {path.with_name('loss.png')} from here on ({type(error).__name__}: {error})"
-        print(f"warning: {what}", file=sys.stderr)
+        say(f"warning: {what}", sys.stderr)
 
 
 if __name__ == "__main__":

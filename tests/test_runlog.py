@@ -105,3 +105,27 @@ def test_a_failing_wandb_costs_nothing_but_a_warning(tmp_path, dataset, monkeypa
     assert len(entries(tmp_path / "o")) == 12
     run_id = checkpoint.load(tmp_path / "o" / "ckpt.pt").wandb_run_id
     assert run_id == (None if where == "init" else "abc123")
+
+
+def test_tensorboard_has_the_numbers_of_the_log(tmp_path, dataset):
+    """The same curves; those of a resumed run go on without the iterations that are done again."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--tensorboard=True"]
+    assert run("train.py", *args, "--max_iters=10").returncode == 0
+    done = run("train.py", f"--out_dir={tmp_path}/o", "--init_from=resume", "--max_iters=20")
+    assert done.returncode == 0 and "is off" not in done.stderr, done.stderr
+    events = EventAccumulator(str(tmp_path / "o" / "tensorboard"), {"scalars": 0}).Reload()
+    for name in ("loss", "val_loss", "lr"):
+        curve = {e.step: e.value for e in events.Scalars(name)}
+        log = {e["iter"]: e[name] for e in entries(tmp_path / "o") if name in e}
+        assert curve == pytest.approx(log) and len(curve) == len(events.Scalars(name)), name
+
+
+def test_without_tensorboard_a_warning(tmp_path, dataset, monkeypatch):
+    """A missing package costs one line."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--tensorboard"]
+    done = run("train.py", *args, "--max_iters=10")
+    assert done.returncode == 0 and done.stderr.count("warning: tensorboard is off") == 1
