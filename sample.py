@@ -10,6 +10,9 @@ Continue a text with a trained model, decoding on its compressed latent cache.
 One sample is printed as it is made. Several follow one another, between lines of dashes.
 """
 
+from nanomla.errors import UsageError, UserError, run_script
+
+# isort: split
 import json
 import os
 import sys
@@ -25,7 +28,7 @@ from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.distributed import resolve_device
 from nanomla.engine import Engine, Sampling
-from nanomla.settings import UsageError, UserError, check, configure, run_script
+from nanomla.settings import check, configure
 from nanomla.surgery import SVD_SETTINGS
 from nanomla.tokenizer import Tokenizer
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanomla import prepare
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 
 if TYPE_CHECKING:
     import tiktoken

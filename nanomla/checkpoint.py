@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanomla.dataset import DATA_ROOT, read_meta
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from nanomla.surgery import factorise_values
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

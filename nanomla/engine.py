@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, Cache
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from nanomla.tokenizer import StreamDecoder, Tokenizer
 
 

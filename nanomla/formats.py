@@ -26,7 +26,7 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanomla.bpe import load_encoding
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,

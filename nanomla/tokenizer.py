@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
+from nanomla.errors import UserError
 from nanomla.prepare import sha256
-from nanomla.settings import UserError
 
 HF_TOKENIZER = "tokenizer.json"
 

@@ -14,6 +14,9 @@ All that is compared runs in turn in one process, round after round; figures are
 rounds. --json=FILE writes them to a file too.
 """
 
+from nanomla.errors import UsageError, UserError, run_script
+
+# isort: split
 import dataclasses
 import json
 import statistics
@@ -32,7 +35,7 @@ from nanomla import checkpoint, costs, formats
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.optim import make_optimizers
-from nanomla.settings import UsageError, UserError, check, configure, declared, run_script
+from nanomla.settings import check, configure, declared
 from nanomla.start import padded_vocab
 from nanomla.surgery import factorise
 from train import TrainConfig

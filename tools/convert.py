@@ -13,6 +13,9 @@ sample.py, train.py and tools.export, with a report in conversion.md. The same c
 it was interrupted. --sweep compares cache sizes and methods, in sweep.md and sweep.png.
 """
 
+from nanomla.errors import UsageError, UserError, run_script
+
+# isort: split
 import dataclasses
 import functools
 import glob
@@ -36,7 +39,7 @@ from nanomla import checkpoint, costs, formats, surgery
 from nanomla.checkpoint import Checkpoint, Conversion
 from nanomla.dataset import Dataset, sigterm_interrupts
 from nanomla.distributed import print0, resolve_device, resolve_dtype
-from nanomla.settings import UsageError, UserError, check, configure, run_script
+from nanomla.settings import check, configure
 from nanomla.surgery import Calibration, Plan
 from tools.bench import markdown
 from train import TrainConfig

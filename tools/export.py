@@ -10,6 +10,9 @@ and our own ("model_type": "nanomla"), which has every setting. Any such folder 
 --init_from. docs/export.md has the details.
 """
 
+from nanomla.errors import UsageError, UserError, run_script
+
+# isort: split
 import shlex
 import sys
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.costs import cached_numbers
-from nanomla.settings import UsageError, UserError, check, configure, declared, flat, run_script
+from nanomla.settings import check, configure, declared, flat
 from nanomla.tokenizer import end_of_text, start_of_text
 from train import TrainConfig
 

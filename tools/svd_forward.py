@@ -18,6 +18,9 @@ The command times a layer with both ways beside the same layer without, trains a
 attention, and prints the validation loss of whole windows and of tokens decoded one by one.
 """
 
+from nanomla.errors import run_script
+
+# isort: split
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from model import ATTENTION, GPT, GPTConfig, Rotation
 from nanomla.dataset import Dataset
-from nanomla.settings import configure, run_script
+from nanomla.settings import configure
 from tools.bench import Rows, Timed, alternate, table, write_json
 from tools.three_step import SHAPE, ExperimentConfig, start, title, train_one
 

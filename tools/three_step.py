@@ -16,6 +16,9 @@ The command times the block beside causal self-attention, trains a small GPT wit
 the validation loss where a target is in the input and where it is not, and a sample of both.
 """
 
+from nanomla.errors import UserError, run_script
+
+# isort: split
 import math
 import sys
 import time
@@ -31,7 +34,7 @@ from model import ATTENTION, GPT, GPTConfig
 from nanomla import optim
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device
-from nanomla.settings import UserError, check, configure, run_script
+from nanomla.settings import check, configure
 from nanomla.tokenizer import Tokenizer
 from tools.bench import Rows, Timed, alternate, machine, table, write_json
 from train import TrainConfig

@@ -31,8 +31,9 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 
 from nanomla.bpe import load_encoding
 from nanomla.dataset import Meta, write_dataset
+from nanomla.errors import UsageError, UserError, run_script
 from nanomla.prepare import cores, in_order, report
-from nanomla.settings import UsageError, UserError, check, configure, run_script
+from nanomla.settings import check, configure
 
 if TYPE_CHECKING:
     import tiktoken

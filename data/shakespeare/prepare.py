@@ -19,8 +19,9 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 
 from nanomla.bpe import load_encoding
 from nanomla.dataset import Meta, write_dataset
+from nanomla.errors import run_script
 from nanomla.prepare import read_shakespeare, report, split_text
-from nanomla.settings import check, configure, run_script
+from nanomla.settings import check, configure
 
 
 @dataclass

@@ -17,8 +17,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
 from nanomla.dataset import Meta, write_dataset
+from nanomla.errors import run_script
 from nanomla.prepare import encode_chars, read_shakespeare, report, split_text
-from nanomla.settings import check, configure, run_script
+from nanomla.settings import check, configure
 
 
 @dataclass

@@ -52,8 +52,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
 from nanomla.dataset import Meta, write_dataset
+from nanomla.errors import UsageError, UserError, run_script
 from nanomla.prepare import cores, encode_chars, in_order, report
-from nanomla.settings import UsageError, UserError, check, configure, run_script
+from nanomla.settings import check, configure
 from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf, read_json
 
 TOKENIZERS = ("gpt2", "cl100k_base", "o200k_base", "char", "byte")  # all others are files
