@@ -18,8 +18,8 @@ mlp = "swiglu"
 bias = False
 tie_weights = True
 
-batch_size = 6
-gradient_accumulation_steps = 2  # over all processes: one process and two make the same run
+batch_size = 12  # sequences an iteration: one process and two make the same run
+gradient_accumulation_steps = 1
 max_iters = 700
 eval_interval = 250
 eval_iters = 40

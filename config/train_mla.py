@@ -15,8 +15,8 @@ use_mla = True
 mla_rope = "latent"
 mla_latent_dim = 32
 
-batch_size = 6
-gradient_accumulation_steps = 2  # over all processes: one process and two make the same run
+batch_size = 12  # sequences an iteration: one process and two make the same run
+gradient_accumulation_steps = 1
 max_iters = 950
 eval_interval = 250
 eval_iters = 20

@@ -13,13 +13,11 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 UINT16_VOCAB = 65536  # the largest vocabulary whose ids fit uint16
+LONGEST_META = 2**27  # bytes of a meta file that are read; a large tokenizer.json takes 40 MB
+READY = ".ready"  # a new dataset's files on their way into its folder; see write_dataset
 
 
 @dataclass
@@ -54,14 +54,17 @@ class Meta:
     def __post_init__(self) -> None:
         if self.vocab_size is not None and type(self.vocab_size) is not int:
             raise TypeError(f"vocab_size={self.vocab_size!r} is not a whole number")
+        if self.vocab_size is not None and not 1 <= self.vocab_size <= 2**32:
+            raise ValueError(f"vocab_size={self.vocab_size} is not from 1 to 2**32")
         if not isinstance(self.tokenizer, dict | None):
             raise TypeError(f"tokenizer={self.tokenizer!r} is not an object")
         if self.dtype not in ("uint16", "uint32"):
             raise ValueError("dtype is neither uint16 nor uint32")
         for name in ("split_bytes", "tokens"):
             counts = getattr(self, name)
-            if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
-                raise TypeError(f"{name}={counts!r} is not an object of whole numbers")
+            whole = isinstance(counts, dict) and all(type(n) is int for n in counts.values())
+            if not whole or not all(n >= 0 for n in counts.values()):
+                raise TypeError(f"{name}={counts!r} is not an object of whole numbers from 0")
 
 
 class Dataset:
@@ -78,7 +81,8 @@ class Dataset:
         self.folder = DATA_ROOT / name  # an absolute path replaces DATA_ROOT
         if not self.folder.is_dir() and Path(name).is_dir():
             self.folder = Path(name).resolve()
-        if not all((self.folder / file).is_file() for file in ("train.bin", "val.bin")):
+        _finish_moves(self.folder)
+        if not all(_place(self.folder, file).is_file() for file in ("train.bin", "val.bin")):
             raise UserError(
                 f"dataset {name} is not prepared: no train.bin and val.bin in {self.folder}; "
                 + self._remedy()
@@ -97,7 +101,7 @@ class Dataset:
         return "datasets you can prepare: " + ", ".join(names)
 
     def _map(self, split: str, meta: Meta) -> np.ndarray:
-        path, dtype = self.folder / f"{split}.bin", np.dtype(meta.dtype)
+        path, dtype = _place(self.folder, f"{split}.bin"), np.dtype(meta.dtype)
         size = path.stat().st_size
         tokens = size // dtype.itemsize
         if size % dtype.itemsize:
@@ -108,6 +112,12 @@ class Dataset:
         if tokens != meta.tokens.get(split, tokens):
             raise UserError(
                 f"{path} holds {tokens} tokens, but its meta file counts {meta.tokens[split]}; "
+                "they do not belong together: prepare the dataset again"
+            )
+        kind, size = (meta.tokenizer or {}).get("kind"), meta.split_bytes.get(split, tokens)
+        if kind in ("char", "byte") and size < tokens:  # each token is at least one byte of text
+            raise UserError(
+                f"{path} holds {tokens} tokens, but by its meta file they stand for {size} bytes; "
                 "they do not belong together: prepare the dataset again"
             )
         if tokens < self.block_size + 1:
@@ -178,18 +188,33 @@ def read_meta(folder: Path) -> Meta:
 
     Raises UserError if the file cannot be read or a field has the wrong type.
     """
-    path = folder / "meta.json"
+    path, pickled = _place(folder, "meta.json"), folder / "meta.pkl"
     if not path.is_file():
-        pickled = folder / "meta.pkl"
         return _read_meta_pkl(pickled) if pickled.is_file() else Meta()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = json.loads(_limited(file).decode("utf-8"))
         if not isinstance(content, dict):
             raise TypeError("it holds no JSON object")
         known = {f.name for f in dataclasses.fields(Meta)}
-        return Meta(**{key: value for key, value in content.items() if key in known})
-    except (OSError, TypeError, ValueError) as error:
+        meta = Meta(**{key: value for key, value in content.items() if key in known})
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a dataset's meta file ({error})") from None
+    other = _read_meta_pkl(pickled) if not meta.tokens and pickled.is_file() else meta
+    if other.tokenizer != meta.tokenizer:
+        raise UserError(
+            f"{path} and {pickled} describe two datasets, and nothing says which of them the .bin "
+            "files belong to; remove the wrong one"
+        )
+    return meta
+
+
+def _limited(file: IO[bytes]) -> bytes:
+    """All of a meta file. Raises ValueError if it is longer than LONGEST_META."""
+    data = file.read(LONGEST_META + 1)
+    if len(data) > LONGEST_META:
+        raise ValueError(f"it is longer than {LONGEST_META:,} bytes")
+    return data
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -202,10 +227,15 @@ class _PlainUnpickler(pickle.Unpickler):
 def _read_meta_pkl(path: Path) -> Meta:
     """nanoGPT's {'vocab_size': int, 'stoi': {char: id}, 'itos': {id: char}}."""
     try:
-        content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        itos = content["itos"]
-        chars = "".join(itos[i] for i in range(len(itos)))
-        return Meta(int(content["vocab_size"]), {"kind": "char", "chars": chars})
+        with open(path, "rb") as file:
+            content = _PlainUnpickler(io.BytesIO(_limited(file))).load()
+        itos, stoi, size = (content[name] for name in ("itos", "stoi", "vocab_size"))
+        chars = [itos[i] for i in range(len(itos))]
+        if not all(isinstance(c, str) and len(c) == 1 for c in chars):
+            raise ValueError("itos has a value that is no character")
+        if size != len(itos) or stoi != {c: i for i, c in enumerate(chars)}:
+            raise ValueError("vocab_size, itos and stoi do not belong together")
+        return Meta(int(size), {"kind": "char", "chars": "".join(chars)})
     except Exception as error:  # noqa: BLE001  a hostile pickle can raise anything
         raise UserError(f"{path}: refused, not a plain nanoGPT meta.pkl ({error})") from None
 
@@ -219,40 +249,50 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: M
         generators of pieces may set the other fields while they run.
 
     The dtype is uint16, or uint32 above a vocabulary of 65,536. All files are first written to a
-    temporary folder inside `folder` and renamed at the end, so an interrupted run changes nothing.
+    temporary folder inside `folder`. One rename of that folder, to READY, publishes them: readers
+    look there first, while each file is moved to its place. So an interrupted run changes all or
+    nothing.
     Raises UserError if another run is writing the same folder, or if a file cannot be written.
     """
     dtype = np.dtype(np.uint16 if meta.vocab_size <= UINT16_VOCAB else np.uint32)
     counts = {}
     try:
-        with sigterm_interrupts(), _temporary_folder(folder) as tmp:
+        with _temporary_folder(folder) as tmp:
             for split, pieces in splits.items():
                 with open(tmp / f"{split}.bin", "wb") as file:
                     counts[split] = 0
                     for piece in pieces:
                         file.write(np.ascontiguousarray(piece, dtype=dtype).data)
                         counts[split] += len(piece)
+                    file.flush()
+                    os.fsync(file.fileno())
             meta = dataclasses.replace(meta, dtype=dtype.name, tokens=counts)
             content = {k: v for k, v in vars(meta).items() if v is not None and v != {}}
             (tmp / "meta.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            for name in (*(f"{split}.bin" for split in splits), "meta.json"):
-                os.replace(tmp / name, folder / name)
+            os.rename(tmp, folder / READY)
+            _move_files(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the dataset ({error})") from None
     return meta
 
 
-@contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, so that the temporary folder is removed."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _place(folder: Path, name: str) -> Path:
+    """Where a file of a dataset is: in READY, if that was not moved yet, else in the folder."""
+    new = folder / READY / name
+    return new if new.is_file() else folder / name
+
+
+def _move_files(folder: Path) -> None:
+    for path in (folder / READY).iterdir():
+        os.replace(path, folder / path.name)
+    (folder / READY).rmdir()
+
+
+def _finish_moves(folder: Path) -> None:
+    """Finish the moves of a killed run; where that is impossible, _place finds the files."""
+    if (folder / READY).is_dir():
+        with contextlib.suppress(OSError, UserError), locked(folder, "writing this dataset"):
+            _move_files(folder)
 
 
 @contextlib.contextmanager
@@ -266,9 +306,13 @@ def _temporary_folder(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder, "writing this dataset") as certain:
+            if (folder / READY).is_dir():
+                _move_files(folder)
             for leftover in folder.glob(".prepare-*") if certain else ():
                 shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".prepare-") as tmp:
+            with tempfile.TemporaryDirectory(
+                dir=folder, prefix=".prepare-", ignore_cleanup_errors=True
+            ) as tmp:  # a published one is not there any more
                 yield Path(tmp)
     finally:
         if missing:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
+LONGEST = 2000  # characters of an error's line
 MEMORY = {  # what a script takes less memory with
     "train.py": "try less --batch_size with more --gradient_accumulation_steps, --grad_checkpoint "
     "or --dtype=bfloat16",
@@ -160,7 +161,9 @@ def _report(error: BaseException) -> int:
         say(f"{name}: error: {more}", err)
         err.write("".join(traceback.format_exception(error)))
     elif line:
-        (say if lost_process(error) else say_last)(f"{name}: {line}", err)
+        text = f"{name}: {line}"
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+        (say if lost_process(error) else say_last)(text, err)
     return status
 
 

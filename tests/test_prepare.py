@@ -397,7 +397,8 @@ def test_killed_half_way_and_run_again(how, tmp_path):
     if how == signal.SIGKILL:
         assert process.returncode == -how
     else:
-        assert process.returncode == 130 and stderr.strip() == "prepare.py: interrupted"
+        word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[how]
+        assert process.returncode == 128 + how and stderr.strip() == f"prepare.py: {word}"
         assert list(contents(out)) == ["train.bin"]
     (out / "train.bin").unlink()
     if how == signal.SIGKILL:

@@ -579,7 +579,8 @@ def bench_profile(cfg: ProfileConfig, device: str) -> Rows:
         for part in ("batch", "forward", "backward", "clipping", *optimizers):
             times[part] = [*times.get(part, []), 0.0] if it > 0 else [0.0]
         for micro in range(recipe.gradient_accumulation_steps):
-            batch = (recipe.seed, abs(it), micro, recipe.batch_size)
+            first = micro * recipe.batch_size
+            batch = (recipe.seed, abs(it), range(first, first + recipe.batch_size))
             x, y = timed("batch", lambda batch=batch: data.batch(*batch))
             loss = timed("forward", lambda x=x, y=y: forward(x, y))
             timed("backward", (loss / recipe.gradient_accumulation_steps).backward)

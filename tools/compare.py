@@ -36,7 +36,7 @@ import torch
 import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, runlog
-from nanomla.dataset import Dataset, locked, sigterm_interrupts
+from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, resolve_device, resolve_dtype
 from nanomla.settings import (
     UsageError,
@@ -467,17 +467,16 @@ class Pool:
             print0(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
         running: dict[Job, tuple[subprocess.Popen, float]] = {}
         try:
-            with sigterm_interrupts():
-                while waiting or running:
-                    while waiting and len(running) < self.size:
-                        job = waiting.pop(0)
-                        running[job] = self.start(job), time.perf_counter()
-                    time.sleep(0.05)
-                    for job, (process, began) in list(running.items()):
-                        if process.poll() is not None:
-                            del running[job]
-                            self.ended(job, process.returncode, time.perf_counter() - began)
-                            self.print_progress(job, len(waiting) + len(running) + later)
+            while waiting or running:
+                while waiting and len(running) < self.size:
+                    job = waiting.pop(0)
+                    running[job] = self.start(job), time.perf_counter()
+                time.sleep(0.05)
+                for job, (process, began) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[job]
+                        self.ended(job, process.returncode, time.perf_counter() - began)
+                        self.print_progress(job, len(waiting) + len(running) + later)
         finally:
             for process, _ in running.values():
                 process.terminate()  # train.py saves its checkpoint, which takes a moment

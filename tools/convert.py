@@ -37,7 +37,7 @@ import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, formats, surgery
 from nanomla.checkpoint import Checkpoint, Conversion
-from nanomla.dataset import Dataset, sigterm_interrupts
+from nanomla.dataset import Dataset
 from nanomla.distributed import print0, resolve_device, resolve_dtype
 from nanomla.settings import check, configure
 from nanomla.surgery import Calibration, Plan
@@ -253,7 +253,7 @@ def convert(cfg: ConvertConfig, source: Source) -> Conversion:
         healed, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
         record.loss["healed"] = source.validation_loss(healed.eval(), "measuring the result")
         write_texts(folder, record_texts(record, heal))
-    print0("", report_text(record), "", f"in {cfg.to}")
+    print0("", *report_text(record).splitlines(), "", f"in {cfg.to}")
     return record
 
 
@@ -377,11 +377,10 @@ def write_run(
         shutil.rmtree(leftover, ignore_errors=True)
     tmp = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     try:
-        with sigterm_interrupts():
-            tmp.mkdir(parents=True)
-            checkpoint.save(tmp, state, best=True)
-            write_texts(tmp, record_texts(record, heal))
-            tmp.rename(folder)  # an empty folder of that name is replaced
+        tmp.mkdir(parents=True)
+        checkpoint.save(tmp, state, best=True)
+        write_texts(tmp, record_texts(record, heal))
+        tmp.rename(folder)  # an empty folder of that name is replaced
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror})") from None
     finally:
@@ -529,7 +528,7 @@ def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
         note += f". The source itself, trained on as long: {longer:+.4f}"
     text = "\n".join([f"{note}.", "", *markdown(sweep_rows(records))])
     write_texts(folder, {"sweep.md": text + "\n"})
-    print0("", text, "")
+    print0("", *text.splitlines(), "")
     draw_sweep(records, longer, folder / "sweep.png")
 
 
