@@ -58,6 +58,8 @@ class Meta:
             raise ValueError(f"vocab_size={self.vocab_size} is not from 1 to 2**32")
         if not isinstance(self.tokenizer, dict | None):
             raise TypeError(f"tokenizer={self.tokenizer!r} is not an object")
+        if self.documents is not None and type(self.documents) is not int:
+            raise TypeError(f"documents={self.documents!r} is not a whole number")
         if self.dtype not in ("uint16", "uint32"):
             raise ValueError("dtype is neither uint16 nor uint32")
         for name in ("split_bytes", "tokens"):
@@ -115,7 +117,8 @@ class Dataset:
                 "they do not belong together: prepare the dataset again"
             )
         kind, size = (meta.tokenizer or {}).get("kind"), meta.split_bytes.get(split, tokens)
-        if kind in ("char", "byte") and size < tokens:  # each token is at least one byte of text
+        # each token is at least one byte of text, or separates two documents
+        if kind in ("char", "byte") and size + (meta.documents or 1) - 1 < tokens:
             raise UserError(
                 f"{path} holds {tokens} tokens, but by its meta file they stand for {size} bytes; "
                 "they do not belong together: prepare the dataset again"
