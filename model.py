@@ -301,6 +301,7 @@ class Cache:
     def __init__(
         self, config: GPTConfig, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
     ) -> None:
+        from nanomla import costs
         for name, size in (("batch_size", batch_size), ("max_len", max_len)):
             _require(size >= 1, name, size, "at least 1")
         works = "one of " + ", ".join(str(known).removeprefix("torch.") for known in self.DTYPES)
@@ -308,7 +309,10 @@ class Cache:
         self.batch_size, self.max_len, self.dtype, self._pos = batch_size, max_len, dtype, 0
         self.config = config
         kinds = itertools.cycle([dtype] if dtype != torch.int8 else [dtype, torch.float16])
-        shapes = zip(self.shapes(config), kinds, strict=False)
+        shapes = [*zip(self.shapes(config), kinds, strict=False)]
+        nbytes = sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
+        remedy = "make it for fewer rows or tokens, or of a narrower dtype"
+        costs.require_memory(nbytes, "the cache", device, remedy)
         self.tensors = [torch.zeros(*shape, dtype=kind, device=device) for shape, kind in shapes]
         self.parts = len(self.tensors) // len(config.spans)  # tensors that hold a layer
 
@@ -944,7 +948,8 @@ class GPT(Costs, nn.Module):
         """
         An empty cache for max_len tokens of batch_size rows. dtype None: that of the activations,
         but at least float32 for a state, which every token rounds again.
-        Raises ValueError if max_len is over block_size, or for a dtype that Cache.DTYPES lacks.
+        Raises ValueError if max_len is over block_size, or for a dtype that Cache.DTYPES lacks, and
+        UserError if the device has no memory for it.
         """
         limit, weight = self.config.block_size, self.lm_head.weight
         kind = ATTENTION[self.config.attention].Cache
