@@ -967,36 +967,19 @@ class GPT(Costs, nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:  # fmt: skip
         """
-        Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n).
+        Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n), without dropout.
 
         temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a row
         that drew one repeats it, and when all have, generation ends. use_cache=False recomputes a
         sliding window every step. A given cache holds the first cache.pos tokens of idx, and after
-        the call all of the result but its last; cache_dtype is that of the cache made otherwise.
-        Raises ValueError for arguments out of range.
+        the call all of the result but its last, or the newest if there are more than it can hold;
+        cache_dtype is that of the cache made otherwise. Raises ValueError for arguments out of
+        range.
         """
-        from nanomla.engine import Sampler, check_prompt, crop_context, next_token
-        sampler, block_size = Sampler(temperature, top_k, top_p, generator), self.config.block_size
-        B, T = check_prompt(idx, cache)
-        if cache is None and use_cache and max_new_tokens > 0:
-            cache = self.make_cache(B, min(block_size, T + max_new_tokens), cache_dtype)
-        stops = [stop] if isinstance(stop, int) else [*(stop or ())]
-        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        context, tokens = idx[:, -block_size:], [idx]
-        with torch.inference_mode():
-            if cache is not None:  # the last token is computed again if the cache holds it
-                cache.rewind(context.size(1) - 1)
-            for _ in range(max_new_tokens):
-                context = crop_context(context, cache, block_size)
-                new = next_token(self, context, cache, sampler)  # (B, 1)
-                new = torch.where(done, tokens[-1][:, -1:], new)
-                tokens.append(new)
-                if stops:
-                    done = torch.isin(new, torch.tensor(stops, device=idx.device))
-                    if bool(done.all()):
-                        break
-                context = torch.cat([context, new], dim=1)
-        return torch.cat(tokens, dim=1)
+        from nanomla.engine import Sampler, stream_tokens
+        sampler = Sampler(temperature, top_k, top_p, generator)
+        how = (use_cache, cache_dtype, cache, stop)
+        return torch.cat([idx, *stream_tokens(self, idx, max_new_tokens, sampler, *how)], dim=1)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters, shared ones once; non_embedding omits the position table, as in nanoGPT."""
