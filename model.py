@@ -113,6 +113,8 @@ class GPTConfig:
         r = self.mla_rope_dim
         if r is None:
             r = self.mla_rope_dim = hs // 2 // 2 * 2 if rope else 0
+            works = f"2 with mla_nope_dim={hs}, or 0 for no positions: half of {hs} is no pair"
+            _require(r > 0 or not rope, "mla_rope_dim", None, works)
         _require(r >= 0 and r % 2 == 0, "mla_rope_dim", r, "None or an even number")
         fits = r < hs or self.mla_nope_dim is not None
         _require(fits, "mla_rope_dim", r, f"an even number below the head size {hs}")
@@ -209,8 +211,10 @@ def _require(holds: bool, field: str, value: object, works: str) -> None:
         raise ValueError(f"{field}={value!r} does not work: {field} must be {works}")
 
 
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0)
+def _divisors(n: int, most: int = 24) -> str:
+    """The smallest divisors of n, as many as fit a line."""
+    found = [str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0]
+    return ", ".join(found[:most]) + ", ..." * (len(found) > most)
 
 
 # ---- Linear maps, norms, positions
@@ -255,11 +259,13 @@ def block_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_tables(start: int, end: int, config: GPTConfig) -> Rotation:
-    """cos and sin for positions start to end - 1, float32 on the CPU (arXiv:2104.09864, eq. 15)."""
+def rope_tables(
+    start: int, end: int, config: GPTConfig, dtype: torch.dtype = torch.float32
+) -> Rotation:
+    """cos and sin for positions start to end - 1, on the CPU (arXiv:2104.09864, eq. 15)."""
     position = torch.arange(start, end, dtype=torch.float64, device="cpu")
     angle = torch.outer(position, config.frequencies)
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
@@ -405,9 +411,13 @@ class Cache:
         return parts
 
     def update(self, layer: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Write the parts of T new tokens in one layer; returns all S tokens, packed, uncopied."""
+        """Write the parts of T new tokens in one layer; returns what there is to attend to then."""
         if torch.is_grad_enabled():
             raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
+        return self._write(layer, *parts)
+
+    def _write(self, layer: int, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Returns all S tokens, packed, uncopied."""
         end, parts = self.pos + parts[0].size(2), self.pack(*parts)
         if self.dtype == torch.int8:
             parts = [t for part in parts for t in quantise(part)]
@@ -464,7 +474,8 @@ class Attention(Costs, nn.Module):
         """The tables for x (B, T, C) from position pos on: GPT's, or made here when used alone."""
         if given is not None or not self.config.rotary_dim:
             return given
-        cos, sin = rope_tables(pos, pos + x.size(1), self.config)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rope_tables(pos, pos + x.size(1), self.config, dtype)
         return cos.to(x.device), sin.to(x.device)
 
     def numbers_per_token(self) -> int:
@@ -752,10 +763,8 @@ class LatentTokenCache(Cache):
         if pos == 0:
             self.tensors[0].zero_()
 
-    def update(self, layer: int, state: Tensor) -> tuple[Tensor]:
+    def _write(self, layer: int, state: Tensor) -> tuple[Tensor]:
         """Take state (B, nh, m, 2 hs) as that of the next advance."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
         self.pending = {**(self.pending or {}), layer: state}
         return (state,)
 
@@ -926,10 +935,10 @@ class GPT(Costs, nn.Module):
             cache.check(cfg, B, T, self.lm_head.weight.device)
         if pos + T > cfg.block_size:
             raise ValueError(f"{pos + T} tokens do not fit block_size={cfg.block_size}; crop them")
-        x = self.transformer.wte(idx)  # (B, T, C)
+        x, rotation = self.transformer.wte(idx), None  # (B, T, C)
         if cfg.pos_emb == "learned":
-            x, rotation = x + self.transformer.wpe.weight[pos : pos + T], None
-        else:
+            x = x + self.transformer.wpe.weight[pos : pos + T]
+        elif x.dtype != torch.float64:  # for which the layers make tables of that precision
             rotation = self.rope_cos[pos : pos + T], self.rope_sin[pos : pos + T]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
