@@ -123,12 +123,15 @@ def cached_numbers(config: GPTConfig) -> float:
 
 def cache_in_words(config: GPTConfig) -> str:
     """What the cache holds, beside MHA's of the same width, for people to read."""
-    fewer = f"{memory_savings(config, config.block_size):.3g}x fewer than MHA"
-    numbers = cached_numbers(config)
+    ratio, numbers = memory_savings(config, config.block_size), cached_numbers(config)
+    beside = f"{ratio:.3g}x fewer than MHA" if ratio > 1 else f"{1 / ratio:.3g}x more than MHA"
     if numbers:
-        return f"{numbers:g} cached numbers per token and layer, {fewer}"
-    state = ATTENTION[config.attention].Cache.numbers_at(config, 1) // config.n_layer
-    return f"a state of {state} numbers per layer, {fewer} at {config.block_size} tokens"
+        words = f"{numbers:g} cached numbers per token and layer"
+    else:
+        state = ATTENTION[config.attention].Cache.numbers_at(config, 1) // config.n_layer
+        words = f"a state of {state} numbers per layer"
+        beside += f" at {config.block_size} tokens"
+    return words if beside.startswith("1x ") else f"{words}, {beside}"
 
 
 def count_kv_parameters(module: nn.Module) -> int:
@@ -163,15 +166,26 @@ def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
     Floating-point operations of the forward pass for one token that attends over `context` keys:
     two per weight of every matrix and two per key, head and number in scores and average.
 
-    absorbed: MLA attends over latents, as in decoding; else over expanded keys, as in training.
+    absorbed: as in decoding, where MLA attends over latents and values stay in SVD's subspace; else
+    as in training, over expanded keys and by value maps that are multiplied out.
     """
     weights = model.lm_head.weight.numel()
     for block in model.transformer.h:
         weights += sum(p.numel() for p in block.parameters() if p.dim() > 1)
     attns = [block.attn for block in model.transformer.h]
+    weights += sum(_beyond_factors(attn, absorbed) for attn in attns if attn.config.use_svd)
     per_head = sum(attn.numbers_per_key(decoding=absorbed) * context for attn in attns)
     per_head += sum(attn.numbers_per_token() for attn in attns)
     return 2 * weights + 2 * model.config.n_head * per_head
+
+
+def _beyond_factors(attn: Attention, decoding: bool) -> int:
+    """Multiplications per token by SVD's value maps, less the numbers of their factors."""
+    down, up = attn.values
+    factors, (heads, hs, _) = down.numel() + up.numel(), up.shape
+    if decoding or attn.config.attention == "rotary_latent":  # which always reads by its factors
+        return up.numel() * (attn.nh // heads) + down.numel() - factors  # up for every query head
+    return heads * hs * down.size(1) - factors
 
 
 def mfu(

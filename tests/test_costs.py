@@ -117,3 +117,40 @@ def test_training_bytes_by_hand():
     numbers = 2 * 23 * tokens + 2 * 24 * tokens
     assert costs.training_bytes(config, 3) == 16 * parameters + 4 * numbers
     assert costs.training_bytes(config, 3, 4) == 12 * parameters + 4 * numbers
+
+
+def test_flops_of_low_rank_values():
+    """Training multiplies by the dense map; decoding by down and, for every query head, by up. A
+    rotary latent is read by its factors in both."""
+    C, nh, hs, rank, L, n = 24, 4, 6, 2, 8, 10
+    svd = {"use_svd": True, "svd_rank": rank, "n_layer": 1, "bias": False}
+    rest = 23 * C + C * C + 2 * C * 4 * C  # lm_head, c_proj and the MLP
+
+    def flops(absorbed=False, **settings):
+        return costs.flops_per_token(GPT(tiny_config(**settings, **svd)), n, absorbed)
+
+    for nkv in (1, 2, 4):
+        keys = rest + C * C + C * nkv * hs
+        factors = C * nkv * rank + nh * hs * rank
+        assert flops(n_kv_head=nkv) == 2 * (keys + C * nkv * hs + nh * n * 2 * hs)
+        assert flops(True, n_kv_head=nkv) == 2 * (keys + factors + nh * n * (hs + rank))
+    latent, factors = {**TINY_MLA, "mla_latent_dim": L}, L * nh * rank + nh * hs * rank
+    latent = {k: v for k, v in latent.items() if k != "n_layer"}
+    keys = rest + C * C + C * (L + 2) + L * nh * 4
+    assert flops(**latent) == 2 * (keys + L * nh * hs + nh * n * 2 * hs)
+    assert flops(True, **latent) == 2 * (keys + factors + nh * n * (2 * L + 2))
+    turning = {**latent, "mla_rope": "latent", "mla_rope_dim": 4}
+    both = 2 * (rest + C * nh * L + C * L + factors + nh * n * 2 * L)
+    assert flops(**turning) == flops(True, **turning) == both
+
+
+def test_caches_in_words():
+    """Beside MHA's where they differ from it, fewer or more."""
+    fewer = "9 cached numbers per token and layer, 5.33x fewer than MHA"
+    assert costs.cache_in_words(tiny_config(**TINY_MLA)) == fewer
+    assert costs.cache_in_words(tiny_config()) == "48 cached numbers per token and layer"
+    state = {"use_latent_tokens": True, "block_size": 16}
+    words = "a state of {} numbers per layer{}".format
+    more = words(48 * 40, ", 2.5x more than MHA at 16 tokens")
+    assert costs.cache_in_words(tiny_config(**state, n_latent_tokens=40)) == more
+    assert costs.cache_in_words(tiny_config(**state, n_latent_tokens=16)) == words(48 * 16, "")
