@@ -113,6 +113,8 @@ class GPTConfig:
         r = self.mla_rope_dim
         if r is None:
             r = self.mla_rope_dim = hs // 2 // 2 * 2 if rope else 0
+            works = f"2 with mla_nope_dim={hs}, or 0 for no positions: half of {hs} is no pair"
+            _require(r > 0 or not rope, "mla_rope_dim", None, works)
         _require(r >= 0 and r % 2 == 0, "mla_rope_dim", r, "None or an even number")
         fits = r < hs or self.mla_nope_dim is not None
         _require(fits, "mla_rope_dim", r, f"an even number below the head size {hs}")
@@ -209,8 +211,10 @@ def _require(holds: bool, field: str, value: object, works: str) -> None:
         raise ValueError(f"{field}={value!r} does not work: {field} must be {works}")
 
 
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0)
+def _divisors(n: int, most: int = 24) -> str:
+    """The smallest divisors of n, as many as fit a line."""
+    found = [str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0]
+    return ", ".join(found[:most]) + ", ..." * (len(found) > most)
 
 
 # ---- Linear maps, norms, positions
@@ -255,11 +259,13 @@ def block_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_tables(start: int, end: int, config: GPTConfig) -> Rotation:
-    """cos and sin for positions start to end - 1, float32 on the CPU (arXiv:2104.09864, eq. 15)."""
+def rope_tables(
+    start: int, end: int, config: GPTConfig, dtype: torch.dtype = torch.float32
+) -> Rotation:
+    """cos and sin for positions start to end - 1, on the CPU (arXiv:2104.09864, eq. 15)."""
     position = torch.arange(start, end, dtype=torch.float64, device="cpu")
     angle = torch.outer(position, config.frequencies)
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
@@ -301,6 +307,7 @@ class Cache:
     def __init__(
         self, config: GPTConfig, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
     ) -> None:
+        from nanomla import costs
         for name, size in (("batch_size", batch_size), ("max_len", max_len)):
             _require(size >= 1, name, size, "at least 1")
         works = "one of " + ", ".join(str(known).removeprefix("torch.") for known in self.DTYPES)
@@ -308,7 +315,10 @@ class Cache:
         self.batch_size, self.max_len, self.dtype, self._pos = batch_size, max_len, dtype, 0
         self.config = config
         kinds = itertools.cycle([dtype] if dtype != torch.int8 else [dtype, torch.float16])
-        shapes = zip(self.shapes(config), kinds, strict=False)
+        shapes = [*zip(self.shapes(config), kinds, strict=False)]
+        nbytes = sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
+        remedy = "make it for fewer rows or tokens, or of a narrower dtype"
+        costs.require_memory(nbytes, "the cache", device, remedy)
         self.tensors = [torch.zeros(*shape, dtype=kind, device=device) for shape, kind in shapes]
         self.parts = len(self.tensors) // len(config.spans)  # tensors that hold a layer
 
@@ -401,9 +411,13 @@ class Cache:
         return parts
 
     def update(self, layer: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Write the parts of T new tokens in one layer; returns all S tokens, packed, uncopied."""
+        """Write the parts of T new tokens in one layer; returns what there is to attend to then."""
         if torch.is_grad_enabled():
             raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
+        return self._write(layer, *parts)
+
+    def _write(self, layer: int, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Returns all S tokens, packed, uncopied."""
         end, parts = self.pos + parts[0].size(2), self.pack(*parts)
         if self.dtype == torch.int8:
             parts = [t for part in parts for t in quantise(part)]
@@ -460,7 +474,8 @@ class Attention(Costs, nn.Module):
         """The tables for x (B, T, C) from position pos on: GPT's, or made here when used alone."""
         if given is not None or not self.config.rotary_dim:
             return given
-        cos, sin = rope_tables(pos, pos + x.size(1), self.config)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rope_tables(pos, pos + x.size(1), self.config, dtype)
         return cos.to(x.device), sin.to(x.device)
 
     def numbers_per_token(self) -> int:
@@ -748,10 +763,8 @@ class LatentTokenCache(Cache):
         if pos == 0:
             self.tensors[0].zero_()
 
-    def update(self, layer: int, state: Tensor) -> tuple[Tensor]:
+    def _write(self, layer: int, state: Tensor) -> tuple[Tensor]:
         """Take state (B, nh, m, 2 hs) as that of the next advance."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
         self.pending = {**(self.pending or {}), layer: state}
         return (state,)
 
@@ -922,10 +935,10 @@ class GPT(Costs, nn.Module):
             cache.check(cfg, B, T, self.lm_head.weight.device)
         if pos + T > cfg.block_size:
             raise ValueError(f"{pos + T} tokens do not fit block_size={cfg.block_size}; crop them")
-        x = self.transformer.wte(idx)  # (B, T, C)
+        x, rotation = self.transformer.wte(idx), None  # (B, T, C)
         if cfg.pos_emb == "learned":
-            x, rotation = x + self.transformer.wpe.weight[pos : pos + T], None
-        else:
+            x = x + self.transformer.wpe.weight[pos : pos + T]
+        elif x.dtype != torch.float64:  # for which the layers make tables of that precision
             rotation = self.rope_cos[pos : pos + T], self.rope_sin[pos : pos + T]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -944,7 +957,8 @@ class GPT(Costs, nn.Module):
         """
         An empty cache for max_len tokens of batch_size rows. dtype None: that of the activations,
         but at least float32 for a state, which every token rounds again.
-        Raises ValueError if max_len is over block_size, or for a dtype that Cache.DTYPES lacks.
+        Raises ValueError if max_len is over block_size, or for a dtype that Cache.DTYPES lacks, and
+        UserError if the device has no memory for it.
         """
         limit, weight = self.config.block_size, self.lm_head.weight
         kind = ATTENTION[self.config.attention].Cache
@@ -962,36 +976,19 @@ class GPT(Costs, nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:  # fmt: skip
         """
-        Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n).
+        Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n), without dropout.
 
         temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a row
         that drew one repeats it, and when all have, generation ends. use_cache=False recomputes a
         sliding window every step. A given cache holds the first cache.pos tokens of idx, and after
-        the call all of the result but its last; cache_dtype is that of the cache made otherwise.
-        Raises ValueError for arguments out of range.
+        the call all of the result but its last, or the newest if there are more than it can hold;
+        cache_dtype is that of the cache made otherwise. Raises ValueError for arguments out of
+        range.
         """
-        from nanomla.engine import Sampler, check_prompt, crop_context, next_token
-        sampler, block_size = Sampler(temperature, top_k, top_p, generator), self.config.block_size
-        B, T = check_prompt(idx, cache)
-        if cache is None and use_cache and max_new_tokens > 0:
-            cache = self.make_cache(B, min(block_size, T + max_new_tokens), cache_dtype)
-        stops = [stop] if isinstance(stop, int) else [*(stop or ())]
-        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-        context, tokens = idx[:, -block_size:], [idx]
-        with torch.inference_mode():
-            if cache is not None:  # the last token is computed again if the cache holds it
-                cache.rewind(context.size(1) - 1)
-            for _ in range(max_new_tokens):
-                context = crop_context(context, cache, block_size)
-                new = next_token(self, context, cache, sampler)  # (B, 1)
-                new = torch.where(done, tokens[-1][:, -1:], new)
-                tokens.append(new)
-                if stops:
-                    done = torch.isin(new, torch.tensor(stops, device=idx.device))
-                    if bool(done.all()):
-                        break
-                context = torch.cat([context, new], dim=1)
-        return torch.cat(tokens, dim=1)
+        from nanomla.engine import Sampler, stream_tokens
+        sampler = Sampler(temperature, top_k, top_p, generator)
+        how = (use_cache, cache_dtype, cache, stop)
+        return torch.cat([idx, *stream_tokens(self, idx, max_new_tokens, sampler, *how)], dim=1)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters, shared ones once; non_embedding omits the position table, as in nanoGPT."""

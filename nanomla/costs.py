@@ -1,11 +1,15 @@
 """What a model costs: parameters, cached numbers, operations, and how much of a GPU it uses."""
 
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from model import ATTENTION, GPT, Attention, GPTConfig
+from nanomla.errors import UserError
+
+MEMINFO, OWN_CGROUPS, CGROUPS = "/proc/meminfo", "/proc/self/cgroup", "/sys/fs/cgroup"
 
 # Dense bfloat16 matrix peak, FLOP/s, from the vendors' data sheets; float16 has the same rate.
 GPU_PEAKS = {
@@ -13,6 +17,102 @@ GPU_PEAKS = {
     "L40S": 362e12, "A10": 125e12, "V100": 125e12, "L4": 121e12, "T4": 65e12, "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12, "RTX 3090": 71e12,
 }  # fmt: skip
+
+
+def parameters(config: GPTConfig) -> int:
+    """The model's parameters, shared ones once, by arithmetic: nothing is built or allocated."""
+    C, V, b, inner = config.n_embd, config.vocab_size, int(config.bias), config.hidden
+    norm = C if config.norm == "rmsnorm" else C * (1 + b)
+    mlp = (3 if config.mlp == "swiglu" else 2) * C * inner + b * C
+    mlp += b * inner * (2 if config.mlp == "swiglu" else 1)
+    positions = config.block_size * C if config.pos_emb == "learned" else 0
+    n = positions + norm + V * C * (1 if config.tie_weights else 2)
+    n += config.n_layer * (mlp + 2 * norm)
+    n += sum(layers * _attention_parameters(of) for of, layers in config.spans)
+    if config.use_mla and config.mla_share_latent:
+        n -= (config.n_layer - 1) * _latent_projection(config)
+    return n
+
+
+def _attention_parameters(config: GPTConfig) -> int:
+    """Those of one layer's attention."""
+    C, b, heads, hs = config.n_embd, int(config.bias), config.n_head * config.hs, config.hs
+    n = heads * C + b * C  # c_proj
+    if config.attention == "latent_tokens":
+        return n + (C + b) * 3 * heads + (C + 1) * config.n_head * config.n_latent_tokens
+    value_heads = config.n_head if config.use_mla else config.nkv
+    read = config.mla_latent_dim if config.use_mla else C  # what values are computed from
+    if config.use_svd:
+        n += value_heads * config.svd_rank * (read + hs)
+    if not config.use_mla:
+        return n + (C + b) * (heads + value_heads * hs * (1 if config.use_svd else 2))
+    L, r, decoupled = read, config.mla_rope_dim, config.mla_rope == "decoupled"
+    queries = config.n_head * (config.nope + r if decoupled else L)
+    width, normed = config.mla_q_latent_dim, config.mla_norm != "none"
+    n += (C + b) * queries if width is None else width * (C + normed + queries)
+    n += _latent_projection(config) + L * normed
+    n += L * config.n_head * config.nope if decoupled else 0
+    return n if config.use_svd else n + L * heads
+
+
+def _latent_projection(config: GPTConfig) -> int:
+    beside = config.mla_rope_dim if config.mla_rope == "decoupled" else 0
+    out = config.mla_groups * config.mla_latent_dim + beside
+    return (config.n_embd + config.bias) * out
+
+
+def training_bytes(config: GPTConfig, rows: int, optimizer_bytes_per_parameter: int = 8) -> int:
+    """
+    What training on `rows` sequences at a time takes at least, in bytes: weights, gradients and
+    optimizer state, logits and their gradient, and the residual stream before every layer.
+    """
+    tokens, float32 = rows * config.block_size, 4
+    numbers = tokens * (2 * config.vocab_size + config.n_layer * config.n_embd)
+    per_parameter = 2 * float32 + optimizer_bytes_per_parameter
+    return parameters(config) * per_parameter + numbers * float32
+
+
+def free_memory(device: str | torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where that cannot be found out."""
+    device = torch.device(device)
+    if device.type == "cuda":  # what torch holds but does not use is free, too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not Path(MEMINFO).is_file():
+        return None
+    available = re.search(r"^MemAvailable: *(\d+) kB$", Path(MEMINFO).read_text(), re.MULTILINE)
+    return min([int(available[1]) * 1024] * bool(available) + _free_in_cgroups(), default=None)
+
+
+def _free_in_cgroups() -> list[int]:
+    """Bytes left in this process's control group and those around it, where they have a limit."""
+    own = Path(OWN_CGROUPS).read_text() if Path(OWN_CGROUPS).is_file() else ""
+    inner = re.search(r"^0::/(.*)$", own, re.MULTILINE)
+    folder, free = Path(CGROUPS, inner[1] if inner else ""), []
+    for group in (folder, *folder.parents):
+        if (group / "memory.max").is_file():
+            names = (group / f"memory.{name}" for name in ("max", "current", "stat"))
+            limit, used, stat = (path.read_text() for path in names)
+            files = re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)  # can be dropped
+            if limit.strip() != "max":
+                free.append(max(int(limit) - int(used) + sum(map(int, files)), 0))
+    return free
+
+
+def require_memory(nbytes: int, what: str, device: str | torch.device, remedy: str) -> None:
+    """Raise UserError if a device has less memory free than that."""
+    free = free_memory(device)
+    if free is not None and nbytes > free:
+        needs = f"{what} needs {in_units(nbytes)}, {in_units(free)} are free"
+        raise UserError(f"{needs}; {remedy}")
+
+
+def in_units(nbytes: int) -> str:
+    """Bytes for people to read: 4.0 TB."""
+    for power, unit in enumerate(("bytes", "kB", "MB", "GB", "TB", "PB", "EB")):
+        if nbytes < 1000 ** (power + 1):
+            return f"{nbytes / 1000**power:.{min(power, 1)}f} {unit}"
+    return "over 1,000 EB"
 
 
 def cached_numbers(config: GPTConfig) -> float:
@@ -23,12 +123,15 @@ def cached_numbers(config: GPTConfig) -> float:
 
 def cache_in_words(config: GPTConfig) -> str:
     """What the cache holds, beside MHA's of the same width, for people to read."""
-    fewer = f"{memory_savings(config, config.block_size):.3g}x fewer than MHA"
-    numbers = cached_numbers(config)
+    ratio, numbers = memory_savings(config, config.block_size), cached_numbers(config)
+    beside = f"{ratio:.3g}x fewer than MHA" if ratio > 1 else f"{1 / ratio:.3g}x more than MHA"
     if numbers:
-        return f"{numbers:g} cached numbers per token and layer, {fewer}"
-    state = ATTENTION[config.attention].Cache.numbers_at(config, 1) // config.n_layer
-    return f"a state of {state} numbers per layer, {fewer} at {config.block_size} tokens"
+        words = f"{numbers:g} cached numbers per token and layer"
+    else:
+        state = ATTENTION[config.attention].Cache.numbers_at(config, 1) // config.n_layer
+        words = f"a state of {state} numbers per layer"
+        beside += f" at {config.block_size} tokens"
+    return words if beside.startswith("1x ") else f"{words}, {beside}"
 
 
 def count_kv_parameters(module: nn.Module) -> int:
@@ -63,15 +166,26 @@ def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
     Floating-point operations of the forward pass for one token that attends over `context` keys:
     two per weight of every matrix and two per key, head and number in scores and average.
 
-    absorbed: MLA attends over latents, as in decoding; else over expanded keys, as in training.
+    absorbed: as in decoding, where MLA attends over latents and values stay in SVD's subspace; else
+    as in training, over expanded keys and by value maps that are multiplied out.
     """
     weights = model.lm_head.weight.numel()
     for block in model.transformer.h:
         weights += sum(p.numel() for p in block.parameters() if p.dim() > 1)
     attns = [block.attn for block in model.transformer.h]
+    weights += sum(_beyond_factors(attn, absorbed) for attn in attns if attn.config.use_svd)
     per_head = sum(attn.numbers_per_key(decoding=absorbed) * context for attn in attns)
     per_head += sum(attn.numbers_per_token() for attn in attns)
     return 2 * weights + 2 * model.config.n_head * per_head
+
+
+def _beyond_factors(attn: Attention, decoding: bool) -> int:
+    """Multiplications per token by SVD's value maps, less the numbers of their factors."""
+    down, up = attn.values
+    factors, (heads, hs, _) = down.numel() + up.numel(), up.shape
+    if decoding or attn.config.attention == "rotary_latent":  # which always reads by its factors
+        return up.numel() * (attn.nh // heads) + down.numel() - factors  # up for every query head
+    return heads * hs * down.size(1) - factors
 
 
 def mfu(

@@ -6,8 +6,11 @@ From prompts to text: streams, batches, stop strings and chats, all decoding on 
         print(text, end="")
 """
 
+import math
+import numbers
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -33,18 +36,19 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        wrong = "{0}={1!r} does not work: {0} must be {2}".format
-        if self.temperature < 0:
-            raise ValueError(wrong("temperature", self.temperature, "0 (greedy) or more"))
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(wrong("top_k", self.top_k, "at least 1, or None or 0 for off"))
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(wrong("top_p", self.top_p, "above 0 and at most 1, or None for off"))
+        t, k, p = self.temperature, self.top_k, self.top_p
+        _require(_finite(t) and t >= 0, "temperature", t, "0 (greedy) or more, and finite")
+        whole = k is None or (isinstance(k, numbers.Integral) and k >= 0)
+        _require(whole, "top_k", k, "a whole number from 1, or None or 0 for off")
+        share = p is None or (_finite(p) and 0 < p <= 1)
+        _require(share, "top_p", p, "above 0 and at most 1, or None for off")
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
-        logits = logits.float() / self.temperature
+        tiny = torch.finfo(torch.float32).tiny  # what is below would be rounded to 0
+        logits = logits.float()
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, tiny)
         if self.top_k:
             kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
             logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -52,33 +56,63 @@ class Sampler:
             ordered, order = logits.sort(dim=-1, descending=True)
             probs = ordered.softmax(dim=-1)
             before = probs.cumsum(dim=-1) - probs  # the mass of likelier tokens
-            ordered = ordered.masked_fill(before >= self.top_p, float("-inf"))
+            ordered = ordered.masked_fill(before >= max(self.top_p, tiny), float("-inf"))
             logits = logits.scatter(-1, order, ordered)
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=self.generator)
 
 
-def check_prompt(idx: Tensor, cache: Cache | None) -> torch.Size:
-    """The shape (B, T) of a prompt that can be continued, on this cache; ValueError for another."""
+def _require(holds: bool, field: str, value: object, works: str) -> None:
+    if not holds:
+        raise ValueError(f"{field}={value!r} does not work: {field} must be {works}")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def stop_ids(stop: int | Iterable[int] | None) -> list[int]:
+    """The token ids that end a row: integers of any type, also a tensor's; else ValueError."""
+    single = stop is not None and (getattr(stop, "ndim", 1) == 0 or not isinstance(stop, Iterable))
+    try:
+        return [operator.index(token) for token in ([stop] if single else stop or ())]
+    except TypeError:
+        wrong = f"stop={stop!r} does not work"
+        raise ValueError(f"{wrong}: stop must be None, a token id or several") from None
+
+
+@torch.inference_mode()
+def check_prompt(idx: Tensor, cache: Cache | None, block_size: int) -> Tensor:
+    """
+    What a model can look at of a prompt idx (B, T), its last tokens. A cache, which holds the first
+    cache.pos tokens of idx, is made ready to go on with them: it forgets the last one, which is
+    computed again, or all of them if idx does not fit it. ValueError for what cannot be continued.
+    """
     if idx.dim() != 2 or idx.size(1) == 0:
         wrong = f"idx of shape {tuple(idx.shape)} does not work"
         raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
-    if cache is not None and not cache.pos <= idx.size(1) <= cache.max_len:
-        raise ValueError(
-            f"the cache holds {cache.pos} of at most {cache.max_len} tokens, idx {idx.size(1)}: "
-            "it must begin with those and fit"
-        )
-    return idx.shape
+    if cache is None:
+        return idx[:, -block_size:]
+    if cache.pos > idx.size(1):
+        held = f"the cache holds {cache.pos} tokens, idx {idx.size(1)}"
+        raise ValueError(f"{held}: it must begin with those; truncate the cache")
+    longest = min(cache.max_len, block_size)
+    cache.rewind(idx.size(1) - 1 if idx.size(1) <= longest else 0)
+    return idx[:, -longest:]
 
 
+@torch.inference_mode()
 def crop_context(context: Tensor, cache: Cache | None, block_size: int) -> Tensor:
     """
     The last tokens of context (B, T) that a model can look at. A context that has outgrown its
-    cache goes on with its newest max_len // 2 tokens, and the cache is emptied for them.
+    cache goes on with half of what that can hold, the newest, and the cache is emptied for them.
     """
-    if cache is None or context.size(1) <= cache.max_len:
+    if cache is None:
         return context[:, -block_size:]
+    longest = min(cache.max_len, block_size)
+    if context.size(1) <= longest:
+        return context
     cache.truncate(0)
-    return context[:, -max(cache.max_len // 2, 1) :]
+    return context[:, -max(longest // 2, 1) :]
 
 
 @torch.inference_mode()
@@ -269,25 +303,37 @@ def stream_tokens(
     use_cache: bool = True,
     cache_dtype: torch.dtype | None = None,
     cache: Cache | None = None,
+    stop: int | Iterable[int] | None = None,
 ) -> Iterator[Tensor]:
     """
-    The new tokens of idx (B, T), each (B, 1) as it is drawn. The other arguments are those of
-    GPT.generate. A prompt that all rows share is prefilled once.
+    The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout: a model in training
+    mode is in evaluation mode until the last. The other arguments are those of GPT.generate. A
+    prompt that all rows share is prefilled once.
     """
-    block_size = model.config.block_size
-    check_prompt(idx, cache)
-    context = idx[:, -block_size:]
-    if cache is not None:
-        cache.rewind(context.size(1) - 1)  # the last token is computed again if the cache holds it
-    elif use_cache and max_new_tokens > 0:
-        longest = min(block_size, idx.size(1) + max_new_tokens)
-        cache = model.make_cache(idx.size(0), longest, cache_dtype)
-        prefill_shared(model, context, cache)
-    for _ in range(max_new_tokens):
-        context = crop_context(context, cache, block_size)
-        token = next_token(model, context, cache, sampler)
-        context = torch.cat([context, token], dim=1)
-        yield token
+    whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
+    _require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
+    block_size, training, stops = model.config.block_size, model.training, stop_ids(stop)
+    context = check_prompt(idx, cache, block_size)
+    if training:
+        model.eval()
+    try:
+        if cache is None and use_cache and max_new_tokens > 0:
+            longest = min(block_size, idx.size(1) + max_new_tokens)
+            cache = model.make_cache(idx.size(0), longest, cache_dtype)
+            prefill_shared(model, context, cache)
+        done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            context = crop_context(context, cache, block_size)
+            token = torch.where(done, context[:, -1:], next_token(model, context, cache, sampler))
+            context = torch.cat([context, token], dim=1)
+            yield token
+            if stops:
+                done = torch.isin(token, torch.tensor(stops, device=idx.device))
+                if bool(done.all()):
+                    break
+    finally:
+        if training:
+            model.train()
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """From prompts to text, beside model.generate. Run: python -m pytest tests/test_engine.py"""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,3 +148,98 @@ def test_sampling_filters():
     assert draw["top_p", 1e-9] == {int(order[0])}
     assert min(len(draw[k]) for k in (("top_k", 0), ("top_k", 99), ("top_p", 1.0))) > len(nucleus)
     assert set(model.generate(idx, 1, temperature=0)[:, 1].tolist()) == {int(order[0])}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-300}, {"temperature": 1e-38}, {"top_p": 1e-300}]
+)
+def test_tiny_temperature_and_top_p_are_greedy(settings):
+    """What overflows or rounds to 0 in float32 is taken to its limit."""
+    logits = torch.randn(50, 23) * 1e4
+    best = logits.argmax(dim=-1, keepdim=True)
+    assert torch.equal(Sampler(**settings)(logits), best)
+    assert torch.equal(Sampler(**settings, top_k=5)(logits), best)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": float("nan")}, "temperature=nan .* 0 .greedy. or more"),
+        ({"temperature": float("inf")}, "temperature=inf .* finite"),
+        ({"temperature": "hot"}, "temperature='hot' .* 0 .greedy. or more"),
+        ({"top_p": float("nan")}, "top_p=nan .* above 0 and at most 1"),
+        ({"top_k": 2.5}, "top_k=2.5 .* a whole number"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1 .* a whole number from 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 .* a whole number from 0"),
+        ({"stop": "end"}, "stop='end' .* None, a token id or several"),
+        ({"stop": 1.5}, "stop=1.5 .* None, a token id or several"),
+        ({"stop": [1, None]}, "stop=.1, None. .* None, a token id or several"),
+    ],
+)
+def test_settings_that_do_not_work_are_named(settings, words):
+    """ValueError with the field, its value and what works, before anything is computed."""
+    with pytest.raises(ValueError, match=words):
+        make({}).generate(torch.zeros(1, 1, dtype=torch.long), **{"max_new_tokens": 2, **settings})
+
+
+def test_stop_takes_integers_of_every_type():
+    """numpy's, tensors without dimensions, and whatever can be iterated over them."""
+    model, idx = make({}), torch.tensor([[3, 1]])
+    out = model.generate(idx, 9, temperature=0)
+    stop = out[0, 4].item()
+    want = model.generate(idx, 9, temperature=0, stop=stop)
+    assert want.size(1) < out.size(1)
+    one, several = [np.int64(stop), torch.tensor(stop), np.array(stop)], [{stop: 1}, iter([stop])]
+    for given in (*one, *several, [torch.tensor(stop)], torch.tensor([stop]), np.array([stop])):
+        assert torch.equal(model.generate(idx, 9, temperature=0, stop=given), want)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_is_without_dropout_and_restores_the_mode(use_cache):
+    """A model in training mode draws what it draws in evaluation mode; an exception changes its
+    mode no more than an end does."""
+    model, idx = make({**TINY_MLA, "dropout": 0.5}), torch.tensor([[3, 1]])
+    want = model.generate(idx, 9, temperature=0, use_cache=use_cache)
+    model.train()
+    assert torch.equal(model.generate(idx, 9, temperature=0, use_cache=use_cache), want)
+    assert all(module.training for module in model.modules())
+    with pytest.raises(IndexError):
+        model.generate(idx + 23, 9, use_cache=use_cache)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, TINY_MLA, LATENT_TOKENS])
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_a_cache_shorter_than_the_prompt(settings, length):
+    """The newest tokens that it can hold are the context of the first token; also where it held the
+    beginning of a prompt that outgrew it."""
+    model, idx = make(settings), torch.randint(23, (2, 12))
+    with torch.no_grad():
+        first = model(idx[:, -length:])[0][:, -1].argmax(-1)
+    for held in range(length + 1):
+        cache = model.make_cache(2, length)
+        with torch.no_grad():
+            if held:
+                model(idx[:, :held], cache=cache)
+        out = model.generate(idx, 20, temperature=0, cache=cache)
+        assert out.shape == (2, 32) and torch.equal(out[:, 12], first)
+        kept = out[:, 31 - cache.pos : 31]  # what the cache holds: all but the last
+        with torch.no_grad():
+            again = model.make_cache(2, length)
+            model(kept, cache=again)
+        for a, b in zip(again.tensors, cache.tensors, strict=True):
+            end = cache.pos if cache.grows else None
+            torch.testing.assert_close(a[..., :end, :], b[..., :end, :], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="holds 5 tokens, idx 4: it must begin with those"):
+        cache = model.make_cache(1, 16)
+        with torch.no_grad():
+            model(idx[:1, :5], cache=cache)
+        model.generate(idx[:1, :4], 2, cache=cache)
+
+
+def test_a_cache_longer_than_the_context():
+    """Made by its class, it is used as far as block_size."""
+    model, idx = make(TINY_MLA), torch.randint(23, (1, 5))
+    cache = type(model.make_cache(1, 1))(model.config, 1, 40)
+    out = model.generate(idx, 40, temperature=0, cache=cache)
+    assert torch.equal(out, model.generate(idx, 40, temperature=0))

@@ -2,6 +2,7 @@
 tests/test_model.py"""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -418,8 +419,7 @@ def test_rotary_latent_by_a_loop(L, r, G):
             p = (rows @ turn(q[i, h], i) / L**0.5).softmax(0)
             want[i, h * hs : (h + 1) * hs] = values[h] @ turn(p @ rows, -i)
         want = want @ attn.c_proj.weight.T
-        # The rotary tables are float32, which bounds the agreement.
-        torch.testing.assert_close(attn(x)[0], want, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(attn(x)[0], want, atol=1e-12, rtol=1e-12)
 
 
 def test_rotary_latent_depends_on_distances_only():
@@ -633,6 +633,85 @@ def test_rewinding_a_cache(settings):
     assert cache.pos == 0
 
 
+KINDS = [
+    {}, {"pos_emb": "rope", "n_kv_head": 2}, {"use_svd": True, "svd_rank": 3}, TINY_MLA,
+    {**TINY_MLA, "mla_groups": 2}, {**TINY_MLA, "mla_latent_dim": (7, 3)},
+    {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8}, LATENT_TOKENS,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("settings", KINDS, ids=name)
+def test_a_cache_takes_no_gradients(settings, grad_checkpoint):
+    """An error with the remedy, in a GPT and in an attention alone; what the cache holds stays."""
+    model, idx = make(settings), torch.randint(23, (2, 6))
+    model.grad_checkpoint = grad_checkpoint
+    cache = model.make_cache(2, 8)
+    with torch.no_grad():
+        model(idx, cache=cache)
+    before = [t.clone() for t in cache.tensors]
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad or inference_mode"):
+        model.train()(idx[:, :1], cache=cache)
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad or inference_mode"):
+        model.transformer.h[0].attn(torch.randn(2, 1, 24), cache)
+    assert cache.pos == 6 and getattr(cache, "pending", None) is None
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", KINDS, ids=name)
+def test_a_float64_model(settings):
+    """It generates on its default cache, which is float64, and step by step on it its logits are
+    those of the whole context, and those of rotary tables that were never float32."""
+    model, idx = make({**settings, "block_size": 64}).double(), torch.randint(23, (2, 50))
+    full, cache = all_logits(model, idx), model.make_cache(2, 50)
+    assert cache.dtype == torch.float64 and model.generate(idx[:, :9], 20).shape == (2, 29)
+    for t in range(50):
+        logits = model(idx[:, t : t + 1], cache=cache)[0]
+        torch.testing.assert_close(logits[:, 0], full[:, t], atol=1e-12, rtol=1e-12)
+    if model.config.rotary_dim:
+        angle = torch.outer(torch.arange(50).double(), model.config.frequencies)
+        tables = (angle.cos(), angle.sin())
+        for block in model.transformer.h:
+            block.attn._rotation = lambda *args: tables
+        torch.testing.assert_close(all_logits(model, idx), full, atol=1e-12, rtol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_svd": True}, {"use_mla": True, "mla_latent_dim": 1}], ids=name
+)
+def test_one_head_of_one_number(settings, dtype):
+    """One row, one head of width 1, token by token: what the whole context gives."""
+    model, idx = make({**settings, "n_head": 1, "head_dim": 1}), torch.randint(23, (1, 5))
+    full, cache = all_logits(model, idx), model.make_cache(1, 5, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for t in range(5):
+        got = model(idx[:, t : t + 1], cache=cache)[0]
+        torch.testing.assert_close(got[:, 0], full[:, t], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_head": 10**9, "n_embd": 10**12}, {"n_head": 10**9 + 1, "n_embd": 10**12},
+        {"n_head": 10**9, "n_kv_head": 7, "n_embd": 10**12}, {"n_layer": 10**12},
+        {"n_head": 7, "n_embd": 2**11 * 3**4 * 5**9 * 11 * 13 * 17},  # hundreds of small divisors
+        {"use_mla": True, "mla_groups": 7, "head_dim": 4, "n_head": 10**12}, {"n_embd": 10**309},
+        {"n_layer": 10**12, "use_mla": True, "mla_latent_dim": (3, 4)},
+    ],
+)  # fmt: skip
+def test_absurd_shapes_are_answered_at_once(settings):
+    """GPTConfig loops over no size, and what it refuses is one line that can be read."""
+    began = time.perf_counter()
+    try:
+        GPTConfig(**settings)
+    except ValueError as error:
+        assert len(str(error)) < 1000 and "\n" not in str(error)
+    assert time.perf_counter() - began < 0.1
+
+
 def test_equal_widths_are_one_and_given_frequencies_are_those_of_theta():
     """(7, 7) is 7, and the frequencies of rope_theta written out change nothing."""
     assert tiny_config(**{**TINY_MLA, "mla_latent_dim": (7, 7)}) == tiny_config(**TINY_MLA)
@@ -755,6 +834,10 @@ def test_absorbing_crossover():
         ),
         ({**TINY_MLA, "rope_freqs": (1.0, 0.5)}, ["rope_freqs=(1.0, 0.5)", "None or 1 numbers"]),
         ({"pos_emb": "rope", "rope_freqs": (1.0, 0.5, -1.0)}, ["rope_freqs", "above 0"]),
+        (
+            {"use_mla": True, "pos_emb": "rope", "head_dim": 3},
+            ["mla_rope_dim=None", "2 with mla_nope_dim=3, or 0 for no positions"],
+        ),
     ],
 )
 def test_invalid_shapes_say_what_would_work(settings, words):
