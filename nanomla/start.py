@@ -2,7 +2,8 @@
 Where a run starts: the model and state that --init_from names, and its folder.
 
 `cfg` is train.py's TrainConfig, or any dataclass of settings with the fields model (a GPTConfig),
-vocab_size, init_from, out_dir, dataset, and those that optim.lr_factor reads.
+vocab_size, init_from, out_dir, dataset, batch_size, device, parallel, eval_only, distill, and those
+that optim.lr_factor reads.
 """
 
 import contextlib
@@ -14,10 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from model import GPT, GPTConfig
-from nanomla import checkpoint, formats, optim, settings, surgery
+from nanomla import checkpoint, costs, formats, optim, settings, surgery
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset, locked
-from nanomla.distributed import print0, warn0
+from nanomla.distributed import print0, resolve_device, warn0
 from nanomla.errors import UserError
 from nanomla.runlog import read_log
 
@@ -67,8 +68,10 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
     """
     new_run = Checkpoint(model={}, model_args={})
     if cfg.init_from == "scratch":
-        vocab_size = cfg.vocab_size or padded_vocab(data)
-        return GPT(dataclasses.replace(cfg.model, vocab_size=vocab_size)), new_run
+        config = dataclasses.replace(cfg.model, vocab_size=cfg.vocab_size or padded_vocab(data))
+        if not cfg.eval_only:
+            _require_memory(cfg, config)
+        return GPT(config), new_run
 
     resume, asks_mla = cfg.init_from == "resume", "use_mla" in origins and cfg.model.use_mla
     if asks_mla and cfg.init_from in formats.PRETRAINED:
@@ -110,6 +113,17 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
         warn0("the optimizer starts anew, as the factors are new parameters")
         ckpt.optimizer, ckpt.scaler = None, None
     return model, dataclasses.replace(ckpt, model={})
+
+
+def _require_memory(cfg: Any, config: GPTConfig) -> None:
+    """Raise UserError if a new run cannot fit: its shards' share, for all of FSDP's processes."""
+    device, remedy = resolve_device(cfg.device), "use a smaller model, batch_size or block_size"
+    weights = 4 * costs.parameters(config)
+    costs.require_memory(weights, "a model of this size", "cpu", remedy)  # where it is made
+    needs = costs.training_bytes(config, cfg.batch_size)
+    if cfg.parallel == "fsdp":
+        needs -= 4 * weights  # weights, gradients and two moments are shared out
+    costs.require_memory(needs, "training this model with this batch", device, remedy)
 
 
 def _not_latent(cfg: Any, origins: dict[str, str], source: str) -> UserError:
