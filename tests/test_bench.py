@@ -85,6 +85,13 @@ def test_report_takes_what_the_config_names(tmp_path, dataset):
     assert warnings.count("\n") == 1 and "50,304" in warnings
 
 
+def test_report_of_heads_that_mha_cannot_rotate(tmp_path):
+    """MHA stands beside them with learned positions."""
+    latent = ["--use_mla", "--pos_emb=rope", "--mla_nope_dim=3", "--mla_rope_dim=2"]
+    rows, _ = counted(tmp_path, "--n_embd=12", "--n_head=4", "--mla_latent_dim=4", *latent)
+    assert rows["cache bytes per token, float32"] == f"{12 * 6 * 4}"
+
+
 def test_report_of_absurd_sizes(tmp_path):
     """Layers that are alike are counted, not built; what no tensor can hold is one line."""
     shape = ["--n_head=1", "--n_embd=8", "--vocab_size=9", "--block_size=4", "--mla_share_latent"]

@@ -699,6 +699,8 @@ def report(cfg: ReportConfig, device: str) -> Rows:
         config = dataclasses.replace(cfg.model, vocab_size=token_ids(cfg))
     plain: dict[str, Any] = dict.fromkeys(("use_mla", "use_svd", "use_latent_tokens"), False)
     plain |= {"n_kv_head": None, "rope_freqs": None, "mla_latent_dim": None}
+    if config.hs % 2:  # MHA cannot rotate heads of an odd size
+        plain["pos_emb"] = "learned"
     context = config.block_size if cfg.context is None else cfg.context
     models = Counted(config), Counted(dataclasses.replace(config, **plain))
 
