@@ -1,10 +1,15 @@
 """tools.bench counts and times. Run: python -m pytest tests/test_bench.py"""
 
 import json
+import sys
+import time
 
 import pytest
 import torch
 
+from model import GPT, GPTConfig
+from nanomla import costs
+from nanomla.dataset import Dataset
 from tests.conftest import QUICK, fails_with_one_line, run
 from tools import bench
 
@@ -54,6 +59,68 @@ def test_report_stands_beside_plain_mha(flags, figure, ratio, tmp_path):
     assert row["MHA / this"] == ratio
 
 
+def counted(tmp_path, *args):
+    """The rows of a report by what they count, and what it says on stderr."""
+    done = run("tools.bench", "--report", *args, f"--json={tmp_path}/r.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    return {row[""]: row["this config"] for row in rows}, done.stderr
+
+
+def test_report_takes_what_the_config_names(tmp_path, dataset):
+    """The vocabulary of its dataset, and its block_size; without the data GPT-2's, and one line."""
+    shape = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=24"]
+    embeddings, tokens = "parameters: embeddings and lm_head", Dataset(str(dataset), 1).vocab_size
+    (tmp_path / "c.py").write_text(f"dataset = {str(dataset)!r}\nmax_iters = 3\n")
+    rows, warnings = counted(tmp_path, *shape, str(tmp_path / "c.py"))
+    assert rows[embeddings] == f"{16 * (24 + tokens):,}" and not warnings
+    config = GPTConfig(24, tokens, n_layer=3, n_head=2, n_embd=16, bias=False)
+    flops = costs.flops_per_token(GPT(config), 24, absorbed=True)
+    assert rows["FLOPs per decoded token at 24"] == f"{flops:,}"
+    assert rows["parameters: all"] == f"{GPT(config).get_num_params(False):,}"
+    rows, warnings = counted(tmp_path, *shape, "--dataset=no-such-data", "--context=100")
+    assert rows[embeddings] == f"{16 * (24 + 50304):,}"
+    assert "FLOPs per decoded token at 100" in rows
+    assert warnings.startswith("warning: dataset no-such-data is not prepared")
+    assert warnings.count("\n") == 1 and "50,304" in warnings
+
+
+def test_report_of_heads_that_mha_cannot_rotate(tmp_path):
+    """MHA stands beside them with learned positions."""
+    latent = ["--use_mla", "--pos_emb=rope", "--mla_nope_dim=3", "--mla_rope_dim=2"]
+    rows, _ = counted(tmp_path, "--n_embd=12", "--n_head=4", "--mla_latent_dim=4", *latent)
+    assert rows["cache bytes per token, float32"] == f"{12 * 6 * 4}"
+
+
+def test_report_of_absurd_sizes(tmp_path):
+    """Layers that are alike are counted, not built; what no tensor can hold is one line."""
+    shape = ["--n_head=1", "--n_embd=8", "--vocab_size=9", "--block_size=4", "--mla_share_latent"]
+    shape += ["--use_mla", "--mla_latent_dim=3"]
+    began = time.perf_counter()
+    rows, _ = counted(tmp_path, "--n_layer=100000", *shape)
+    few, _ = counted(tmp_path, "--n_layer=3", *shape)
+    more, _ = counted(tmp_path, "--n_layer=4", *shape)
+    for what, figure in rows.items():
+        n, a, b = (int(text.replace(",", "")) for text in (figure, few[what], more[what]))
+        assert n == a + (100_000 - 3) * (b - a), what
+    wide = run("tools.bench", "--report", "--n_embd=12000000000000")
+    assert fails_with_one_line(wide, 1, "over 2^60 parameters", "smaller")
+    long = run("tools.bench", "--report", "--block_size=1000000000000000", "--pos_emb=rope")
+    assert fails_with_one_line(long, 1, "positions needs 2.1 EB", "--block_size")
+    deep = run("tools.bench", "profile", "--n_layer=1000000000", "--device=cpu")
+    assert fails_with_one_line(deep, 1, "the run needs", "are free; use a smaller model")
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize("flag", ["--vs_hf", "--vs-hf"])
+def test_transformers_are_missed_before_anything_is_timed(flag, monkeypatch):
+    """One line with the remedy, and no table."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(bench, "bench_train", None)
+    done = run("tools.bench", "train", flag)
+    assert fails_with_one_line(done, 1, "pip install transformers") and not done.stdout
+
+
 def test_alternation_and_roofline():
     """Every entry runs once a round, slow ones in 3 rounds; the roofline is the larger limit."""
     calls = []
@@ -77,6 +144,9 @@ def test_alternation_and_roofline():
         (["svd", "--rounds=3"], 2, ["unknown setting rounds"]),
         (["lengths", "--vs_hf"], 2, ["unknown setting vs_hf"]),
         (["decode", "--rounds=0"], 2, ["rounds", "at least 1"]),
+        (["lengths", "--rounds=100000000"], 2, ["rounds", "at most 10000"]),
+        (["--report", "--context=0"], 2, ["context", "at least 1"]),
+        (["--report", "--init_from=out", "--vocab_size=9"], 2, ["its own vocab_size"]),
         (["--report", "--max_iters=3"], 2, ["unknown setting max_iters"]),
         (
             ["--report", "config/train_mla.py", "--vocab_size=65", "--json=/no/where"],

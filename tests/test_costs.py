@@ -72,7 +72,7 @@ def test_parameters_by_arithmetic():
     deep = costs.parameters(GPTConfig(n_layer=100_000))
     assert deep == costs.parameters(GPTConfig(n_layer=1)) + 99_999 * 7_087_872
     wide = costs.parameters(GPTConfig(n_embd=12 * 10**12, use_mla=True, mla_share_latent=True))
-    assert wide > 12 * 8 * (12 * 10**12) ** 2 and time.perf_counter() - began < 0.1
+    assert wide > 12 * 8 * (12 * 10**12) ** 2 and time.perf_counter() - began < 0.5
 
 
 def test_free_memory(tmp_path, monkeypatch):

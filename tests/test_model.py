@@ -709,7 +709,7 @@ def test_absurd_shapes_are_answered_at_once(settings):
         GPTConfig(**settings)
     except ValueError as error:
         assert len(str(error)) < 1000 and "\n" not in str(error)
-    assert time.perf_counter() - began < 0.1
+    assert time.perf_counter() - began < 0.5
 
 
 def test_equal_widths_are_one_and_given_frequencies_are_those_of_theta():

@@ -18,6 +18,7 @@ from nanomla.errors import UsageError, UserError, run_script
 
 # isort: split
 import dataclasses
+import importlib
 import json
 import statistics
 import sys
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from model import ATTENTION, GPT, Cache, GPTConfig
 from nanomla import checkpoint, costs, formats
 from nanomla.dataset import Dataset
-from nanomla.distributed import resolve_device, resolve_dtype
+from nanomla.distributed import resolve_device, resolve_dtype, warn0
 from nanomla.optim import make_optimizers
 from nanomla.settings import check, configure, declared
 from nanomla.start import padded_vocab
@@ -48,7 +49,7 @@ class BenchConfig:
     """The settings of `svd`, and of every command that times something."""
 
     device: Annotated[str, "#bench", "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    seed: Annotated[int, "of weights and inputs", ">= 0"] = 1337
+    seed: Annotated[int, "of weights and inputs", ">= 0", "<= 1e18"] = 1337
     json: Annotated[str | None, "write the figures to this file too"] = None
 
     def __post_init__(self) -> None:
@@ -59,7 +60,9 @@ class BenchConfig:
 class RoundsConfig(BenchConfig):
     """The settings of `lengths`."""
 
-    rounds: Annotated[int, "#bench", "rounds that the medians are taken over", ">= 1"] = 15
+    rounds: Annotated[
+        int, "#bench", "rounds that the medians are taken over", ">= 1", "<= 10000"
+    ] = 15
 
 
 @dataclass
@@ -76,7 +79,11 @@ class ReportConfig:
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     report: Annotated[bool, "#report", "count instead of timing"] = False
     init_from: Annotated[str | None, "a run, an export or other weights instead"] = None
-    context: Annotated[int, "tokens of context that a decoded token is counted at", ">= 1"] = 1000
+    vocab_size: Annotated[int | None, "token ids; None: the dataset's", ">= 1"] = None
+    dataset: Annotated[str | None, "a folder below data/, or a path; None: GPT-2's ids"] = None
+    context: Annotated[
+        int | None, "tokens that a decoded token attends to; None: block_size", ">= 1", "<= 1e9"
+    ] = None
     json: Annotated[str | None, "write the figures to this file too"] = None
 
     def __post_init__(self) -> None:
@@ -88,7 +95,9 @@ class ProfileConfig:
     """The settings of `profile`: a run's."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    rounds: Annotated[int, "#profile", "iterations that the medians are taken over", ">= 1"] = 60
+    rounds: Annotated[
+        int, "#profile", "iterations that the medians are taken over", ">= 1", "<= 10000"
+    ] = 60
     json: Annotated[str | None, "write the figures to this file too"] = None
 
     def __post_init__(self) -> None:
@@ -119,10 +128,17 @@ def main(argv: list[str] | None = None) -> None:
     config_class, command = commands[given[0].removesuffix("=True") if given else "decode"]
     rest = [arg for arg in argv if arg not in commands]
     cfg, origins = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
-    shape = [name for name in origins if declared(config_class)[name].part == "model"]
+    parts = {name: declared(config_class)[name].part for name in origins}
+    shape = [n for n, part in parts.items() if part == "model" or n in ("vocab_size", "dataset")]
     if command is report and cfg.init_from and shape:
         raise UsageError(f"init_from has its own {shape[0]}; leave out one of them")
+    if getattr(cfg, "vs_hf", False):
+        importlib.import_module("transformers")  # or one line that says how to install it
     device = resolve_device(getattr(cfg, "device", "cpu"))
+    if isinstance(cfg, ProfileConfig):
+        known = dataclasses.replace(cfg.train.model, vocab_size=cfg.train.vocab_size or 1)
+        least = costs.training_bytes(known, cfg.train.batch_size, optimizer_bytes_per_parameter=4)
+        costs.require_memory(least, "the run", device, "use a smaller model or --batch_size")
     if command is not report:
         print(f"{machine(device)}, torch {torch.__version__}, seed {cfg.seed}")
         torch.manual_seed(cfg.seed)
@@ -678,12 +694,16 @@ def bench_svd(cfg: BenchConfig, device: str) -> Rows:
 
 def report(cfg: ReportConfig, device: str) -> Rows:
     """Parameters by part, cache bytes per token and FLOPs per token of a config, beside MHA's."""
-    config = cfg.model
     if cfg.init_from:
         config = checkpoint.build(formats.open_weights(cfg.init_from, prefer_best=True))[0].config
+    else:
+        config = dataclasses.replace(cfg.model, vocab_size=token_ids(cfg))
     plain: dict[str, Any] = dict.fromkeys(("use_mla", "use_svd", "use_latent_tokens"), False)
-    plain |= {"n_kv_head": None, "rope_freqs": None}
-    models = GPT(config), GPT(dataclasses.replace(config, **plain))
+    plain |= {"n_kv_head": None, "rope_freqs": None, "mla_latent_dim": None}
+    if config.hs % 2:  # MHA cannot rotate heads of an odd size
+        plain["pos_emb"] = "learned"
+    context = config.block_size if cfg.context is None else cfg.context
+    models = Counted(config), Counted(dataclasses.replace(config, **plain))
 
     def count(model: GPT, part: str) -> int:
         return sum(p.numel() for name, p in model.named_parameters() if part in name)
@@ -691,7 +711,7 @@ def report(cfg: ReportConfig, device: str) -> Rows:
     def bytes_per_token(model: GPT, dtype: torch.dtype) -> int:
         return model.make_cache(1, 1, dtype).bytes_per_token
 
-    lines: list[tuple[str, Callable[[GPT], float]]] = [
+    lines: list[tuple[str, Callable[[GPT], int]]] = [
         ("parameters: embeddings and lm_head", lambda m: count(m, ".wte.") + count(m, ".wpe.")),
         ("parameters: attention", lambda m: count(m, ".attn.")),
         ("parameters: MLPs", lambda m: count(m, ".mlp.")),
@@ -700,8 +720,8 @@ def report(cfg: ReportConfig, device: str) -> Rows:
         ("cache bytes per token, float32", lambda m: bytes_per_token(m, torch.float32)),
         ("cache bytes per token, bfloat16", lambda m: bytes_per_token(m, torch.bfloat16)),
         (
-            f"FLOPs per decoded token at {cfg.context:,}",
-            lambda m: costs.flops_per_token(m, cfg.context, absorbed=True),
+            f"FLOPs per decoded token at {context:,}",
+            lambda m: costs.flops_per_token(m, context, absorbed=True),
         ),
         (
             "FLOPs per trained token (forward and backward)",
@@ -710,11 +730,47 @@ def report(cfg: ReportConfig, device: str) -> Rows:
     ]
     rows = []
     for what, figure in lines:
-        mine, theirs = (figure(model) for model in models)
+        mine, theirs = (model.total(figure) for model in models)
         row = {"": what, "this config": f"{mine:,}", "MHA": f"{theirs:,}"}
         rows.append(row | {"MHA / this": f"{theirs / mine:.2f}" if mine else "constant state"})
     shape = f"{config.n_layer} layers, {config.n_embd} wide, vocabulary {config.vocab_size:,}"
     return table(f"Counted from the tensors themselves: {shape}", rows)
+
+
+def token_ids(cfg: ReportConfig) -> int:
+    """The vocab_size that a run of this config has; GPT-2's, with a warning, without the data."""
+    if cfg.vocab_size or not cfg.dataset:
+        return cfg.vocab_size or cfg.model.vocab_size
+    try:
+        return padded_vocab(Dataset(cfg.dataset, 1))
+    except UserError as error:
+        warn0(f"{error}; counted with a vocabulary of {cfg.model.vocab_size:,}")
+        return cfg.model.vocab_size
+
+
+class Counted:
+    """
+    A model that is counted without being built: its tensors have shapes only, and of layers that
+    are alike, however many, there are two. Raises UserError for sizes beyond those of tensors.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        if costs.parameters(config) >= 2**60:
+            raise UserError("a model of over 2^60 parameters cannot be counted; make it smaller")
+        costs.require_memory(
+            32 * config.block_size * (1 + config.rotary_dim), "a table of all positions", "cpu",
+            "use less --block_size",
+        )  # fmt: skip
+        self.alike = not isinstance(config.mla_latent_dim, tuple)
+        self.layers = config.n_layer
+        depths = (1, 2) if self.alike else (config.n_layer,)
+        with torch.device("meta"):
+            self.models = [GPT(dataclasses.replace(config, n_layer=n)) for n in depths]
+
+    def total(self, figure: Callable[[GPT], int]) -> int:
+        """A figure of the whole model that every layer adds to."""
+        first, *more = map(figure, self.models)
+        return first + sum((self.layers - 1) * (second - first) for second in more)
 
 
 if __name__ == "__main__":
