@@ -72,9 +72,11 @@ def _finite(value: object) -> bool:
 
 def stop_ids(stop: int | Iterable[int] | None) -> list[int]:
     """The token ids that end a row: integers of any type, also a tensor's; else ValueError."""
-    single = stop is not None and (getattr(stop, "ndim", 1) == 0 or not isinstance(stop, Iterable))
+    if stop is None:
+        return []
+    single = getattr(stop, "ndim", 1) == 0 or not isinstance(stop, Iterable)
     try:
-        return [operator.index(token) for token in ([stop] if single else stop or ())]
+        return [operator.index(token) for token in ([stop] if single else stop)]
     except TypeError:
         wrong = f"stop={stop!r} does not work"
         raise ValueError(f"{wrong}: stop must be None, a token id or several") from None
@@ -312,7 +314,8 @@ def stream_tokens(
     """
     whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
     _require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
-    block_size, training, stops = model.config.block_size, model.training, stop_ids(stop)
+    block_size, stops = model.config.block_size, stop_ids(stop)
+    training = [module for module in model.modules() if module.training]
     context = check_prompt(idx, cache, block_size)
     if training:
         model.eval()
@@ -332,8 +335,8 @@ def stream_tokens(
                 if bool(done.all()):
                     break
     finally:
-        if training:
-            model.train()
+        for module in training:  # a part may have been in evaluation mode before
+            module.training = True
 
 
 @torch.inference_mode()

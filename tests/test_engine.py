@@ -12,6 +12,7 @@ from nanomla.engine import (
     Sampling,
     StopText,
     prefill_shared,
+    stop_ids,
     stream_tokens,
 )
 from nanomla.settings import UserError
@@ -192,6 +193,9 @@ def test_stop_takes_integers_of_every_type():
     one, several = [np.int64(stop), torch.tensor(stop), np.array(stop)], [{stop: 1}, iter([stop])]
     for given in (*one, *several, [torch.tensor(stop)], torch.tensor([stop]), np.array([stop])):
         assert torch.equal(model.generate(idx, 9, temperature=0, stop=given), want)
+    for pair in (torch.tensor([stop, stop]), np.array([stop, stop])):
+        assert torch.equal(model.generate(idx, 9, temperature=0, stop=pair), want)
+    assert stop_ids(torch.tensor([0])) == [0] and stop_ids(np.array([], dtype=int)) == []
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -200,12 +204,13 @@ def test_generation_is_without_dropout_and_restores_the_mode(use_cache):
     mode no more than an end does."""
     model, idx = make({**TINY_MLA, "dropout": 0.5}), torch.tensor([[3, 1]])
     want = model.generate(idx, 9, temperature=0, use_cache=use_cache)
-    model.train()
+    model.train().transformer.drop.eval()
+    modes = [module.training for module in model.modules()]
     assert torch.equal(model.generate(idx, 9, temperature=0, use_cache=use_cache), want)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     with pytest.raises(IndexError):
         model.generate(idx + 23, 9, use_cache=use_cache)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("settings", [{}, TINY_MLA, LATENT_TOKENS])
