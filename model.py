@@ -657,14 +657,9 @@ class MultiHeadLatentAttention(LatentAttention):
         T, G = q.size(2), self.G
         q, q_rope = q.split([self.nope, self.r], dim=-1)
         q = per_head(q, self.k_expand.weight.view(self.nh, -1, self.L))  # W_UK_h^T q_h
-        extra = None
-        if kr is not None:  # one rotary key for all groups, beside their latents
-            kr = dequantise(kr, q.dtype)
-            extra = by_group(q_rope, G).flatten(1, 2) @ kr.squeeze(1).mT
-            extra = extra.unflatten(1, (G, -1))  # (B, G, T * m, S)
-        elif self.r:
-            q = torch.cat([q, q_rope], dim=-1)  # as the rows are
-        o = attend(by_group(q, G), rows, None, T, self.scale, extra)[..., : self.L]
+        if self.r:
+            q = torch.cat([q, q_rope], dim=-1)
+        o = attend(by_group(q, G), rows, None, T, self.scale, kr)[..., : self.L]
         return self._read_values(by_head(o.to(q.dtype), T))  # from (B, G, T * m, L)
 
     def numbers_per_key(self, decoding: bool) -> int:
@@ -698,13 +693,10 @@ class RotaryLatentAttention(LatentAttention):
         q = self._turn(self._queries(x), (cos, sin)).transpose(1, 2)  # (B, nh, T, L)
         if cache is not None:
             (past,) = cache.update(self.layer, rows)
-        if pos > 0:
-            o = attend(by_group(q, self.G), past, None, T, self.scale)
-            o = by_head(o.to(x.dtype), T)
-        else:  # the new tokens are all there is; every head sees its group's rows
-            rows = rows.repeat_interleave(self.nh // self.G, dim=1)
-            dropout = self.config.dropout * self.training
-            o = attend(q, rows, None, T, self.scale, dropout=dropout)
+        rows = past if pos > 0 else rows  # new tokens that are all there is need no rounding
+        dropout = self.config.dropout * (self.training and pos == 0)
+        o = attend(by_group(q, self.G), rows, None, T, self.scale, dropout=dropout)
+        o = by_head(o.to(x.dtype), T)
         o = self._turn(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
         return self._output(self._read_values(o))
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import Linear
 from nanomla import kernels
@@ -46,6 +47,7 @@ CASES = [  # B, X, T, m, S, D, W
     (1, 1, 1, 4, 2049, 9, None), (1, 1, 3, 2, 1500, 9, None), (2, 1, 8, 3, 5000, 9, None),
     (1, 1, 1, 1, 1, 1, 1), (1, 1, 5, 1, 5, 7, 7), (2, 3, 1, 1, 40, 7, 5), (2, 3, 4, 2, 40, 7, 5),
     (2, 3, 9, 1, 40, 7, 7), (3, 2, 6, 2, 6, 8, None), (2, 4, 1, 2, 300, 8, None),
+    (2, 3, 11, 2, 40, 7, 5), (2, 3, 11, 2, 11, 7, 5), (1, 1, 70, 3, 40000, 5, None),
 ]  # fmt: skip
 
 
@@ -76,13 +78,52 @@ def test_split_keys_is_the_reference():
         )
 
 
-def test_extra_scores_are_added_before_scaling():
-    """Scores of one more key part given apart equal those of the longer key."""
-    q, k = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 30, 12)
-    v = torch.randn(2, 3, 30, 5)
-    extra = q[..., 7:] @ k[..., 7:].mT
-    got = kernels.attend(q[..., :7], k[..., :7], v, 4, 0.3, extra)
-    torch.testing.assert_close(got, reference.attend(q, k, v, 4, 0.3), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("v", [None, 5])
+@pytest.mark.parametrize(("T", "S"), [(1, 30), (4, 30), (4, 4), (20, 20), (12, 30)])
+def test_a_key_part_that_heads_share(T, S, v):
+    """Keys in two parts, one of which all heads share, are the longer keys."""
+    q, k, beside = torch.randn(2, 3, T * 2, 12), torch.randn(2, 3, S, 7), torch.randn(2, 1, S, 5)
+    v = None if v is None else torch.randn(2, 3, S, v)
+    whole = torch.cat([k, beside.expand(-1, 3, -1, -1)], dim=-1)
+    want = reference.attend(q, whole, k if v is None else v, T, 0.3)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            got = kernels.attend(q, k, v, T, 0.3, beside)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    got = reference.attend(q, k, v, T, 0.3, beside)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The numbers in the largest tensor that any operation makes, views aside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numbers = max(self.numbers, t.untyped_storage().nbytes() // t.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("own_values", [True, False])
+@pytest.mark.parametrize(("S", "m", "r"), [(1024, 1, 0), (1024, 2, 4), (3000, 1, 4), (3000, 3, 0)])
+def test_a_prefill_makes_no_scores(S, m, r, own_values, kept):
+    """1,024 tokens, the first of a context or its last: nothing is as large as their scores."""
+    q, k, v, beside = (torch.randn(1, h, n, w) for h, n, w in [
+        (2, 1024 * m, 8 + r), (2, S, 8), (2, S, 5), (1, S, r)
+    ])  # fmt: skip
+    rows = [k, v if own_values else None, beside if r else None]
+    keep = kernels.quantise if kept == torch.int8 else lambda t: t.to(kept)
+    rows = [t if t is None else keep(t) for t in rows]
+    with torch.no_grad(), Largest() as largest:
+        got = kernels.attend(q, *rows[:2], 1024, 0.3, rows[2])
+    assert largest.numbers < 1024 * S / 2
+    exact = [t if t is None else kernels.dequantise(t, torch.float64) for t in rows]
+    want = reference.attend(q.double(), *exact[:2], 1024, 0.3, exact[2])
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_the_reference_by_a_loop():
