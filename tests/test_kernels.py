@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Linear
+from model import GPT, Linear
 from nanomla import kernels
-from nanomla.kernels import cpu, reference
+from nanomla.kernels import blocks, cpu, reference
+from tests.conftest import TINY_MLA, randomise, tiny_config
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -68,6 +69,27 @@ def test_attend_is_the_reference(case, dtype, tolerance, threads):
         torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("T", "S"), [(1, 5000), (3, 2100), (4, 4), (20, 60)])
+@pytest.mark.parametrize(("X", "m", "W", "r"), [(3, 1, 5, 0), (1, 4, None, 0), (2, 2, None, 3)])
+def test_narrow_rows_are_computed_in_float32(X, m, W, r, T, S, kept, threads, monkeypatch):
+    """float32 queries on a bfloat16 or float16 cache lose nothing but what the rows have lost, and
+    narrow queries no more than one rounding of the result, with scores of up to 30."""
+    monkeypatch.setattr(blocks, "BLOCK", 9000)
+    shapes = (X, T * m, 9 + r), (X, S, 9), (X, S, W or 1), (1, S, r)
+    q, k, v, beside = (torch.randn(1, *shape) for shape in shapes)
+    k, v, beside = k.to(kept), v.to(kept) if W else None, beside.to(kept) if r else None
+    exact = [None if t is None else t.double() for t in (k, v, beside)]
+    for dtype, limit in ((torch.float32, 1e-5), (kept, 4e-3)):
+        if dtype == kept and T > 8:
+            continue  # torch's own kernel, whose weights are narrow too
+        q = q.to(dtype)
+        with torch.no_grad():
+            got = kernels.attend(q, k, v, T, 2.0, beside)
+        want = reference.attend(q.double(), *exact[:2], T, 2.0, exact[2])
+        assert got.dtype == dtype and (got.double() - want).norm() <= limit * want.norm()
+
+
 def test_split_keys_is_the_reference():
     """Every number of chunks, with remainders, one new token and several."""
     for T, S, chunks in itertools.product((1, 3, 8), (19, 64, 257), (1, 2, 5, 9)):
@@ -109,20 +131,20 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("own_values", [True, False])
-@pytest.mark.parametrize(("S", "m", "r"), [(1024, 1, 0), (1024, 2, 4), (3000, 1, 4), (3000, 3, 0)])
+@pytest.mark.parametrize(("S", "m", "r"), [(600, 1, 0), (600, 2, 4), (1500, 1, 4), (1500, 3, 0)])
 def test_a_prefill_makes_no_scores(S, m, r, own_values, kept):
-    """1,024 tokens, the first of a context or its last: nothing is as large as their scores."""
+    """600 tokens, the first of a context or its last: nothing is as large as their scores."""
     q, k, v, beside = (torch.randn(1, h, n, w) for h, n, w in [
-        (2, 1024 * m, 8 + r), (2, S, 8), (2, S, 5), (1, S, r)
+        (2, 600 * m, 8 + r), (2, S, 8), (2, S, 5), (1, S, r)
     ])  # fmt: skip
     rows = [k, v if own_values else None, beside if r else None]
     keep = kernels.quantise if kept == torch.int8 else lambda t: t.to(kept)
     rows = [t if t is None else keep(t) for t in rows]
     with torch.no_grad(), Largest() as largest:
-        got = kernels.attend(q, *rows[:2], 1024, 0.3, rows[2])
-    assert largest.numbers < 1024 * S / 2
+        got = kernels.attend(q, *rows[:2], 600, 0.3, rows[2])
+    assert largest.numbers < 600 * S
     exact = [t if t is None else kernels.dequantise(t, torch.float64) for t in rows]
-    want = reference.attend(q.double(), *exact[:2], 1024, 0.3, exact[2])
+    want = reference.attend(q.double(), *exact[:2], 600, 0.3, exact[2])
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
@@ -135,3 +157,20 @@ def test_the_reference_by_a_loop():
         seen = S - T + t + 1
         weights = (k[0, 0, :seen] @ q[0, 0, t * m + i] * 0.5).softmax(0)
         torch.testing.assert_close(got[0, 0, t * m + i], weights @ v[0, 0, :seen])
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize("settings", [{"mla_groups": 4, "mla_latent_dim": 3}, {}], ids=str)
+def test_prompts_of_a_model_make_no_scores(settings, absorb):
+    """A prompt in two pieces of 300 tokens through MLA's cache, in both forms: what the whole
+    prompt gives, and no tensor as large as the scores of a piece."""
+    model = randomise(GPT(tiny_config(**TINY_MLA | settings, block_size=600)))
+    attn, cache, x = model.transformer.h[0].attn, model.make_cache(1, 600), torch.randn(1, 600, 24)
+    with torch.no_grad():
+        want, got = attn(x, absorb=not absorb), []
+        for piece in x.split(300, dim=1):
+            with Largest() as largest:
+                got.append(attn(piece, cache, absorb=absorb))
+            cache.advance(300)
+            assert largest.numbers < 300 * cache.pos
+    torch.testing.assert_close(torch.cat(got, dim=1), want, atol=1e-5, rtol=1e-4)

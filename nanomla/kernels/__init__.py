@@ -2,7 +2,8 @@
 The two functions that model.py spends its time in, computed the fastest way that a device has.
 
 reference.py defines each in a few lines; cpu.py holds what is faster on a CPU, blocks.py what takes
-narrow rows, int8.py rows of 8-bit integers. This module chooses. slots.py computes latent tokens, which have no keys.
+narrow rows, int8.py rows of 8-bit integers. This module chooses. slots.py computes latent tokens,
+which have no keys.
 """
 
 from typing import Any
@@ -66,7 +67,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, T: int, scale: float, dropout: floa
     if T == S:
         out = _sdpa(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
     else:
-        n, outs = max(2**20 // S, 32), []  # queries at a time, whose mask has up to 2^20 numbers
+        n, outs = min(max(2**21 // S, 32), 256), []  # queries at a time, for a small mask
         for part in q.split(n, dim=2):
             end = S - T + len(outs) * n + part.size(2)  # what follows is masked for all of them
             mask = reference.causal_mask(part.size(2), end, 1, q.device)
