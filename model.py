@@ -638,13 +638,14 @@ class MultiHeadLatentAttention(LatentAttention):
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """
-        Multiplications per head, D = nope + hs rows of W_UK and W_UV: expanded S L D + T S (D + r),
-        absorbed T L D + T S (2 L + r). Measured at L = 192, hs = 32, r = 16, S = 4,096: absorbing
-        takes 0.15 of expanding's time at T = 1, 0.7 at 24, 1.3 at 32.
+        Multiplications per head, with D = nope + hs rows of W_UK and W_UV: per pair of a query and
+        a key it sees, 2 max(nope + r, hs) expanded, as values are padded to the keys' width, and
+        2 (L + r) absorbed; besides S L D and T L D. Measured at L = 192, hs = 32, r = 16, S = 4096:
+        absorbing takes 0.1 of expanding's time at T = 1, 0.6 at 24, 0.8 at 32, 1.1 at 48.
         """
-        D = self.nope + self.hs
-        absorbed = T * (self.L * D + S * (2 * self.L + self.r))
-        return absorbed < S * (self.L * D + T * (D + self.r))
+        D, pairs = self.nope + self.hs, T * (2 * S - T + 1) // 2
+        expanded = S * self.L * D + 2 * pairs * max(self.nope + self.r, self.hs)
+        return T * self.L * D + 2 * pairs * (self.L + self.r) < expanded
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, ...]:
         """q (B, nh, T, nope + r), c (B, G, T, L) after its norm; with r > 0, kr (B, 1, T, r)."""
@@ -672,14 +673,9 @@ class MultiHeadLatentAttention(LatentAttention):
         T, G = q.size(2), self.G
         q, q_rope = q.split([self.nope, self.r], dim=-1)
         q = per_head(q, self.k_expand.weight.view(self.nh, -1, self.L))  # W_UK_h^T q_h
-        extra = None
-        if kr is not None:  # one rotary key for all groups, beside their latents
-            kr = dequantise(kr, q.dtype)
-            extra = by_group(q_rope, G).flatten(1, 2) @ kr.squeeze(1).mT
-            extra = extra.unflatten(1, (G, -1))  # (B, G, T * m, S)
-        elif self.r:
-            q = torch.cat([q, q_rope], dim=-1)  # as the rows are
-        o = attend(by_group(q, G), rows, None, T, self.scale, extra)[..., : self.L]
+        if self.r:
+            q = torch.cat([q, q_rope], dim=-1)
+        o = attend(by_group(q, G), rows, None, T, self.scale, kr)[..., : self.L]
         return self._read_values(by_head(o.to(q.dtype), T))  # from (B, G, T * m, L)
 
     def numbers_per_key(self, decoding: bool) -> int:
@@ -713,13 +709,10 @@ class RotaryLatentAttention(LatentAttention):
         q = self._turn(self._queries(x), (cos, sin)).transpose(1, 2)  # (B, nh, T, L)
         if cache is not None:
             (past,) = cache.update(self.layer, rows)
-        if pos > 0:
-            o = attend(by_group(q, self.G), past, None, T, self.scale)
-            o = by_head(o.to(x.dtype), T)
-        else:  # the new tokens are all there is; every head sees its group's rows
-            rows = rows.repeat_interleave(self.nh // self.G, dim=1)
-            dropout = self.config.dropout * self.training
-            o = attend(q, rows, None, T, self.scale, dropout=dropout)
+        rows = past if pos > 0 else rows  # new tokens that are all there is need no rounding
+        dropout = self.config.dropout * (self.training and pos == 0)
+        o = attend(by_group(q, self.G), rows, None, T, self.scale, dropout=dropout)
+        o = by_head(o.to(x.dtype), T)
         o = self._turn(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
         return self._output(self._read_values(o))
 

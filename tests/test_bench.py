@@ -137,11 +137,12 @@ def test_alternation_and_roofline():
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        ([], 2, ["decode, train, lengths, svd"]),
+        ([], 2, ["decode, prefill, train, lengths, svd"]),
         (["decode", "train"], 2, ["one of"]),
         (["decode", "--n_layer=3"], 2, ["unknown setting n_layer"]),
         (["decode", "--learning_rate=1"], 2, ["unknown setting learning_rate"]),
         (["svd", "--rounds=3"], 2, ["unknown setting rounds"]),
+        (["prefill", "--vs_hf"], 2, ["unknown setting vs_hf"]),
         (["lengths", "--vs_hf"], 2, ["unknown setting vs_hf"]),
         (["decode", "--rounds=0"], 2, ["rounds", "at least 1"]),
         (["lengths", "--rounds=100000000"], 2, ["rounds", "at most 10000"]),
@@ -160,11 +161,38 @@ def test_bad_input_is_one_line(args, status, words):
     assert fails_with_one_line(run("tools.bench", *args), status, *words)
 
 
+def test_prefill_shows_both_forms_and_the_choice(capsys):
+    """Every variant has its time and memory; MLA those of both forms, and the choice is one."""
+    with torch.inference_mode():
+        rows = {row["attention"]: row for row in bench.bench_prompt("cpu", 128, 1)}
+    assert len(rows) == 8 and all(float(row["ms"]) > 0 < float(row["MB"]) for row in rows.values())
+    forms = {name: row["chosen"] for name, row in rows.items() if "chosen" in row}
+    assert forms["MLA"] == "expanded" and forms["MLA, 12 groups"] == "absorbed" and len(forms) == 5
+    for name, form in forms.items():
+        row = rows[name]
+        assert row["ms"] == row[f"{form}, ms"] and row["MB"] == row[f"{form}, MB"]
+        assert float(row["chosen / better"]) >= 1
+    assert "| MLA, 12 groups " in capsys.readouterr().out
+
+
+def test_peak_bytes():
+    """What is alive together counts, and what was freed before does not."""
+
+    def run() -> None:
+        a = torch.empty(1000)
+        del a
+        b, c = torch.empty(3000), torch.empty(500)
+        del b, c
+
+    assert bench.peak_bytes(run, "cpu") == 3500 * 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "flags", "count"),
     [
         ("decode", ["--vs_hf", "--rounds=1"], 5),
+        ("prefill", ["--rounds=1"], 5),
         ("train", ["--vs_hf", "--rounds=1"], 3),
         ("lengths", ["--rounds=1"], 2),
         ("svd", [], 1),

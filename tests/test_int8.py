@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT
 from nanomla import kernels
-from nanomla.kernels import int8, reference
+from nanomla.kernels import blocks, reference
 from nanomla.kernels.int8 import LARGEST, Quantized, dequantise, quantise
 from tests.conftest import QUICK, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
 
@@ -71,7 +71,7 @@ def test_rows_at_the_ends_of_float16():
     assert exact(quantise(x)).isnan().any(dim=1).tolist() == [False, True, False, False]
 
 
-CASES = [  # B, X, T, m, S, D, W, extra
+CASES = [  # B, X, T, m, S, D, W, beside
     (1, 1, 1, 4, 2049, 9, None, False), (2, 1, 8, 3, 700, 9, None, True),
     (1, 1, 1, 1, 1, 1, 1, False), (1, 1, 5, 1, 5, 7, 7, False), (2, 3, 1, 1, 40, 7, 5, False),
     (2, 3, 4, 2, 40, 7, 5, True), (2, 3, 9, 1, 40, 7, 7, False), (1, 2, 12, 2, 30, 8, None, True),
@@ -83,17 +83,16 @@ CASES = [  # B, X, T, m, S, D, W, extra
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attend_is_the_reference(case, block, monkeypatch):
     """Against float64 on the dequantised rows: several blocks and one, few and many tokens."""
-    monkeypatch.setattr(int8, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     B, X, T, m, S, D, W, more = case
     q, k = torch.randn(B, X, T * m, D), quantise(torch.randn(B, X, S, D))
     v = None if W is None else quantise(torch.randn(B, X, S, W) * 3)
-    extra = torch.randn(B, X, T * m, S) if more else None
-    wide = [None if t is None else exact(t) for t in (k, v)]
-    added = None if extra is None else extra.double()
-    want = reference.attend(q.double(), *wide, T, 0.3, added)
+    beside = quantise(torch.randn(B, 1, S, 4)) if more else None
+    q = torch.cat([q, torch.randn(B, X, T * m, 4)], dim=-1) if more else q
+    wide = [None if t is None else exact(t) for t in (k, v, beside)]
+    want = reference.attend(q.double(), *wide[:2], T, 0.3, wide[2])
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10), (torch.bfloat16, 3e-2)):
-        given = None if extra is None else extra.to(dtype)
-        got = kernels.attend(q.to(dtype), k, v, T, 0.3, given)
+        got = kernels.attend(q.to(dtype), k, v, T, 0.3, beside)
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
@@ -102,7 +101,7 @@ def test_attend_is_the_reference(case, block, monkeypatch):
 @pytest.mark.parametrize("W", [None, 5])
 def test_one_head_on_several_cores(T, W, monkeypatch):
     """A part of the rows for each core, the rest of the division and the new tokens, merged."""
-    monkeypatch.setattr(int8, "BLOCK", 2000)
+    monkeypatch.setattr(blocks, "BLOCK", 2000)
     before = torch.get_num_threads()
     q, k = torch.randn(1, 1, T * 2, 9), quantise(torch.randn(1, 1, 3500, 9))
     v = None if W is None else quantise(torch.randn(1, 1, 3500, W))
@@ -131,7 +130,7 @@ class LargestFloat(TorchDispatchMode):
 @pytest.mark.parametrize("own_values", [True, False])
 def test_decoding_never_holds_all_rows_as_floats(own_values, monkeypatch):
     """One new token on 3,000 converts no more rows at a time than a block has."""
-    monkeypatch.setattr(int8, "BLOCK", 2000)
+    monkeypatch.setattr(blocks, "BLOCK", 2000)
     k = quantise(torch.randn(1, 2, 3000, 20))
     with LargestFloat() as largest:
         kernels.attend(torch.randn(1, 2, 4, 20), k, k if own_values else None, 1, 0.3)

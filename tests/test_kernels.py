@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import Linear
+from model import GPT, Linear
 from nanomla import kernels
-from nanomla.kernels import cpu, reference
+from nanomla.kernels import blocks, cpu, reference
+from tests.conftest import TINY_MLA, randomise, tiny_config
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -46,6 +48,7 @@ CASES = [  # B, X, T, m, S, D, W
     (1, 1, 1, 4, 2049, 9, None), (1, 1, 3, 2, 1500, 9, None), (2, 1, 8, 3, 5000, 9, None),
     (1, 1, 1, 1, 1, 1, 1), (1, 1, 5, 1, 5, 7, 7), (2, 3, 1, 1, 40, 7, 5), (2, 3, 4, 2, 40, 7, 5),
     (2, 3, 9, 1, 40, 7, 7), (3, 2, 6, 2, 6, 8, None), (2, 4, 1, 2, 300, 8, None),
+    (2, 3, 11, 2, 40, 7, 5), (2, 3, 11, 2, 11, 7, 5), (1, 1, 70, 3, 40000, 5, None),
 ]  # fmt: skip
 
 
@@ -66,6 +69,27 @@ def test_attend_is_the_reference(case, dtype, tolerance, threads):
         torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("T", "S"), [(1, 5000), (3, 2100), (4, 4), (20, 60)])
+@pytest.mark.parametrize(("X", "m", "W", "r"), [(3, 1, 5, 0), (1, 4, None, 0), (2, 2, None, 3)])
+def test_narrow_rows_are_computed_in_float32(X, m, W, r, T, S, kept, threads, monkeypatch):
+    """float32 queries on a bfloat16 or float16 cache lose nothing but what the rows have lost, and
+    narrow queries no more than one rounding of the result, with scores of up to 30."""
+    monkeypatch.setattr(blocks, "BLOCK", 9000)
+    shapes = (X, T * m, 9 + r), (X, S, 9), (X, S, W or 1), (1, S, r)
+    q, k, v, beside = (torch.randn(1, *shape) for shape in shapes)
+    k, v, beside = k.to(kept), v.to(kept) if W else None, beside.to(kept) if r else None
+    exact = [None if t is None else t.double() for t in (k, v, beside)]
+    for dtype, limit in ((torch.float32, 1e-5), (kept, 4e-3)):
+        if dtype == kept and T > 8:
+            continue  # torch's own kernel, whose weights are narrow too
+        q = q.to(dtype)
+        with torch.no_grad():
+            got = kernels.attend(q, k, v, T, 2.0, beside)
+        want = reference.attend(q.double(), *exact[:2], T, 2.0, exact[2])
+        assert got.dtype == dtype and (got.double() - want).norm() <= limit * want.norm()
+
+
 def test_split_keys_is_the_reference():
     """Every number of chunks, with remainders, one new token and several."""
     for T, S, chunks in itertools.product((1, 3, 8), (19, 64, 257), (1, 2, 5, 9)):
@@ -76,13 +100,52 @@ def test_split_keys_is_the_reference():
         )
 
 
-def test_extra_scores_are_added_before_scaling():
-    """Scores of one more key part given apart equal those of the longer key."""
-    q, k = torch.randn(2, 3, 8, 12), torch.randn(2, 3, 30, 12)
-    v = torch.randn(2, 3, 30, 5)
-    extra = q[..., 7:] @ k[..., 7:].mT
-    got = kernels.attend(q[..., :7], k[..., :7], v, 4, 0.3, extra)
-    torch.testing.assert_close(got, reference.attend(q, k, v, 4, 0.3), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("v", [None, 5])
+@pytest.mark.parametrize(("T", "S"), [(1, 30), (4, 30), (4, 4), (20, 20), (12, 30)])
+def test_a_key_part_that_heads_share(T, S, v):
+    """Keys in two parts, one of which all heads share, are the longer keys."""
+    q, k, beside = torch.randn(2, 3, T * 2, 12), torch.randn(2, 3, S, 7), torch.randn(2, 1, S, 5)
+    v = None if v is None else torch.randn(2, 3, S, v)
+    whole = torch.cat([k, beside.expand(-1, 3, -1, -1)], dim=-1)
+    want = reference.attend(q, whole, k if v is None else v, T, 0.3)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            got = kernels.attend(q, k, v, T, 0.3, beside)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    got = reference.attend(q, k, v, T, 0.3, beside)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The numbers in the largest tensor that any operation makes, views aside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.numbers = max(self.numbers, t.untyped_storage().nbytes() // t.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("own_values", [True, False])
+@pytest.mark.parametrize(("S", "m", "r"), [(600, 1, 0), (600, 2, 4), (1500, 1, 4), (1500, 3, 0)])
+def test_a_prefill_makes_no_scores(S, m, r, own_values, kept):
+    """600 tokens, the first of a context or its last: nothing is as large as their scores."""
+    q, k, v, beside = (torch.randn(1, h, n, w) for h, n, w in [
+        (2, 600 * m, 8 + r), (2, S, 8), (2, S, 5), (1, S, r)
+    ])  # fmt: skip
+    rows = [k, v if own_values else None, beside if r else None]
+    keep = kernels.quantise if kept == torch.int8 else lambda t: t.to(kept)
+    rows = [t if t is None else keep(t) for t in rows]
+    with torch.no_grad(), Largest() as largest:
+        got = kernels.attend(q, *rows[:2], 600, 0.3, rows[2])
+    assert largest.numbers < 600 * S
+    exact = [t if t is None else kernels.dequantise(t, torch.float64) for t in rows]
+    want = reference.attend(q.double(), *exact[:2], 600, 0.3, exact[2])
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_the_reference_by_a_loop():
@@ -94,3 +157,20 @@ def test_the_reference_by_a_loop():
         seen = S - T + t + 1
         weights = (k[0, 0, :seen] @ q[0, 0, t * m + i] * 0.5).softmax(0)
         torch.testing.assert_close(got[0, 0, t * m + i], weights @ v[0, 0, :seen])
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize("settings", [{"mla_groups": 4, "mla_latent_dim": 3}, {}], ids=str)
+def test_prompts_of_a_model_make_no_scores(settings, absorb):
+    """A prompt in two pieces of 300 tokens through MLA's cache, in both forms: what the whole
+    prompt gives, and no tensor as large as the scores of a piece."""
+    model = randomise(GPT(tiny_config(**TINY_MLA | settings, block_size=600)))
+    attn, cache, x = model.transformer.h[0].attn, model.make_cache(1, 600), torch.randn(1, 600, 24)
+    with torch.no_grad():
+        want, got = attn(x, absorb=not absorb), []
+        for piece in x.split(300, dim=1):
+            with Largest() as largest:
+                got.append(attn(piece, cache, absorb=absorb))
+            cache.advance(300)
+            assert largest.numbers < 300 * cache.pos
+    torch.testing.assert_close(torch.cat(got, dim=1), want, atol=1e-5, rtol=1e-4)

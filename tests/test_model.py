@@ -780,16 +780,26 @@ def test_initial_distributions():
             assert p.std().item() == pytest.approx(std, rel=0.05), name
 
 
+def pairs(T, S):
+    """How many keys the last T of S tokens see."""
+    return sum(S - T + t + 1 for t in range(T))
+
+
 def test_absorbing_crossover():
-    """The rule agrees with counting multiplications: absorbed for one token, expanded for a long
-    prefill."""
-    attn = make({**TINY_MLA, "mla_latent_dim": 20}).transformer.h[0].attn
+    """The rule agrees with counting multiplications, of causal pairs only: absorbed for one token,
+    expanded for a long prefill, unless the rows are narrower than the heads."""
     L, hs, r = 20, 6, 2
-    for T, S in itertools.product((1, 2, 3, 5, 9, 16, 40), (16, 100, 3000)):
-        expanded = S * L * (2 * hs - r) + 2 * T * S * hs
-        absorbed = T * L * (2 * hs - r) + T * S * (2 * L + r)
+    attn = make({**TINY_MLA, "mla_latent_dim": L}).transformer.h[0].attn
+    for T, S in itertools.product((1, 2, 3, 5, 9, 16, 40), (40, 100, 3000)):
+        expanded = S * L * (2 * hs - r) + pairs(T, S) * 2 * hs
+        absorbed = T * L * (2 * hs - r) + pairs(T, S) * 2 * (L + r)
         assert attn.absorbing_is_cheaper(T, S) == (absorbed < expanded)
     assert attn.absorbing_is_cheaper(1, 3000) and not attn.absorbing_is_cheaper(3000, 3000)
+    for groups, L, cheaper in ((4, 3, True), (4, 5, False), (2, 3, True)):  # L + r against hs
+        attn = make({**TINY_MLA, "mla_groups": groups, "mla_latent_dim": L}).transformer.h[0].attn
+        assert attn.absorbing_is_cheaper(3000, 3000) == cheaper
+    wide = {"mla_nope_dim": 3, "mla_rope_dim": 6, "mla_latent_dim": 2}  # keys of 9, values of 6
+    assert make({**TINY_MLA, **wide}).transformer.h[0].attn.absorbing_is_cheaper(3000, 3000)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 Time the attention variants against each other, against this machine's limits and transformers.
 
     python -m tools.bench decode [--vs_hf]  one layer at 32,768 tokens, a 124M GPT, a long batch
+    python -m tools.bench prefill           time and memory of prompts of 512 to 8,192 tokens
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
     python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
     python -m tools.bench svd               exact against randomized factors
@@ -18,8 +19,11 @@ from nanomla.errors import UsageError, UserError, run_script
 
 # isort: split
 import dataclasses
+import functools
 import importlib
+import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -58,7 +62,7 @@ class BenchConfig:
 
 @dataclass
 class RoundsConfig(BenchConfig):
-    """The settings of `lengths`."""
+    """The settings of `prefill` and `lengths`."""
 
     rounds: Annotated[
         int, "#bench", "rounds that the medians are taken over", ">= 1", "<= 10000"
@@ -116,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "decode": (TimingConfig, bench_decode),
+        "prefill": (RoundsConfig, bench_prefill),
         "train": (TimingConfig, bench_train),
         "lengths": (RoundsConfig, bench_lengths),
         "svd": (BenchConfig, bench_svd),
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     given = [arg for arg in argv if arg.removesuffix("=True") in commands]
     if len(given) != 1 and not {"--help", "-h"} & set(argv):
-        raise UsageError("say one of: decode, train, lengths, svd, profile, --report")
+        raise UsageError("say one of: decode, prefill, train, lengths, svd, profile, --report")
     config_class, command = commands[given[0].removesuffix("=True") if given else "decode"]
     rest = [arg for arg in argv if arg not in commands]
     cfg, origins = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
@@ -476,6 +481,87 @@ def hf_gpt2(device: str, dtype: torch.dtype, idx: Tensor, n: int) -> Callable[[]
         cache.crop(-n)  # what the call added
 
     return run
+
+
+# ---- prefill
+
+FORMS = ["expanded", "absorbed"]
+
+
+@torch.inference_mode()
+def bench_prefill(cfg: RoundsConfig, device: str) -> Rows:
+    """The tables of `prefill`; long prompts are timed in fewer rounds."""
+    return [
+        row
+        for T in (512, 1024, 2048, 4096, 8192)
+        for row in bench_prompt(device, T, min(cfg.rounds, max(2**13 // T, 2)))
+    ]
+
+
+def bench_prompt(device: str, T: int, rounds: int) -> Rows:
+    """One layer, 768 wide, T tokens into an empty cache: MLA in both forms and which it chooses."""
+    base = {"block_size": T, "vocab_size": 64, "n_layer": 1, "bias": False}
+    latent, rotary = {"use_mla": True, "mla_latent_dim": 192}, {"pos_emb": "rope"}
+    grouped = {"use_mla": True, "mla_latent_dim": 48, "mla_groups": 4}
+    variants = {
+        "MHA": {},
+        "MLA": latent,
+        "MLA, rotary 32": latent | rotary | {"mla_rope_dim": 32},
+        "MLA, 4 groups": grouped,
+        "MLA, 4 groups, rotary 32": grouped | rotary | {"mla_rope_dim": 32},
+        "MLA, 12 groups": grouped | {"mla_latent_dim": 32, "mla_groups": 12},
+        "MLA, rotary latent": latent | rotary | {"mla_rope": "latent"},
+        "64 latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 64},
+    }
+    x, entries, peaks = torch.randn(1, T, 768, device=device), [], {}
+    attns = {}
+
+    def run(name: str, forward: Callable[[], Tensor]) -> None:
+        if name in peaks:
+            forward()
+        else:  # in the round that warms up
+            peaks[name] = peak_bytes(forward, device)
+
+    for name, extra in variants.items():
+        model = GPT(GPTConfig(**base, **extra)).to(device).eval()
+        attns[name] = attn = model.transformer.h[0].attn
+        turn = (model.rope_cos, model.rope_sin) if model.config.rotary_dim else None
+        call = functools.partial(attn, x, model.make_cache(1, T), turn)
+        calls = {"": call}
+        if model.config.attention == "mla":
+            calls = {form: functools.partial(call, absorb=form == "absorbed") for form in FORMS}
+        for form, forward in calls.items():
+            entries.append(Timed(name + form, functools.partial(run, name + form, forward)))
+    took = alternate(entries, rounds, device)
+    rows = []
+    for name, attn in attns.items():
+        forms = [""] if name in took else FORMS
+        chosen = forms[-1 if len(forms) == 1 or attn.absorbing_is_cheaper(T, T) else 0]
+        seconds = {form: took[name + form].seconds for form in forms}
+        row = {"attention": name, "ms": f"{seconds[chosen] * 1e3:.1f}"}
+        row["MB"] = f"{peaks[name + chosen] / 1e6:.1f}"
+        if chosen:
+            row |= {f"{form}, ms": f"{s * 1e3:.1f}" for form, s in seconds.items()}
+            row |= {f"{form}, MB": f"{peaks[name + form] / 1e6:.1f}" for form in forms}
+            ratio = seconds[chosen] / min(seconds.values())
+            row |= {"chosen": chosen, "chosen / better": f"{ratio:.2f}"}
+        rows.append(row)
+    return table(f"Prefill of {T:,} tokens, one layer, 12 heads of 64, batch 1, float32", rows)
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most bytes that torch holds at a time for what is allocated during a run."""
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
+    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))
 
 
 # ---- train

@@ -1,8 +1,9 @@
 """
 The two functions that model.py spends its time in, computed the fastest way that a device has.
 
-reference.py defines each in a few lines; cpu.py holds what is faster on a CPU, int8.py what takes
-rows of 8-bit integers. This module chooses. slots.py computes latent tokens, which have no keys.
+reference.py defines each in a few lines; cpu.py holds what is faster on a CPU, blocks.py what takes
+narrow rows, int8.py rows of 8-bit integers. This module chooses. slots.py computes latent tokens,
+which have no keys.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomla.kernels import cpu, int8, reference
+from nanomla.kernels import blocks, cpu, reference
 from nanomla.kernels.int8 import Quantized, dequantise, quantise
 from nanomla.kernels.reference import by_group, by_head
 
@@ -24,7 +25,7 @@ def attend(
     v: Tensor | Quantized | None,
     T: int,
     scale: float,
-    extra: Tensor | None = None,
+    beside: Tensor | Quantized | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """
@@ -32,27 +33,48 @@ def attend(
 
     q (B, X, T * m, D): m query heads share each of X key heads; row t * m + i is token t's i-th.
     k (B, X, S, D) and v (B, X, S, W); v None: the rows of k are values too, as latents are.
-    extra (B, X, T * m, S): scores to add before scaling. Returns (B, X, T * m, W) in k's dtype,
-    which q is taken in, or in q's if k is Quantized. Many queries on quantized rows, and a GPU,
-    take them converted as a whole.
+    beside (B, 1, S, r): r more numbers of every key, the same in all X heads; q has them last.
+    Returns (B, X, T * m, W) in the wider dtype of q and k, in which all is computed, or in q's if k
+    is Quantized. Many queries on narrower rows, and a GPU, take them converted as a whole.
     """
-    few = T <= 8 and q.device.type == "cpu" and not torch.is_grad_enabled()
-    if isinstance(k, Quantized):
-        if few:
-            return int8.attend(q, k, v, T, scale, extra)
-        k, v = dequantise(k, q.dtype), None if v is None else dequantise(v, q.dtype)
-    q = q.to(k.dtype)  # a cache can be narrower than the model
-    S, rows = k.size(2), q.size(2)
-    if extra is not None:
-        return reference.attend(q, k, v, T, scale, extra)
-    if T == S == rows:  # nothing came before the new tokens: the common case in training
-        return _sdpa(q, k, k if v is None else v, dropout_p=dropout, is_causal=True, scale=scale)
-    if few:
+    dtype = q.dtype if isinstance(k, Quantized) else torch.promote_types(q.dtype, k.dtype)
+    few, q = T <= 8 and not torch.is_grad_enabled(), q.to(dtype)
+    on_cpu = few and q.device.type == "cpu"
+    if on_cpu and (isinstance(k, Quantized) or k.dtype.itemsize == 2):
+        return blocks.attend(q, k, v, T, scale, beside)
+    k, v, beside = (t if t is None else dequantise(t, dtype) for t in (k, v, beside))
+    if few and beside is not None:
+        return reference.attend(q, k, v, T, scale, beside)
+    if on_cpu and T < k.size(2):
         out = cpu.attend(q, k, v, T, scale)
         if out is not None:
             return out
-    mask = None if T == 1 else reference.causal_mask(T, S, rows // T, q.device)
-    return _sdpa(q, k, k if v is None else v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    W = (k if v is None else v).size(-1)
+    if beside is not None:
+        k = torch.cat([k, beside.expand(-1, k.size(1), -1, -1)], dim=-1)
+    return _causal(q, k, k if v is None else v, T, scale, dropout)[..., :W]
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, T: int, scale: float, dropout: float) -> Tensor:
+    """nanomla.kernels.attend by torch's attention, with no T x S mask or scores for large T."""
+    (B, X, rows, _), S = q.shape, k.size(2)
+    if T < S and T <= 8:
+        mask = None if T == 1 else reference.causal_mask(T, S, rows // T, q.device)
+        return _sdpa(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    if (m := rows // T) > 1:  # the m query heads become heads, for which keys are not copied
+        q = q.reshape(B * X, T, m, -1).transpose(1, 2)  # (B * X, m, T, D)
+        k, v = (t.flatten(0, 1).unsqueeze(1).expand(-1, m, -1, -1) for t in (k, v))
+    if T == S:
+        out = _sdpa(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+    else:
+        n, outs = min(max(2**21 // S, 32), 256), []  # queries at a time, for a small mask
+        for part in q.split(n, dim=2):
+            end = S - T + len(outs) * n + part.size(2)  # what follows is masked for all of them
+            mask = reference.causal_mask(part.size(2), end, 1, q.device)
+            how = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
+            outs.append(_sdpa(part, k[:, :, :end], v[:, :, :end], **how))
+        out = torch.cat(outs, dim=2)
+    return out if m == 1 else out.transpose(1, 2).reshape(B, X, rows, -1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:

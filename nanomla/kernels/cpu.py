@@ -20,9 +20,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float) -> Tens
     """
     nanomla.kernels.attend for a few new tokens, or None where torch's own kernel is faster.
 
-    Measured for one new token: torch's flash kernel is 1.3x (float32) to 4x (bfloat16) slower than
-    two matrix products on MHA's keys, and 1.3x slower on bfloat16 latents. On float32 latents,
-    which are keys and values at once, it is 1.4x faster if its keys are split over the cores.
+    Measured for one new token: torch's flash kernel is 1.3x slower than two matrix products on
+    MHA's keys. On latents, which are keys and values at once, it is 1.4x faster if its keys are
+    split over the cores. Rows narrower than float32 are blocks.py's.
     """
     latents = v is None and k.size(1) == 1 and k.dtype == torch.float32
     if not latents:
@@ -38,7 +38,7 @@ def plain_products(q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float)
     """The two matrix products of the reference."""
     if q.shape[:2] != (1, 1):
         return two_products(q, k, v, T, scale)
-    # A batch of one matrix takes up to 4x longer than the matrix itself (in bfloat16).
+    # A batch of one matrix takes longer than the matrix itself.
     q, k, v = q[0, 0], k[0, 0], None if v is None else v[0, 0]
     return two_products(q, k, v, T, scale)[None, None]
 

@@ -12,16 +12,22 @@ def causal_mask(T: int, S: int, m: int, device: torch.device) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float, extra: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float, beside: Tensor | None = None
 ) -> Tensor:
-    """softmax((q k^T + extra) scale) v, causal; the shapes are those of nanomla.kernels.attend."""
-    scores = (q * scale) @ k.mT  # (..., T * m, S); queries are fewer than keys, so they are scaled
-    if extra is not None:
-        scores = scores + (extra * scale).to(scores.dtype)
+    """softmax(q [k ; beside]^T scale) v, causal; the shapes are those of nanomla.kernels.attend."""
+    q = q * scale  # queries are fewer than keys, so they are scaled
+    scores = q[..., : k.size(-1)] @ k.mT  # (..., T * m, S)
+    if beside is not None:
+        scores = scores + scores_beside(q[..., k.size(-1) :], beside)
     if T > 1:
         mask = causal_mask(T, k.size(-2), q.size(-2) // T, q.device)
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.softmax(scores, dim=-1) @ (k if v is None else v)
+
+
+def scores_beside(q: Tensor, beside: Tensor) -> Tensor:
+    """q (B, X, T * m, r) times the key part (B, 1, S, r) that X heads share: (B, X, T * m, S)."""
+    return (q.flatten(1, 2) @ beside.squeeze(1).mT).unflatten(1, (q.size(1), -1))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
