@@ -1,12 +1,20 @@
 """Sampling, as a user does it. Run: python -m pytest tests/test_sample.py"""
 
+import contextlib
 import io
 import json
+import os
+import pty
+import select
+import sys
+import time
 
 import pytest
 import torch
 
+import sample
 from nanomla import checkpoint
+from nanomla.errors import run_script
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import QUICK, fails_with_one_line, run
 
@@ -173,6 +181,74 @@ def test_interactive_keeps_its_cache(trained, monkeypatch):
         )
         context, want = context + new, want + tokenizer.decode(new) + "\n"
     assert done.stdout == want
+
+
+def test_commands_of_a_conversation(trained, monkeypatch):
+    """They are answered on stderr and are no part of what the model reads; // sends a slash."""
+    args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=3", "--temperature=0"]
+    lines = ["to", "/stats", "/reset", "/stats", "to", "/save x", "//or"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    done = run("sample.py", *args)
+    first, second, *more = done.stdout.splitlines()
+    assert done.returncode == 0 and first == second and not more
+    stats, reset, empty, unknown, slash, _ = done.stderr.splitlines()
+    assert stats.startswith("6 of 16 tokens, 480 of 1,536 cache bytes, ") and "tokens/s" in stats
+    assert "is empty" in reset and empty.startswith("0 of 16 tokens, 0 of 1,536 cache bytes, ")
+    assert unknown.startswith("/save x is not a command; /reset ") and "character '/'" in slash
+
+
+class Terminal:
+    """A script's main in a child process with a terminal of its own, as a user sits at one."""
+
+    def __init__(self, main, *args):
+        self.pid, self.fd = pty.fork()
+        self.shown = ""
+        if self.pid == 0:
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.argv = ["sample.py", *args]
+            status = 1
+            try:
+                run_script(main)
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            finally:
+                os._exit(status)
+
+    def type(self, text, wait_for):
+        """Write this, and return what is shown next up to these characters."""
+        os.write(self.fd, text.encode())
+        began = time.monotonic()
+        while wait_for not in self.shown and time.monotonic() < began + 30:
+            if select.select([self.fd], [], [], 0.1)[0]:
+                self.shown += os.read(self.fd, 4096).decode()
+        before, found, self.shown = self.shown.partition(wait_for)
+        assert found, f"{wait_for!r} did not come after {text!r}: {before!r}"
+        return before
+
+    def wait(self):
+        """The exit status."""
+        with contextlib.suppress(OSError):  # EIO at its end
+            while chunk := os.read(self.fd, 4096):
+                self.shown += chunk.decode()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_ctrl_c_in_a_conversation(trained):
+    """It stops the answer and empties a line, and the conversation goes on; two in a row end it."""
+    args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=1000000"]
+    user = Terminal(sample.main, *args)
+    before = user.type("", wait_for="> ")
+    assert "/reset" in before and "/stats" in before and "Ctrl-D" in before
+    user.type("to\n", wait_for="to")
+    answer = user.type("", wait_for="t")  # it goes on and on
+    user.type("\x03", wait_for="> ")
+    user.type("or n\x03", wait_for="> ")
+    assert " of 16 tokens, " in user.type("/stats\n", wait_for=" tokens/s")
+    user.type("", wait_for="> ")
+    user.type("\x03", wait_for="> ")
+    user.type("\x03", wait_for="tokens/s on cpu")
+    assert user.wait() == 0 and "Traceback" not in answer + user.shown
 
 
 def test_a_closed_pipe_ends_quietly(trained):
