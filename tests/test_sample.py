@@ -226,6 +226,12 @@ class Terminal:
         assert found, f"{wait_for!r} did not come after {text!r}: {before!r}"
         return before
 
+    def interrupt(self, typing, wait_for):
+        """Ctrl-C, after these characters have been typed and echoed."""
+        self.type(typing, wait_for=typing)
+        time.sleep(0.1)  # until it waits for the next one
+        return self.type("\x03", wait_for)
+
     def wait(self):
         """The exit status."""
         with contextlib.suppress(OSError):  # EIO at its end
@@ -240,14 +246,13 @@ def test_ctrl_c_in_a_conversation(trained):
     user = Terminal(sample.main, *args)
     before = user.type("", wait_for="> ")
     assert "/reset" in before and "/stats" in before and "Ctrl-D" in before
-    user.type("to\n", wait_for="to")
-    answer = user.type("", wait_for="t")  # it goes on and on
+    answer = user.type("to\n", wait_for="to") + user.type("", wait_for="t")  # it goes on and on
     user.type("\x03", wait_for="> ")
-    user.type("or n\x03", wait_for="> ")
+    user.interrupt(typing="or n", wait_for="> ")
     assert " of 16 tokens, " in user.type("/stats\n", wait_for=" tokens/s")
     user.type("", wait_for="> ")
-    user.type("\x03", wait_for="> ")
-    user.type("\x03", wait_for="tokens/s on cpu")
+    user.interrupt(typing="is", wait_for="> ")
+    user.interrupt(typing="not", wait_for="tokens/s on cpu")
     assert user.wait() == 0 and "Traceback" not in answer + user.shown
 
 
