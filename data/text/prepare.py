@@ -3,11 +3,11 @@ Your own text as a dataset.
 
     python data/text/prepare.py my/*.txt --name=mine      writes data/mine, for --dataset=mine
 
-The arguments without dashes name what to read: text files of any name, but no config files, or
-folders. In a folder every .txt, .md, .py and .jsonl file is read, sorted by path, hidden ones left
-out. A file is one document; in a .jsonl file every line is one, with its text in the --field. Files
-may be gzipped (.txt.gz). Text must be UTF-8 and is not changed: line ends and byte-order marks
-stay. Empty documents are left out.
+The arguments without dashes name what to read: text files of any name, or folders. In a folder
+every .txt, .md, .py and .jsonl file is read, sorted by path, hidden ones left out. A file is one
+document; in a .jsonl file every line is one, with its text in the --field. Files may be gzipped
+(.txt.gz). Text must be UTF-8 and is not changed: line ends and byte-order marks stay. Empty
+documents are left out. A config file is refused, as it is no text that anyone means.
 
 The tokenizer's end-of-text token separates documents; char, byte and a tokenizer.json whose folder
 names none use a newline. "<|endoftext|>" in a text is ordinary text.
