@@ -202,7 +202,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     Make a checkpoint's model on the CPU, in torch's default dtype.
 
     overrides: settings of GPTConfig that may differ from the stored ones: dropout, and use_svd,
-    svd_rank and svd_method to factorise the values.
+    svd_rank and svd_method to factorise the values. svd_rank None is the stored rank, if there is
+    one.
     Returns the model and, if values were factorised, a line that states how much of them was kept.
     Raises UserError if settings, names or shapes do not belong together.
     """
@@ -213,6 +214,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
             names = ", ".join(unknown)
             raise ValueError(f"model_args has settings this version does not know: {names}")
         stored = GPTConfig(**checkpoint.model_args)
+        if overrides.get("svd_rank") is None and stored.use_svd:
+            overrides["svd_rank"] = stored.svd_rank
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
