@@ -55,13 +55,13 @@ class SampleConfig:
         str | None, "whose alphabet nanoGPT's checkpoint has: a name in data/, a folder, a meta.pkl"
     ] = None
     use_svd: Annotated[bool, "factorise the values of a checkpoint trained without SVD"] = False
-    svd_rank: Annotated[int | None, "to this rank; None: full"] = None
+    svd_rank: Annotated[int | None, "to this rank; None: that of the checkpoint, or full"] = None
     svd_method: Annotated[Literal["exact", "randomized"], "how they are factorised"] = "exact"
 
     start: Annotated[str, "#prompt", "the prompt, or FILE:path to read it from"] = "\n"
     one_per_line: Annotated[bool, "every line of the prompt is a prompt of its own"] = False
     interactive: Annotated[bool, "read prompts from the keyboard, keeping the cache"] = False
-    num_samples: Annotated[int, "how many to draw from every prompt", ">= 1"] = 1
+    num_samples: Annotated[int, "how many to draw from every prompt", ">= 1", "<= 100000"] = 1
     json: Annotated[bool, "print one JSON object per sample: prompt, text, tokens, seconds"] = False
 
     max_new_tokens: Annotated[int, "#sampling", "tokens per sample", ">= 1"] = 500
@@ -71,7 +71,7 @@ class SampleConfig:
         float | None, "draw from the likeliest tokens of this total only; None: all", "> 0", "<= 1"
     ] = None
     stop: Annotated[str | None, "end a sample before this text; \\n stands for a new line"] = None
-    seed: Annotated[int, "of the draws", ">= 0"] = 1337
+    seed: Annotated[int, "of the draws", ">= 0", "< 9223372036854775808"] = 1337
 
     device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[Dtype, "of the weights; auto: bfloat16 on CUDA, else float32"] = "auto"
@@ -138,7 +138,7 @@ def read_prompt(start: str) -> str:
         path = start.removeprefix("FILE:")
         try:
             start = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--start=FILE:{path}: cannot be read ({reason})") from None
     if not start:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import subprocess
 import sys
 import time
 
@@ -16,7 +17,7 @@ import sample
 from nanomla import checkpoint
 from nanomla.errors import run_script
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import QUICK, fails_with_one_line, run
+from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,13 @@ def test_sampling_options_change_what_is_drawn(trained):
         (["--start=ROMEO"], 1, ["character 'R'", "vocabulary"]),
         (["--start=to be or not to be to be"], 1, ["24 tokens", "context 16"]),
         (["--start=FILE:/no/such/file"], 1, ["/no/such/file"]),
+        (["--start=FILE:docs"], 1, ["FILE:docs: cannot be read (Is a directory)"]),
+        (["--start=FILE:" + "x" * 5000], 1, ["cannot be read (File name too long)"]),
+        (["--start=FILE:docs/comparison.png"], 1, ["comparison.png: cannot be read ('utf-8'"]),
+        (["--start=FILE:a\0b"], 1, ["FILE:a\\x00b: cannot be read (embedded null byte)"]),
+        (["--start=a\0b"], 1, ["character '\\x00'"]),
+        (["--seed=9223372036854775808"], 2, ["seed must be", "below 9223372036854775808"]),
+        (["--num_samples=1000000000"], 2, ["num_samples must be", "at most 100000"]),
         (["--out_dir=nowhere"], 1, ["no checkpoint in nowhere"]),
         (["--ckpt=nowhere.pt"], 1, ["no checkpoint at nowhere.pt"]),
         (["--ckpt=train.py"], 1, ["train.py"]),
@@ -242,7 +250,7 @@ class Terminal:
 
 def test_ctrl_c_in_a_conversation(trained):
     """It stops the answer and empties a line, and the conversation goes on; two in a row end it."""
-    args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=1000000"]
+    args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=1000000000"]
     user = Terminal(sample.main, *args)
     before = user.type("", wait_for="> ")
     assert "/reset" in before and "/stats" in before and "Ctrl-D" in before
@@ -256,16 +264,35 @@ def test_ctrl_c_in_a_conversation(trained):
     assert user.wait() == 0 and "Traceback" not in answer + user.shown
 
 
-def test_a_closed_pipe_ends_quietly(trained):
-    """`sample.py | head -c 1` gives no traceback."""
-    import subprocess
-    import sys
+def test_svd_without_a_rank_keeps_the_checkpoints(trained, dataset, tmp_path):
+    """sample.py and train.py open weights of rank 4 with use_svd alone, and change nothing."""
+    args = [*QUICK, f"--dataset={dataset}", "--max_iters=1", "--use_svd=True"]
+    four = [f"--init_from={trained}", f"--out_dir={tmp_path}/four", "--svd_rank=4"]
+    assert run("train.py", *args, *four).returncode == 0
+    sampling = [f"--out_dir={tmp_path}/four", "--max_new_tokens=9", "--temperature=0"]
+    plain, svd = run("sample.py", *sampling), run("sample.py", *sampling, "--use_svd=True")
+    assert svd.returncode == 0 and svd.stdout == plain.stdout and "factorised" not in svd.stderr
+    for more in ([f"--init_from={tmp_path}/four"], ["--init_from=resume", "--max_iters=2"]):
+        folder = "four" if "--init_from=resume" in more else "five"
+        done = run("train.py", *args, *more, f"--out_dir={tmp_path}/{folder}")
+        assert done.returncode == 0 and "factorised" not in done.stderr, done.stderr
+        stored = checkpoint.load(tmp_path / folder / "ckpt.pt").model_args
+        assert stored["use_svd"] and stored["svd_rank"] == 4
 
-    from tests.conftest import ROOT
 
-    sample = f"{sys.executable} sample.py --out_dir={trained} --start=to --max_new_tokens=3000"
-    command = f"{sample} | head -c 1"
-    done = subprocess.run(
-        command, shell=True, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "t" and "Traceback" not in done.stderr
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_stdout_that_ends(trained):
+    """`sample.py | head -c 1` gives no traceback, and a full disk is one line."""
+    args = [sys.executable, "sample.py", f"--out_dir={trained}", "--start=to"]
+    endless = [*args, "--max_new_tokens=1000000000"]
+    opened = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(endless, stdout=full, **opened) as failing,
+        subprocess.Popen(endless, stdout=subprocess.PIPE, **opened) as piped,
+    ):
+        assert piped.stdout.read(1) == "t"
+        piped.stdout.close()
+        assert piped.stderr.read() == ""
+        assert failing.stderr.read() == "sample.py: error: No space left on device\n"
+    assert failing.returncode == 1 and piped.returncode != 0
