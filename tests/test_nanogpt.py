@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_nanogpt.py
 
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -17,7 +18,7 @@ import train
 from nanomla import checkpoint, formats, optim, start
 from nanomla.checkpoint import Checkpoint
 from nanomla.settings import UserError, configure
-from tests.conftest import QUICK, fails_with_one_line, run
+from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
 CHARS = "\n abcdefghijklmnopqrstuvw"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": len(CHARS)}
@@ -205,6 +206,23 @@ def test_the_alphabet_can_be_given(root):
     assert fails_with_one_line(done, 1, "knows 25 token ids", "bytes has 256")
     done = run("sample.py", f"--init_from={root}/hf", "--start=a", "--dataset=letters")
     assert fails_with_one_line(done, 1, "letters has another; leave --dataset out")
+
+
+def test_the_documented_meta_pkl_is_nanogpts(dataset, tmp_path):
+    """The snippet of docs/nanogpt.md writes what nanoGPT's sample.py decodes with, and we read."""
+    want = nanomla.dataset.read_meta(dataset)
+    chars = want.tokenizer["chars"]
+    shutil.copy(dataset / "meta.json", tmp_path)
+    text = (ROOT / "docs" / "nanogpt.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code.replace("data/NAME", str(tmp_path)), {})  # noqa: S102  the documentation's own
+    (tmp_path / "meta.json").unlink()
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    ids = [meta["stoi"][c] for c in "to be, or not"]
+    assert "".join(meta["itos"][i] for i in ids) == "to be, or not"
+    assert ids == [chars.index(c) for c in "to be, or not"]
+    found = nanomla.dataset.read_meta(tmp_path)
+    assert (found.tokenizer, found.vocab_size) == (want.tokenizer, want.vocab_size)
 
 
 def test_a_state_of_another_order_is_one_line(root):
