@@ -8,32 +8,38 @@ Continue a text with a trained model, decoding on its compressed latent cache.
     python sample.py --init_from=gpt2 --start="The answer is"
 
 One sample is printed as it is made. Several follow one another, between lines of dashes.
+--interactive reads lines, each of which goes on from all before. /reset forgets them, /stats tells
+how many tokens and bytes they take, and Ctrl-C stops an answer.
 """
 
-from nanomla.errors import UsageError, UserError, run_script
+from nanomla.errors import UsageError, UserError, run_script, say
 
 # isort: split
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.distributed import resolve_device
-from nanomla.engine import Engine, Sampling
+from nanomla.engine import Chat, Engine, Sampling
 from nanomla.settings import check, configure
 from nanomla.surgery import SVD_SETTINGS
 from nanomla.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+
+COMMANDS = "/reset forgets the conversation, /stats measures it, //text is sent as /text"
 
 
 @dataclass
@@ -45,14 +51,17 @@ class SampleConfig:
     init_from: Annotated[
         str | None, "weights instead: gpt2[-medium|-large|-xl], a folder of safetensors, a run"
     ] = None
+    dataset: Annotated[
+        str | None, "whose alphabet nanoGPT's checkpoint has: a name in data/, a folder, a meta.pkl"
+    ] = None
     use_svd: Annotated[bool, "factorise the values of a checkpoint trained without SVD"] = False
-    svd_rank: Annotated[int | None, "to this rank; None: full"] = None
+    svd_rank: Annotated[int | None, "to this rank; None: that of the checkpoint, or full"] = None
     svd_method: Annotated[Literal["exact", "randomized"], "how they are factorised"] = "exact"
 
     start: Annotated[str, "#prompt", "the prompt, or FILE:path to read it from"] = "\n"
     one_per_line: Annotated[bool, "every line of the prompt is a prompt of its own"] = False
     interactive: Annotated[bool, "read prompts from the keyboard, keeping the cache"] = False
-    num_samples: Annotated[int, "how many to draw from every prompt", ">= 1"] = 1
+    num_samples: Annotated[int, "how many to draw from every prompt", ">= 1", "<= 100000"] = 1
     json: Annotated[bool, "print one JSON object per sample: prompt, text, tokens, seconds"] = False
 
     max_new_tokens: Annotated[int, "#sampling", "tokens per sample", ">= 1"] = 500
@@ -62,7 +71,7 @@ class SampleConfig:
         float | None, "draw from the likeliest tokens of this total only; None: all", "> 0", "<= 1"
     ] = None
     stop: Annotated[str | None, "end a sample before this text; \\n stands for a new line"] = None
-    seed: Annotated[int, "of the draws", ">= 0"] = 1337
+    seed: Annotated[int, "of the draws", ">= 0", "< 9223372036854775808"] = 1337
 
     device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[Dtype, "of the weights; auto: bfloat16 on CUDA, else float32"] = "auto"
@@ -129,7 +138,7 @@ def read_prompt(start: str) -> str:
         path = start.removeprefix("FILE:")
         try:
             start = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--start=FILE:{path}: cannot be read ({reason})") from None
     if not start:
@@ -147,15 +156,17 @@ def open_model(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     model, note = checkpoint.build(ckpt, dropout=0.0, **svd)
     if note:
         print(note, file=sys.stderr)
-    return model, Tokenizer(checkpoint.tokenizer_spec(ckpt))
+    return model, Tokenizer(checkpoint.tokenizer_spec(ckpt, cfg.dataset))
 
 
-def print_stream(pieces: Iterator[str]) -> float:
-    """Print text as it is made; returns the seconds that took."""
+def print_stream(pieces: Iterator[str], stopped: Sequence[int] = ()) -> float:
+    """Print text as it is made, until there is something in stopped; returns the seconds taken."""
     began = time.perf_counter()
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
+        if stopped:
+            break
     print(flush=True)
     return time.perf_counter() - began
 
@@ -187,19 +198,77 @@ def print_several(engine: Engine, cfg: SampleConfig, prompts: list[str]) -> floa
 
 
 def converse(engine: Engine) -> float:
-    """Answer lines from the keyboard until an empty one or Ctrl-D; returns the seconds taken."""
-    chat, seconds = engine.chat(), 0.0
-    while True:
+    """
+    Answer lines from stdin until an empty one or its end; returns the seconds that took.
+
+    On a terminal, Ctrl-C stops an answer or empties a line; two in a row end the conversation.
+    """
+    chat, seconds, terminal = engine.chat(), 0.0, sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 should not end it
+    if terminal:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  gives input() line editing and a history
+        say(f"{COMMANDS}; Ctrl-C stops an answer, an empty line or Ctrl-D ends", sys.stderr)
+    while line := read_line(terminal):
+        if line.startswith("/") and not line.startswith("//"):
+            rate = engine.tokens_made / max(seconds, 1e-9)
+            say(run_command(line.strip(), chat, rate), sys.stderr)
+            continue
+        text = line[1:] if line.startswith("//") else line
+        listening = interrupts_counted() if terminal else contextlib.nullcontext([])
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            line = ""
-        if not line:
-            return seconds
-        try:
-            seconds += print_stream(chat.reply(line))
+            with listening as stopped, contextlib.closing(chat.reply(text)) as answer:
+                seconds += print_stream(answer, stopped)
         except UserError as error:
-            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+            say(f"{os.path.basename(sys.argv[0])}: {error}", sys.stderr)
+    return seconds
+
+
+def read_line(terminal: bool) -> str:
+    """A line from stdin; "" at its end and, on a terminal, after two Ctrl-C in a row."""
+    for _ in range(2):
+        try:
+            return input("> " if terminal else "")
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print()
+    return ""
+
+
+def run_command(command: str, chat: Chat, rate: float) -> str:
+    """Do what a line that begins with a slash asks for; returns the line that answers it."""
+    if command == "/reset":
+        chat.reset()
+        return "the conversation is empty"
+    if command == "/stats":
+        cache, context = chat.cache, f"{len(chat.context):,} of {chat.cache.max_len:,} tokens"
+        size = f"{cache.nbytes_at(cache.pos):,} of {cache.nbytes:,} cache bytes"
+        return f"{context}, {size}, {rate:,.0f} tokens/s"
+    return f"{command} is not a command; {COMMANDS}"
+
+
+@contextlib.contextmanager
+def interrupts_counted() -> Iterator[list[int]]:
+    """
+    Inside, the first Ctrl-C only gets into the list, so that no step of the model is cut short; the
+    second raises KeyboardInterrupt.
+    """
+    seen: list[int] = []
+
+    def count(number: int, _frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, count)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

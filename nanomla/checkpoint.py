@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanomla.dataset import DATA_ROOT, read_meta
+from nanomla.dataset import DATA_ROOT, Meta, _read_meta_pkl, read_meta
 from nanomla.errors import UserError
 from nanomla.surgery import factorise_values
 
@@ -33,6 +33,7 @@ LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per num
 # card, its report, and train.py's config for healing.
 CONVERSION = ("conversion.json", "conversion.md", "heal.py")
 TOKENIZER = "nanomla_tokenizer.json"  # a tokenizer's spec in a folder of weights
+GIVE_DATASET = "give the dataset it was trained on: --dataset=NAME, a folder, or a meta.pkl"
 
 
 @dataclass
@@ -201,7 +202,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     Make a checkpoint's model on the CPU, in torch's default dtype.
 
     overrides: settings of GPTConfig that may differ from the stored ones: dropout, and use_svd,
-    svd_rank and svd_method to factorise the values.
+    svd_rank and svd_method to factorise the values. svd_rank None is the stored rank, if there is
+    one.
     Returns the model and, if values were factorised, a line that states how much of them was kept.
     Raises UserError if settings, names or shapes do not belong together.
     """
@@ -212,6 +214,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
             names = ", ".join(unknown)
             raise ValueError(f"model_args has settings this version does not know: {names}")
         stored = GPTConfig(**checkpoint.model_args)
+        if overrides.get("svd_rank") is None and stored.use_svd:
+            overrides["svd_rank"] = stored.svd_rank
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -286,34 +290,56 @@ def _compare(wanted: dict[str, tuple[int, ...]], state: dict[str, Tensor], sourc
             raise UserError(f"{source}: {name} {shapes}")
 
 
-def tokenizer_spec(checkpoint: Checkpoint) -> dict[str, Any]:
+def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[str, Any]:
     """
     The spec of a checkpoint's tokenizer.
 
     nanoGPT's checkpoints name their dataset only. Its characters are then read from its meta file
-    below data/; without one, a vocabulary of GPT-2's size means GPT-2's BPE. Raises UserError if
-    there is nothing that turns ids into text.
+    below data/; without one, a vocabulary of GPT-2's size means GPT-2's BPE.
+    dataset: whose tokenizer to take instead of that: a name below data/, a folder, or a meta.json
+        or .pkl file.
+    Raises UserError if nothing turns ids into text, or if this is not what the model was trained
+    with.
     """
-    if checkpoint.tokenizer:
-        return checkpoint.tokenizer
-    source = checkpoint.source
+    own, source = checkpoint.tokenizer, checkpoint.source
+    if own and dataset is None:
+        return own
     vocab_size = checkpoint.model_args.get("vocab_size", GPTConfig.vocab_size)
-    dataset = checkpoint.config.get("dataset")
-    folder = None if dataset is None else DATA_ROOT / str(dataset)
-    spec = read_meta(folder).tokenizer if folder else None
-    if spec and spec.get("kind") == "char" and len(spec["chars"]) != vocab_size:
-        has = f"the dataset now in {folder} has {len(spec['chars'])}"
-        remedy = "put the data folder it was trained on in its place"
-        raise UserError(f"{source} knows {vocab_size} characters, but {has}; {remedy}")
+    name = checkpoint.config.get("dataset") if dataset is None else dataset
+    path = None if name is None else _dataset_path(str(name))
+    if dataset is not None and not path.exists():
+        raise UserError(f"--dataset={dataset}: there is no {path}")
+    meta = Meta() if path is None else _read_meta(path)
+    spec = meta.tokenizer
+    if own and spec != own:
+        raise UserError(f"{source} has a tokenizer, {path} has another; leave --dataset out")
+    chars = spec.get("chars", "") if spec and spec.get("kind") == "char" else None
+    has = len(chars) if chars is not None else meta.vocab_size or 0
+    if spec and (has > vocab_size or (chars is not None and has < vocab_size)):
+        kind = "token ids" if chars is None else "characters"
+        raise UserError(f"{source} knows {vocab_size} {kind}, but {path} has {has}; {GIVE_DATASET}")
     if spec:
         return spec
     if vocab_size not in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
-        remedy = f"add a {TOKENIZER}"
-        if folder:
-            remedy = f"put the data folder it was trained on, with its meta.pkl, at {folder}"
         problem = f"nothing says what text its {vocab_size} token ids stand for"
-        raise UserError(f"{source}: {problem}; {remedy}")
+        where = f" (no meta file in {path})" if path else f", or add a {TOKENIZER}"
+        raise UserError(f"{source}: {problem}; {GIVE_DATASET}{where}")
     return {"kind": "tiktoken", "name": "gpt2"}
+
+
+def _dataset_path(name: str) -> Path:
+    """Where a dataset is: below data/, or else at this path."""
+    below = DATA_ROOT / name
+    return Path(name) if Path(name).exists() and not below.exists() else below
+
+
+def _read_meta(path: Path) -> Meta:
+    """What the meta file of a dataset's folder says, or this one."""
+    if path.suffix == ".pkl":
+        return _read_meta_pkl(path)
+    if path.is_file() and path.name != "meta.json":
+        raise UserError(f"{path}: neither a dataset's folder nor its meta.json or meta.pkl")
+    return read_meta(path.parent if path.is_file() else path)
 
 
 def is_mask_buffer(name: str) -> bool:

@@ -280,6 +280,11 @@ class Chat:
         self.cache = model.make_cache(1, model.config.block_size, engine.sampling.cache_dtype)
         self.context: list[int] = []  # the cache's tokens, and those that the model has yet to read
 
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.context = []
+        self.cache.truncate(0)
+
     def reply(self, line: str) -> Iterator[str]:
         """The model's continuation of the conversation and this line, piece by piece."""
         new = self.engine.encode(line + "\n")

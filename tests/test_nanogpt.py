@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_nanogpt.py
 
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -17,7 +18,7 @@ import train
 from nanomla import checkpoint, formats, optim, start
 from nanomla.checkpoint import Checkpoint
 from nanomla.settings import UserError, configure
-from tests.conftest import QUICK, fails_with_one_line, run
+from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
 CHARS = "\n abcdefghijklmnopqrstuvw"
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": len(CHARS)}
@@ -160,7 +161,8 @@ def test_what_its_tokens_mean_is_never_guessed(root):
     (root / "data" / "letters" / "meta.pkl").write_bytes(pickle.dumps(meta))
     assert fails_with_one_line(run(*sample), 1, "knows 25 characters", "letters has 2")
     shutil.rmtree(root / "data" / "letters")
-    assert fails_with_one_line(run(*sample), 1, "25 token ids", str(root / "data" / "letters"))
+    words = ("25 token ids", str(root / "data" / "letters"), "--dataset=NAME")
+    assert fails_with_one_line(run(*sample), 1, *words)
     for vocab_size in (50257, 50304):
         stored = Checkpoint({}, {"vocab_size": vocab_size}, config={"dataset": "openwebtext"})
         assert checkpoint.tokenizer_spec(stored) == {"kind": "tiktoken", "name": "gpt2"}
@@ -169,6 +171,58 @@ def test_what_its_tokens_mean_is_never_guessed(root):
         torch.save(saved, root / "odd.pt")
         with pytest.raises(UserError, match="50000 token ids"):
             checkpoint.tokenizer_spec(checkpoint.load(root / "odd.pt"))
+
+
+def test_the_alphabet_can_be_given(root):
+    """
+    --dataset says what the ids mean where the dataset of that name has become another: a name, a
+    folder or a meta file, in sample.py and tools.export; one of another size is refused.
+    """
+    write_run(root / "out")
+    args = [f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5", "--temperature=0"]
+    want = run("sample.py", *args).stdout
+    (root / "data" / "letters").rename(root / "data" / "old")
+    other = nanomla.dataset.Meta(2, {"kind": "char", "chars": "ab"})
+    ids = {split: [np.zeros(3)] for split in ("train", "val")}
+    nanomla.dataset.write_dataset(root / "data" / "letters", ids, other)
+    assert fails_with_one_line(run("sample.py", *args), 1, "letters has 2", "--dataset=NAME")
+    shutil.copy(root / "data" / "old" / "meta.pkl", root / "data" / "letters")  # beside meta.json
+    pickled = root / "data" / "letters" / "meta.pkl"
+    for name in ("old", root / "data" / "old", root / "data" / "old" / "meta.pkl", pickled):
+        done = run("sample.py", *args, f"--dataset={name}")
+        assert done.returncode == 0 and done.stdout == want, done.stderr
+        assert want.startswith("the bag")
+    export = [f"--out_dir={root}/out", f"--to={root}/hf"]
+    assert run("tools.export", *export, "--dataset=old").returncode == 0
+    assert formats.read_pretrained(root / "hf").tokenizer["chars"] == CHARS
+    json_file = root / "data" / "letters" / "meta.json"
+    wrong = {"letters": "has 2", json_file: "has 2", "nowhere": "there is no", __file__: "neither"}
+    for name, words in wrong.items():
+        for script, given in (("sample.py", args), ("tools.export", export)):
+            assert fails_with_one_line(run(script, *given, f"--dataset={name}"), 1, words)
+    other.tokenizer, other.vocab_size = {"kind": "byte"}, 256
+    nanomla.dataset.write_dataset(root / "data" / "bytes", ids, other)
+    done = run("sample.py", *args, "--dataset=bytes")
+    assert fails_with_one_line(done, 1, "knows 25 token ids", "bytes has 256")
+    done = run("sample.py", f"--init_from={root}/hf", "--start=a", "--dataset=letters")
+    assert fails_with_one_line(done, 1, "letters has another; leave --dataset out")
+
+
+def test_the_documented_meta_pkl_is_nanogpts(dataset, tmp_path):
+    """The snippet of docs/nanogpt.md writes what nanoGPT's sample.py decodes with, and we read."""
+    want = nanomla.dataset.read_meta(dataset)
+    chars = want.tokenizer["chars"]
+    shutil.copy(dataset / "meta.json", tmp_path)
+    text = (ROOT / "docs" / "nanogpt.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code.replace("data/NAME", str(tmp_path)), {})  # noqa: S102  the documentation's own
+    (tmp_path / "meta.json").unlink()
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    ids = [meta["stoi"][c] for c in "to be, or not"]
+    assert "".join(meta["itos"][i] for i in ids) == "to be, or not"
+    assert ids == [chars.index(c) for c in "to be, or not"]
+    found = nanomla.dataset.read_meta(tmp_path)
+    assert (found.tokenizer, found.vocab_size) == (want.tokenizer, want.vocab_size)
 
 
 def test_a_state_of_another_order_is_one_line(root):

@@ -339,6 +339,31 @@ def test_wrong_arguments(args, message, tmp_path):
         text_prepare.main([arg.format(tmp=tmp_path) for arg in args])
 
 
+def test_a_config_file_is_no_text(tmp_path):
+    """A .py that only assigns to settings, or is one of config/, is refused in one line."""
+    out = ["--tokenizer=byte", f"--out={tmp_path / 'out'}"]
+    configs = [ROOT / "config" / "train_mla.py", tmp_path / "mine.py", tmp_path / "nano.py"]
+    configs[1].write_text("name = 'mine'\nmuch = 3 * 1024\n")
+    configs[2].write_text('"""Mine."""\nmax_iters = 1 / 0  # not run\nx = 2\n')
+    for path in configs:
+        done = run(SCRIPT, path, *out)
+        assert fails_with_one_line(done, 2, f"{path} is a config file", ".txt is read as text")
+    texts = ["import os\nname = 'x'\n", "name.y = 3\n", "width = 3\n", "name = (\n", "\0"]
+    for number, text in enumerate([*texts, configs[1].read_text()]):
+        path = tmp_path / (f"{number}.py" if text in texts else "mine.txt")
+        path.write_text(text * 30)
+        prepare(path, *out)
+
+
+def test_flags_may_stand_apart_from_their_values(tmp_path):
+    """`--key value` is a flag and no file; --help says how to give files."""
+    (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
+    text_prepare.main([str(tmp_path / "a.txt"), "--tokenizer", "byte", "--out", f"{tmp_path}/out"])
+    assert read(tmp_path / "out")[0]["source"] == str(tmp_path / "a.txt")
+    usage = "data/text/prepare.py FILE_OR_FOLDER ... [--key=value ...]"
+    assert usage in run(SCRIPT, "--help").stdout.splitlines()[0]
+
+
 def test_name_makes_a_dataset_of_the_repository(tmp_path):
     """--name writes beside the other datasets, from any folder and without an installation."""
     repository = tmp_path / "repository"

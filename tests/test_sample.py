@@ -1,14 +1,23 @@
 """Sampling, as a user does it. Run: python -m pytest tests/test_sample.py"""
 
+import contextlib
 import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
+import sample
 from nanomla import checkpoint
+from nanomla.errors import run_script
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import QUICK, fails_with_one_line, run
+from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +100,13 @@ def test_sampling_options_change_what_is_drawn(trained):
         (["--start=ROMEO"], 1, ["character 'R'", "vocabulary"]),
         (["--start=to be or not to be to be"], 1, ["24 tokens", "context 16"]),
         (["--start=FILE:/no/such/file"], 1, ["/no/such/file"]),
+        (["--start=FILE:docs"], 1, ["FILE:docs: cannot be read (Is a directory)"]),
+        (["--start=FILE:" + "x" * 5000], 1, ["cannot be read (File name too long)"]),
+        (["--start=FILE:docs/comparison.png"], 1, ["comparison.png: cannot be read ('utf-8'"]),
+        (["--start=FILE:a\0b"], 1, ["FILE:a\\x00b: cannot be read (embedded null byte)"]),
+        (["--start=a\0b"], 1, ["character '\\x00'"]),
+        (["--seed=9223372036854775808"], 2, ["seed must be", "below 9223372036854775808"]),
+        (["--num_samples=1000000000"], 2, ["num_samples must be", "at most 100000"]),
         (["--out_dir=nowhere"], 1, ["no checkpoint in nowhere"]),
         (["--ckpt=nowhere.pt"], 1, ["no checkpoint at nowhere.pt"]),
         (["--ckpt=train.py"], 1, ["train.py"]),
@@ -175,16 +191,108 @@ def test_interactive_keeps_its_cache(trained, monkeypatch):
     assert done.stdout == want
 
 
-def test_a_closed_pipe_ends_quietly(trained):
-    """`sample.py | head -c 1` gives no traceback."""
-    import subprocess
-    import sys
+def test_commands_of_a_conversation(trained, monkeypatch):
+    """They are answered on stderr and are no part of what the model reads; // sends a slash."""
+    args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=3", "--temperature=0"]
+    lines = ["to", "/stats", "/reset", "/stats", "to", "/save x", "//or"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    done = run("sample.py", *args)
+    first, second, *more = done.stdout.splitlines()
+    assert done.returncode == 0 and first == second and not more
+    stats, reset, empty, unknown, slash, _ = done.stderr.splitlines()
+    assert stats.startswith("6 of 16 tokens, 480 of 1,536 cache bytes, ") and "tokens/s" in stats
+    assert "is empty" in reset and empty.startswith("0 of 16 tokens, 0 of 1,536 cache bytes, ")
+    assert unknown.startswith("/save x is not a command; /reset ") and "character '/'" in slash
 
-    from tests.conftest import ROOT
 
-    sample = f"{sys.executable} sample.py --out_dir={trained} --start=to --max_new_tokens=3000"
-    command = f"{sample} | head -c 1"
-    done = subprocess.run(
-        command, shell=True, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "t" and "Traceback" not in done.stderr
+class Terminal:
+    """A script's main in a child process with a terminal of its own, as a user sits at one."""
+
+    def __init__(self, main, *args):
+        self.pid, self.fd = pty.fork()
+        self.shown = ""
+        if self.pid == 0:
+            sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+            sys.argv = ["sample.py", *args]
+            status = 1
+            try:
+                run_script(main)
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            finally:
+                os._exit(status)
+
+    def type(self, text, wait_for):
+        """Write this, and return what is shown next up to these characters."""
+        os.write(self.fd, text.encode())
+        began = time.monotonic()
+        while wait_for not in self.shown and time.monotonic() < began + 30:
+            if select.select([self.fd], [], [], 0.1)[0]:
+                self.shown += os.read(self.fd, 4096).decode()
+        before, found, self.shown = self.shown.partition(wait_for)
+        assert found, f"{wait_for!r} did not come after {text!r}: {before!r}"
+        return before
+
+    def interrupt(self, typing, wait_for):
+        """Ctrl-C, after these characters have been typed and echoed."""
+        self.type(typing, wait_for=typing)
+        time.sleep(0.1)  # until it waits for the next one
+        return self.type("\x03", wait_for)
+
+    def wait(self):
+        """The exit status."""
+        with contextlib.suppress(OSError):  # EIO at its end
+            while chunk := os.read(self.fd, 4096):
+                self.shown += chunk.decode()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_ctrl_c_in_a_conversation(trained):
+    """It stops the answer and empties a line, and the conversation goes on; two in a row end it."""
+    args = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=1000000000"]
+    user = Terminal(sample.main, *args)
+    before = user.type("", wait_for="> ")
+    assert "/reset" in before and "/stats" in before and "Ctrl-D" in before
+    answer = user.type("to\n", wait_for="to") + user.type("", wait_for="t")  # it goes on and on
+    user.type("\x03", wait_for="> ")
+    user.interrupt(typing="or n", wait_for="> ")
+    assert " of 16 tokens, " in user.type("/stats\n", wait_for=" tokens/s")
+    user.type("", wait_for="> ")
+    user.interrupt(typing="is", wait_for="> ")
+    user.interrupt(typing="not", wait_for="tokens/s on cpu")
+    assert user.wait() == 0 and "Traceback" not in answer + user.shown
+
+
+def test_svd_without_a_rank_keeps_the_checkpoints(trained, dataset, tmp_path):
+    """sample.py and train.py open weights of rank 4 with use_svd alone, and change nothing."""
+    args = [*QUICK, f"--dataset={dataset}", "--max_iters=1", "--use_svd=True"]
+    four = [f"--init_from={trained}", f"--out_dir={tmp_path}/four", "--svd_rank=4"]
+    assert run("train.py", *args, *four).returncode == 0
+    sampling = [f"--out_dir={tmp_path}/four", "--max_new_tokens=9", "--temperature=0"]
+    plain, svd = run("sample.py", *sampling), run("sample.py", *sampling, "--use_svd=True")
+    assert svd.returncode == 0 and svd.stdout == plain.stdout and "factorised" not in svd.stderr
+    for more in ([f"--init_from={tmp_path}/four"], ["--init_from=resume", "--max_iters=2"]):
+        folder = "four" if "--init_from=resume" in more else "five"
+        done = run("train.py", *args, *more, f"--out_dir={tmp_path}/{folder}")
+        assert done.returncode == 0 and "factorised" not in done.stderr, done.stderr
+        stored = checkpoint.load(tmp_path / folder / "ckpt.pt").model_args
+        assert stored["use_svd"] and stored["svd_rank"] == 4
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_stdout_that_ends(trained):
+    """`sample.py | head -c 1` gives no traceback, and a full disk is one line."""
+    args = [sys.executable, "sample.py", f"--out_dir={trained}", "--start=to"]
+    endless = [*args, "--max_new_tokens=1000000000"]
+    opened = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    with (
+        open("/dev/full", "w") as full,
+        subprocess.Popen(endless, stdout=full, **opened) as failing,
+        subprocess.Popen(endless, stdout=subprocess.PIPE, **opened) as piped,
+    ):
+        assert piped.stdout.read(1) == "t"
+        piped.stdout.close()
+        assert piped.stderr.read() == ""
+        assert failing.stderr.read() == "sample.py: error: No space left on device\n"
+    assert failing.returncode == 1 and piped.returncode != 0

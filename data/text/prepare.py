@@ -7,7 +7,7 @@ The arguments without dashes name what to read: text files of any name, or folde
 every .txt, .md, .py and .jsonl file is read, sorted by path, hidden ones left out. A file is one
 document; in a .jsonl file every line is one, with its text in the --field. Files may be gzipped
 (.txt.gz). Text must be UTF-8 and is not changed: line ends and byte-order marks stay. Empty
-documents are left out.
+documents are left out. A config file is refused, as it is no text that anyone means.
 
 The tokenizer's end-of-text token separates documents; char, byte and a tokenizer.json whose folder
 names none use a newline. "<|endoftext|>" in a text is ordinary text.
@@ -30,6 +30,7 @@ those of the uncut documents. A stretch of 524,288 characters without such a pla
 end. Byte-level and SentencePiece BPE in a tokenizer.json begin tokens at these places too.
 """
 
+import ast
 import codecs
 import gzip
 import hashlib
@@ -43,7 +44,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -54,7 +55,7 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.prepare import cores, encode_chars, in_order, report
-from nanomla.settings import check, configure
+from nanomla.settings import check, configure, declared
 from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf, read_json
 
 TOKENIZERS = ("gpt2", "cl100k_base", "o200k_base", "char", "byte")  # all others are files
@@ -70,6 +71,8 @@ Batch = list[tuple[Literal["nothing", "other", "rest"], str]]
 
 @dataclass
 class PrepareConfig:
+    usage: ClassVar[str] = "FILE_OR_FOLDER ... [--key=value ...]"
+
     name: Annotated[str | None, "#output", "write data/NAME, for --dataset=NAME"] = None
     out: Annotated[str | None, "#output", "write this folder instead"] = None
     tokenizer: Annotated[
@@ -124,8 +127,11 @@ class Survey:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    cfg, _ = configure(PrepareConfig, [arg for arg in argv if arg.startswith("-")])
-    paths = [arg for arg in argv if not arg.startswith("-")]
+    paths: list[str] = []
+    cfg, _ = configure(PrepareConfig, argv, files=paths)
+    if configs := [path for path in paths if is_config(Path(path))]:
+        remedy = "give settings as --key=value; a copy of it that ends in .txt is read as text"
+        raise UsageError(f"{configs[0]} is a config file, which is not read here; {remedy}")
     folder = HERE.parent / cfg.name if cfg.out is None else Path(cfg.out)
     if (folder / "prepare.py").exists():
         raise UsageError(
@@ -159,6 +165,29 @@ def main(argv: list[str] | None = None) -> None:
     report(folder, meta)
     size = f"{found.documents:,} documents, {found.bytes / 1e6:,.1f} MB"
     print(f"{size}, tokenized at {speed:.1f} MB/s")
+
+
+def is_config(path: Path) -> bool:
+    """
+    Whether a file is one of config/, or Python that only assigns to names, some of them settings.
+
+    It is parsed, and not run.
+    """
+    if path.suffix != ".py" or not path.is_file():
+        return False
+    if HERE.parents[1] / "config" in path.resolve().parents:
+        return True
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # no Python, or too nested
+        return False
+    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]  # its docstring
+    targets = [target for s in body for target in getattr(s, "targets", [None])]
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    settings = {*declared(PrepareConfig), "dataset", "out_dir", "max_iters"}
+    assigns = all(isinstance(s, ast.Assign) for s in body)
+    return assigns and all(isinstance(t, ast.Name) for t in targets) and bool(names & settings)
 
 
 def hf_file(name: str) -> Path:
