@@ -31,6 +31,7 @@ from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,
     Tokenizer,
+    check_spec,
     end_of_text,
     read_hf,
     read_json,
@@ -94,7 +95,7 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
         args, state = readers[kind](settings, tensors)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    spec = _read_tokenizer(folder, settings, args)
+    spec = _read_tokenizer(folder, settings)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
 
 
@@ -698,19 +699,16 @@ FORMATS = {
 # vocab.json and merges.txt
 
 
-def _read_tokenizer(
-    folder: Path, settings: dict[str, Any], args: dict[str, Any]
-) -> dict[str, Any] | None:
+def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The spec of a folder's tokenizer, or None if it has none."""
-    if (folder / TOKENIZER).exists():
-        return read_json(folder / TOKENIZER)
-    path = folder / HF_TOKENIZER
-    if not path.exists():
+    own, path = folder / TOKENIZER, folder / HF_TOKENIZER
+    if own.exists():
+        path, spec = own, read_json(own)
+    elif path.exists():
+        spec = read_hf(path, settings)
+    else:
         return None
-    spec, largest = read_hf(path, settings)
-    if largest >= args["vocab_size"]:
-        problem = f"it has ids up to {largest}, the model only vocab_size={args['vocab_size']}"
-        raise UserError(f"{path}: {problem}; they do not belong together")
+    check_spec(spec, str(path))
     return spec
 
 

@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from nanomla.errors import UserError
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
+KINDS = ("char", "byte", "tiktoken", "hf")
+TIKTOKEN_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+LARGEST_JSON = 1 << 27  # bytes; the tokenizer.json of 256,000 tokens has 2**25
 
 # Byte-level BPE writes a byte as one visible letter: as itself where it is one in Latin-1, and as
 # the letters from 256 on otherwise.
@@ -38,6 +42,49 @@ def start_of_text(spec: dict[str, Any] | None) -> int | None:
     return end_of_text(spec)
 
 
+def check_spec(spec: Any, source: str = "", vocab_size: int | None = None) -> None:
+    """
+    Hold a tokenizer's spec, which may come from anywhere, against the one that Tokenizer takes.
+
+    source: the file or checkpoint that it comes from, for the error. vocab_size: that of its model,
+    which may know more ids than the tokenizer, but not fewer.
+    Raises UserError.
+    """
+    where = f"{source}: " if source else ""
+    kind = spec.get("kind") if isinstance(spec, dict) else None
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise UserError(f"{where}unknown tokenizer {reprlib.repr(spec)}; known kinds: {known}")
+    chars, name, text = spec.get("chars"), spec.get("name"), spec.get("json")
+    if kind == "char" and not (isinstance(chars, str) and 0 < len(chars) == len(set(chars))):
+        must = "chars must be a text that has every character once"
+        raise UserError(f"{where}tokenizer of kind char: {must}, not {reprlib.repr(chars)}")
+    if kind == "tiktoken" and not (isinstance(name, str) and name in TABLES):
+        known = ", ".join(TABLES)
+        raise UserError(f"{where}unknown encoding {reprlib.repr(name)}; known: {known}")
+    if kind == "hf" and not (isinstance(text, str) and len(text) <= LARGEST_JSON):
+        must = f"must be a text of at most {LARGEST_JSON:,} characters"
+        raise UserError(f"{where}{HF_TOKENIZER} cannot be read (it {must})")
+    for key in ("end", "bos"):
+        token = spec.get(key)
+        if kind == "hf" and token is not None and (type(token) is not int or token < 0):
+            must = f"{key} must be the id of a token"
+            raise UserError(f"{where}tokenizer of kind hf: {must}, not {reprlib.repr(token)}")
+    if vocab_size is not None and (size := _vocab_size(spec, where)) > vocab_size:
+        problem = f"the tokenizer has ids up to {size - 1}, the model only vocab_size={vocab_size}"
+        raise UserError(f"{where}{problem}; they do not belong together")
+
+
+def _vocab_size(spec: dict[str, Any], where: str) -> int:
+    """The ids of a tokenizer that a model must know; added tokens are only those of a prompt."""
+    if spec["kind"] == "hf":
+        source = where + HF_TOKENIZER
+        return 1 + _largest_id(_parse(spec["json"], source), source)
+    if spec["kind"] == "tiktoken":
+        return TIKTOKEN_SIZES[spec["name"]]
+    return 256 if spec["kind"] == "byte" else len(spec["chars"])
+
+
 class Tokenizer:
     """
     Text to ids and back.
@@ -45,28 +92,26 @@ class Tokenizer:
     spec: {"kind": "char", "chars": ...}, {"kind": "byte"}, {"kind": "tiktoken", "name": "gpt2"} or
     {"kind": "hf", "json": the text of a tokenizer.json, "end": the id that ends a text, "bos": the
     id that begins one}; the last two are left out where they are not known.
-    Raises UserError for an unknown spec.
+    source: the file or checkpoint that it comes from, for errors.
+    Raises UserError for a spec that is none of these.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.spec = spec
-        kind = spec.get("kind") if isinstance(spec, dict) else None
-        if kind == "char":
+    def __init__(self, spec: dict[str, Any], source: str = "") -> None:
+        check_spec(spec, source)
+        self.spec, self.kind = spec, spec["kind"]
+        if self.kind == "char":
             self.chars: str = spec["chars"]
             self.ids = {c: i for i, c in enumerate(self.chars)}
             self.vocab_size = len(self.chars)
-        elif kind == "byte":
+        elif self.kind == "byte":
             self.vocab_size = 256
-        elif kind == "tiktoken":
+        elif self.kind == "tiktoken":
             self.bpe = load_encoding(spec["name"])
             self.vocab_size = self.bpe.n_vocab
-        elif kind == "hf":
-            self.hf, self.decoders = _open_hf(spec.get("json"))
+        else:
+            self.hf, self.decoders = _open_hf(spec["json"], source)
             self.added = self.hf.get_added_tokens_decoder()  # ids whose bytes are their name's
             self.vocab_size = 1 + max(self.hf.get_vocab().values(), default=-1)
-        else:
-            raise UserError(f"unknown tokenizer {spec!r}; known kinds: char, byte, tiktoken, hf")
-        self.kind: str = kind
 
     def encode(self, text: str) -> list[int]:
         """
@@ -138,53 +183,79 @@ class Tokenizer:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a .json file. Raises UserError if it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= LARGEST_JSON else ""
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} in this folder") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    if size > LARGEST_JSON:
+        raise UserError(f"{path}: cannot be read ({size:,} bytes, at most {LARGEST_JSON:,})")
+    return _parse(text, str(path))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    """The JSON object in a text. Raises UserError naming the source if it is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: cannot be read ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read (it is no JSON object)")
+        raise UserError(f"{source}: cannot be read (it is no JSON object)")
     return content
 
 
-def read_hf(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def _largest_id(content: dict[str, Any], source: str) -> int:
+    """The largest id of the vocabulary in a tokenizer.json, without added tokens."""
+    try:
+        vocab = content["model"]["vocab"]
+        largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
+        if type(largest) is not int:
+            raise TypeError("its ids are no whole numbers")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _not_hf(source, error) from None
+    return largest
+
+
+def _not_hf(source: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {str(error)[:60]!r}"
+    return UserError(f"{source}: not a tokenizer of Hugging Face ({reason})")
+
+
+def read_hf(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """
-    The spec of the tokenizer in a tokenizer.json, and the largest id of its vocabulary.
+    The spec of the tokenizer in a tokenizer.json.
 
     settings: what the config.json beside it holds; the ids that begin and end a text are there.
     Raises UserError naming the file if it is missing or no tokenizer.
     """
     content = read_json(path)
+    largest = _largest_id(content, str(path))
     try:
-        model = content["model"]
-        vocab = model["vocab"]
-        largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
         last = max([largest, *(token["id"] for token in content.get("added_tokens") or ())])
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
-        if type(last) is not int:
-            raise TypeError("its ids are no whole numbers")
+        merges = content["model"].get("merges", ())
+        merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:60]!r}"
-        raise UserError(f"{path}: not a tokenizer of Hugging Face ({reason})") from None
+        raise _not_hf(str(path), error) from None
     text = "\n".join(["#version: 0.2", *merges, ""])
     if largest == 50256 and sha256(text.encode("utf-8", "replace")) == TABLES["gpt2"][MERGES]:
-        return {"kind": "tiktoken", "name": "gpt2"}, largest  # the same ids as those of data/
+        return {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
     spec = {"kind": "hf", "json": path.read_text(encoding="utf-8")}
     for name, key in (("end", "eos_token_id"), ("bos", "bos_token_id")):
         token = settings.get(key)
         token = token[0] if isinstance(token, list) and token else token
         if type(token) is int and 0 <= token <= last:
             spec[name] = token
-    return spec, largest
+    return spec
 
 
-def _open_hf(text: Any) -> tuple[Any, list[dict[str, Any]]]:
+def _open_hf(text: str, source: str) -> tuple[Any, list[dict[str, Any]]]:
     """
     The tokenizer in the text of a tokenizer.json, and the steps that turn its tokens into text.
 
     Raises UserError if it is damaged, or if its tokens have no bytes of their own.
     """
+    where = f"{source}: " if source else ""
     try:
         import tokenizers
     except ImportError:
@@ -201,12 +272,12 @@ def _open_hf(text: Any) -> tuple[Any, list[dict[str, Any]]]:
                 _ = step["pattern"]["String"]  # a regular expression may need several tokens
     except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
         reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise UserError(f"tokenizer.json cannot be read ({reason})") from None
+        raise UserError(f"{where}tokenizer.json cannot be read ({reason})") from None
     known = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip")
     for step in steps:
         if step["type"] not in known:
             problem = f"tokenizer.json has the decoder {step['type']}, which is not supported"
-            raise UserError(f"{problem}, only {', '.join(known)}")
+            raise UserError(f"{where}{problem}, only {', '.join(known)}")
     return opened, steps
 
 

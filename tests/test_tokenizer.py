@@ -5,7 +5,14 @@ import json
 import pytest
 
 from nanomla.settings import UserError
-from nanomla.tokenizer import StreamDecoder, Tokenizer, end_of_text, read_hf, start_of_text
+from nanomla.tokenizer import (
+    StreamDecoder,
+    Tokenizer,
+    check_spec,
+    end_of_text,
+    read_hf,
+    start_of_text,
+)
 
 WORDS = ["to be or not to be, that is the question", "héllo wörld 🙂"]
 TEXT = "to be, 🙂 wörld\n日本 <|end|>x"
@@ -134,8 +141,8 @@ def test_sentencepiece_tokenizer_json():
 def test_where_a_text_begins_and_ends(tmp_path, settings, found):
     """The ids in config.json, if the tokenizer has them."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    spec, largest = read_hf(tmp_path / "tokenizer.json", settings)
-    assert spec == {"kind": "hf", "json": spec["json"], **found} and largest == 279
+    spec = read_hf(tmp_path / "tokenizer.json", settings)
+    assert spec == {"kind": "hf", "json": spec["json"], **found}
     assert start_of_text(spec) == found.get("bos") and end_of_text(spec) == found.get("end")
     assert start_of_text({"kind": "tiktoken", "name": "gpt2"}) == 50256
 
@@ -156,6 +163,66 @@ def test_a_hostile_tokenizer_json_is_one_line(text):
     with pytest.raises(UserError, match="tokenizer.json cannot be read") as caught:
         Tokenizer({"kind": "hf", "json": text})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (None, "unknown tokenizer None; known kinds: char, byte"),
+        ([], "unknown tokenizer"),
+        ({"kind": ["char"] * 10_000}, "unknown tokenizer"),
+        ({"kind": "char"}, "chars must be a text that has every character once, not None"),
+        ({"kind": "char", "chars": ["a", "b"]}, "chars must be a text"),
+        ({"kind": "char", "chars": ""}, "chars must be a text"),
+        ({"kind": "char", "chars": "aba"}, "chars must be a text"),
+        ({"kind": "char", "chars": "ab" * 10_000_000}, "chars must be a text"),
+        ({"kind": "tiktoken"}, "unknown encoding None; known: gpt2"),
+        ({"kind": "tiktoken", "name": ["gpt2"]}, "unknown encoding"),
+        ({"kind": "tiktoken", "name": "p50k\n"}, "unknown encoding"),
+        ({"kind": "hf"}, "tokenizer.json cannot be read"),
+        ({"kind": "hf", "json": "{}", "end": "0"}, "end must be the id of a token, not '0'"),
+        ({"kind": "hf", "json": "{}", "bos": -1}, "bos must be the id of a token"),
+        ({"kind": "hf", "json": "{}", "end": True}, "end must be the id of a token"),
+    ],
+)
+def test_a_hostile_spec_is_one_line(spec, words):
+    """It is refused before anything is built from it, with the file or checkpoint it was in."""
+    with pytest.raises(UserError) as caught:
+        Tokenizer(spec, "runs/ckpt.pt")
+    line = str(caught.value)
+    assert line.startswith("runs/ckpt.pt: ") and words in line
+    assert "\n" not in line and len(line) < 250
+
+
+def test_json_that_is_too_large_or_too_deep_is_one_line(tmp_path, monkeypatch):
+    """Nothing of a file is read that is larger than any tokenizer's."""
+    monkeypatch.setattr("nanomla.tokenizer.LARGEST_JSON", 200_000)
+    for text, words in (("[" * 150_000, "recursion"), ("[" * 200_001, "200,001 bytes, at most")):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match=words) as caught:
+            read_hf(tmp_path / "tokenizer.json", {})
+        assert str(caught.value).startswith(f"{tmp_path}/tokenizer.json: cannot be read")
+    with pytest.raises(UserError, match="at most 200,000 characters"):
+        Tokenizer({"kind": "hf", "json": " " * 200_001})
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ({"kind": "char", "chars": "abc"}, 3),
+        ({"kind": "byte"}, 256),
+        ({"kind": "tiktoken", "name": "gpt2"}, 50257),
+        ({"kind": "tiktoken", "name": "cl100k_base"}, 100277),
+        ({"kind": "hf", "json": byte_level().to_str()}, 280),
+    ],
+)
+def test_a_model_knows_all_ids_of_its_tokenizer(spec, size):
+    """It may know more, as a padded vocabulary does; and the size is that of the tokenizer."""
+    check_spec(spec, "x", size)
+    check_spec(spec, "x", size + 40)
+    with pytest.raises(UserError, match=f"ids up to {size - 1}, .* vocab_size={size - 1};"):
+        check_spec(spec, "x", size - 1)
+    assert Tokenizer(spec).vocab_size == size
 
 
 @pytest.mark.parametrize("decoder", [None, {"type": "WordPiece", "prefix": "##", "cleanup": True}])
