@@ -25,6 +25,7 @@ from model import GPT, GPTConfig
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
 from nanomla.surgery import factorise_values
+from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
@@ -201,7 +202,7 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     Make a checkpoint's model on the CPU, in torch's default dtype.
 
     overrides: settings of GPTConfig that may differ from the stored ones: dropout, and use_svd,
-    svd_rank and svd_method to factorise the values.
+    svd_rank and svd_method to factorise the values (svd_rank None: the stored rank, else full).
     Returns the model and, if values were factorised, a line that states how much of them was kept.
     Raises UserError if settings, names or shapes do not belong together.
     """
@@ -212,6 +213,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
             names = ", ".join(unknown)
             raise ValueError(f"model_args has settings this version does not know: {names}")
         stored = GPTConfig(**checkpoint.model_args)
+        if stored.use_svd and overrides.get("svd_rank", stored.svd_rank) is None:
+            del overrides["svd_rank"]  # None means full rank only where there is none yet
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -286,34 +289,43 @@ def _compare(wanted: dict[str, tuple[int, ...]], state: dict[str, Tensor], sourc
             raise UserError(f"{source}: {name} {shapes}")
 
 
-def tokenizer_spec(checkpoint: Checkpoint) -> dict[str, Any]:
+def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[str, Any]:
     """
     The spec of a checkpoint's tokenizer.
 
     nanoGPT's checkpoints name their dataset only. Its characters are then read from its meta file
-    below data/; without one, a vocabulary of GPT-2's size means GPT-2's BPE. Raises UserError if
-    there is nothing that turns ids into text.
+    below data/; without one, a vocabulary of GPT-2's size means GPT-2's BPE.
+    dataset: where to read the characters instead: a name below data/, a folder, or a meta file.
+    Raises UserError if there is nothing that turns ids into text, or if it is not the model's.
     """
-    if checkpoint.tokenizer:
-        return checkpoint.tokenizer
-    source = checkpoint.source
+    source, own = checkpoint.source, checkpoint.tokenizer
     vocab_size = checkpoint.model_args.get("vocab_size", GPTConfig.vocab_size)
-    dataset = checkpoint.config.get("dataset")
-    folder = None if dataset is None else DATA_ROOT / str(dataset)
-    spec = read_meta(folder).tokenizer if folder else None
-    if spec and spec.get("kind") == "char" and len(spec["chars"]) != vocab_size:
-        has = f"the dataset now in {folder} has {len(spec['chars'])}"
-        remedy = "put the data folder it was trained on in its place"
-        raise UserError(f"{source} knows {vocab_size} characters, but {has}; {remedy}")
+    if own is not None:
+        if dataset is not None:
+            raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+        check_spec(own, source, vocab_size)
+        return own
+    name = checkpoint.config.get("dataset") if dataset is None else dataset
+    place = None if name is None else DATA_ROOT / str(name)
+    if place and not place.exists() and Path(str(name)).exists():
+        place = Path(str(name))
+    spec = read_meta(place).tokenizer if place else None
+    other = "give the dataset that it was trained on, --dataset=NAME, or its folder or meta file"
     if spec:
+        check_spec(spec, str(place))
+        chars = spec["chars"] if spec["kind"] == "char" else ""
+        if (chars or dataset is not None) and len(chars) != vocab_size:
+            has = f"the dataset now in {place} has {len(chars) or 'no alphabet'}"
+            raise UserError(f"{source} knows {vocab_size} characters, but {has}; {other}")
+        check_spec(spec, str(place), vocab_size)
         return spec
-    if vocab_size not in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
-        remedy = f"add a {TOKENIZER}"
-        if folder:
-            remedy = f"put the data folder it was trained on, with its meta.pkl, at {folder}"
-        problem = f"nothing says what text its {vocab_size} token ids stand for"
-        raise UserError(f"{source}: {problem}; {remedy}")
-    return {"kind": "tiktoken", "name": "gpt2"}
+    if dataset is None and vocab_size in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
+        return {"kind": "tiktoken", "name": "gpt2"}
+    remedy = f"add a {TOKENIZER} or {other}"
+    if place:
+        remedy = f"put its data folder, with its meta.pkl, at {place}, or {other}"
+    problem = f"nothing says what text its {vocab_size} token ids stand for"
+    raise UserError(f"{source}: {problem}; {remedy}")
 
 
 def is_mask_buffer(name: str) -> bool:

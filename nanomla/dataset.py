@@ -172,15 +172,16 @@ class Dataset:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def read_meta(folder: Path) -> Meta:
+def read_meta(place: Path) -> Meta:
     """
     A dataset's meta.json, else nanoGPT's meta.pkl, else an empty Meta. Unknown keys are ignored.
 
+    place: the dataset's folder, or such a file itself.
     Raises UserError if the file cannot be read or a field has the wrong type.
     """
-    path = folder / "meta.json"
-    if not path.is_file():
-        pickled = folder / "meta.pkl"
+    path = place if place.is_file() else place / "meta.json"
+    if path.suffix == ".pkl" or not path.is_file():
+        pickled = path.with_suffix(".pkl")
         return _read_meta_pkl(pickled) if pickled.is_file() else Meta()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

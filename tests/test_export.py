@@ -379,6 +379,29 @@ def test_a_model_without_tokenizer_is_exported_with_a_warning(tmp_path):
     assert fails_with_one_line(done, 1, "23 token ids")
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"kind": "char", "chars": CHARS["chars"] + "X"}, ["ids up to 23", "vocab_size=23"]),
+        ({"kind": "byte"}, ["ids up to 255", "vocab_size=23"]),
+        ({"kind": "char", "chars": 5}, ["chars must be a text"]),
+        ({}, ["unknown tokenizer {}"]),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_models_is_one_line(tmp_path, spec, words):
+    """Sampling and exporting name the checkpoint; a folder's names its file where that is wrong."""
+    save(tmp_path / "run", tokenizer=spec)
+    for done in (
+        run("sample.py", f"--out_dir={tmp_path}/run", "--start=a"),
+        run("tools.export", f"--out_dir={tmp_path}/run", f"--to={tmp_path}/e"),
+    ):
+        assert fails_with_one_line(done, 1, f"{tmp_path}/run/ckpt.pt: ", *words)
+    foreign("llama").save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "nanomla_tokenizer.json").write_text(json.dumps(spec))
+    done = run("sample.py", f"--init_from={tmp_path}/hf", "--start=a")
+    assert fails_with_one_line(done, 1, f"{tmp_path}/hf", *words)
+
+
 def test_names_that_are_nothing(tmp_path, dataset):
     """A name that is neither a file nor a folder, an empty folder, two sources at once."""
     base = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]

@@ -4,6 +4,7 @@ Checkpoints and datasets in nanoGPT's format, written here.
 Run: python -m pytest tests/test_nanogpt.py
 """
 
+import json
 import os
 import pickle
 import shutil
@@ -169,6 +170,42 @@ def test_what_its_tokens_mean_is_never_guessed(root):
         torch.save(saved, root / "odd.pt")
         with pytest.raises(UserError, match="50000 token ids"):
             checkpoint.tokenizer_spec(checkpoint.load(root / "odd.pt"))
+
+
+def test_the_alphabet_is_that_of_dataset(root):
+    """
+    --dataset takes a name below data/, a folder, a meta.json or a meta.pkl where the dataset of the
+    run's name has another alphabet by now; what does not fit the model is an error.
+    """
+    write_run(root / "out")
+    letters, mine = root / "data" / "letters", root / "mine"
+    shutil.copytree(letters, mine)
+    shutil.copytree(letters, root / "data" / "older")
+    (letters / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "char", "chars": "ab"}}))
+    sample = ["sample.py", f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5"]
+    assert fails_with_one_line(run(*sample), 1, "knows 25 characters", "--dataset=NAME")
+    spec = {"kind": "char", "chars": CHARS}
+    (root / "any.json").write_text(json.dumps({"tokenizer": spec}))
+    texts = set()
+    for name in ("older", mine, mine / "meta.pkl", letters / "meta.pkl", root / "any.json"):
+        done = run(*sample, f"--dataset={name}")
+        assert done.returncode == 0, done.stderr
+        texts.add(done.stdout)
+    assert len(texts) == 1 and texts.pop().startswith("the bag")
+    done = run("tools.export", f"--out_dir={root}/out", f"--to={root}/hf", "--dataset=older")
+    assert done.returncode == 0 and formats.read_pretrained(root / "hf").tokenizer == spec
+    done = run(*sample[:1], f"--init_from={root}/hf", *sample[2:], "--dataset=older")
+    assert fails_with_one_line(done, 1, "has a tokenizer of its own", "leave out --dataset=older")
+    (mine / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "byte"}}))
+    for name, words in (
+        ("letters", "letters has 2"),
+        (mine, "no alphabet"),
+        (root / "none", "25 token ids"),
+        (root / "out", "25 token ids"),
+    ):
+        assert fails_with_one_line(run(*sample, f"--dataset={name}"), 1, words)
+        done = run("tools.export", f"--out_dir={root}/out", f"--to={root}/e", f"--dataset={name}")
+        assert fails_with_one_line(done, 1, words) and not (root / "e").exists()
 
 
 def test_a_state_of_another_order_is_one_line(root):

@@ -36,6 +36,9 @@ class ExportConfig:
         str, "#export", "the run's folder; its best.pt, else its ckpt.pt; or a folder of weights"
     ] = "out"
     ckpt: Annotated[str | None, "a checkpoint file instead"] = None
+    dataset: Annotated[
+        str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
+    ] = None
     to: Annotated[
         str | None, "the folder to write: a new one, an empty one, or an earlier export"
     ] = None
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--format={kind} does not fit {stored.source}: {problem}")
         why = "as asked"
     settings, tensors = formats.FORMATS[kind].write(model)
-    spec, texts = _tokenizer(stored, kind)
+    spec, texts = _tokenizer(stored, kind, cfg.dataset)
     if kind != "nanomla":
         settings |= {"bos_token_id": start_of_text(spec), "eos_token_id": end_of_text(spec)}
     texts[formats.CONFIG] = formats.as_json(settings)
@@ -76,11 +79,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{size / 1e6:,.1f} MB in {target}")
 
 
-def _tokenizer(stored: Checkpoint, kind: str) -> tuple[dict | None, dict[str, str]]:
+def _tokenizer(
+    stored: Checkpoint, kind: str, dataset: str | None
+) -> tuple[dict | None, dict[str, str]]:
     """A checkpoint's tokenizer and its files by name; a warning says what cannot be written."""
     try:
-        spec = checkpoint.tokenizer_spec(stored)
+        spec = checkpoint.tokenizer_spec(stored, dataset)
     except UserError as error:
+        if stored.tokenizer is not None or dataset is not None:
+            raise
         print(f"warning: exported without a tokenizer: {error}", file=sys.stderr)
         return None, {}
     try:
