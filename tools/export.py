@@ -10,7 +10,7 @@ and our own ("model_type": "nanomla"), which has every setting. Any such folder 
 --init_from. docs/export.md has the details.
 """
 
-from nanomla.errors import UsageError, UserError, run_script
+from nanomla.errors import UsageError, UserError, run_script, say
 
 # isort: split
 import shlex
@@ -88,15 +88,15 @@ def _tokenizer(
     except UserError as error:
         if stored.tokenizer is not None or dataset is not None:
             raise
-        print(f"warning: exported without a tokenizer: {error}", file=sys.stderr)
+        say(f"warning: exported without a tokenizer: {error}", sys.stderr)
         return None, {}
     try:
-        texts = formats.tokenizer_files(spec, kind)
+        texts = formats.tokenizer_files(spec)
     except UserError as error:
-        files = f"{formats.VOCAB} and {formats.MERGES}, for transformers"
-        print(f"warning: exported without {files}: {error}", file=sys.stderr)
+        file = f"{formats.HF_TOKENIZER}, for transformers"
+        say(f"warning: exported without {file}: {error}", sys.stderr)
         texts = {}
-    if formats.HF_TOKENIZER not in texts:  # which has it all
+    if kind == "nanomla" or spec.get("kind") != "hf" or not texts:  # else the other files have it
         texts[checkpoint.TOKENIZER] = formats.as_json(spec)
     return spec, texts
 
