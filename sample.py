@@ -52,10 +52,10 @@ class SampleConfig:
         str | None, "weights instead: gpt2[-medium|-large|-xl], a folder of safetensors, a run"
     ] = None
     dataset: Annotated[
-        str | None, "whose alphabet nanoGPT's checkpoint has: a name in data/, a folder, a meta.pkl"
+        str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
     ] = None
     use_svd: Annotated[bool, "factorise the values of a checkpoint trained without SVD"] = False
-    svd_rank: Annotated[int | None, "to this rank; None: that of the checkpoint, or full"] = None
+    svd_rank: Annotated[int | None, "to this rank; None: full, or the rank it has"] = None
     svd_method: Annotated[Literal["exact", "randomized"], "how they are factorised"] = "exact"
 
     start: Annotated[str, "#prompt", "the prompt, or FILE:path to read it from"] = "\n"
@@ -156,7 +156,7 @@ def open_model(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     model, note = checkpoint.build(ckpt, dropout=0.0, **svd)
     if note:
         print(note, file=sys.stderr)
-    return model, Tokenizer(checkpoint.tokenizer_spec(ckpt, cfg.dataset))
+    return model, Tokenizer(checkpoint.tokenizer_spec(ckpt, cfg.dataset), ckpt.source)
 
 
 def print_stream(pieces: Iterator[str], stopped: Sequence[int] = ()) -> float:

@@ -63,8 +63,7 @@ def load_encoding(name: str) -> "tiktoken.Encoding":
         import tiktoken
     except ImportError:
         raise UserError(f"the {name} tokenizer needs tiktoken: pip install tiktoken") from None
-    caches = [folder for folder in (_tiktoken_cache(), _own_cache()) if _has_tables(folder, name)]
-    folder = caches[0] if caches else _fetch(name)
+    folder = _find_tables(name)
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # get_encoding has no argument for the folder
     try:
@@ -73,6 +72,26 @@ def load_encoding(name: str) -> "tiktoken.Encoding":
         os.environ.pop("TIKTOKEN_CACHE_DIR")
         if before is not None:
             os.environ["TIKTOKEN_CACHE_DIR"] = before
+
+
+def gpt2_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """
+    GPT-2's ids by token and its merges, each in the letters that byte-level BPE writes bytes as.
+
+    Raises UserError if no place has the tables.
+    """
+    folder = _find_tables("gpt2")
+    vocabulary, merges = (
+        (folder / _file_name(url)).read_text(encoding="utf-8") for url in (VOCABULARY, MERGES)
+    )
+    pairs = [line.split(" ") for line in merges.split("\n")[1:] if line]  # the first is a version
+    return json.loads(vocabulary), [(left, right) for left, right in pairs]
+
+
+def _find_tables(name: str) -> Path:
+    """The folder with an encoding's tables, which are fetched if no cache has them."""
+    caches = [folder for folder in (_tiktoken_cache(), _own_cache()) if _has_tables(folder, name)]
+    return caches[0] if caches else _fetch(name)
 
 
 def _own_cache() -> Path:

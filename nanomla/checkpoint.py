@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanomla.dataset import DATA_ROOT, Meta, _read_meta_pkl, read_meta
+from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
 from nanomla.surgery import factorise_values
+from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
@@ -33,7 +34,6 @@ LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per num
 # card, its report, and train.py's config for healing.
 CONVERSION = ("conversion.json", "conversion.md", "heal.py")
 TOKENIZER = "nanomla_tokenizer.json"  # a tokenizer's spec in a folder of weights
-GIVE_DATASET = "give the dataset it was trained on: --dataset=NAME, a folder, or a meta.pkl"
 
 
 @dataclass
@@ -202,8 +202,7 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     Make a checkpoint's model on the CPU, in torch's default dtype.
 
     overrides: settings of GPTConfig that may differ from the stored ones: dropout, and use_svd,
-    svd_rank and svd_method to factorise the values. svd_rank None is the stored rank, if there is
-    one.
+    svd_rank and svd_method to factorise the values (svd_rank None: the stored rank, else full).
     Returns the model and, if values were factorised, a line that states how much of them was kept.
     Raises UserError if settings, names or shapes do not belong together.
     """
@@ -214,8 +213,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
             names = ", ".join(unknown)
             raise ValueError(f"model_args has settings this version does not know: {names}")
         stored = GPTConfig(**checkpoint.model_args)
-        if overrides.get("svd_rank") is None and stored.use_svd:
-            overrides["svd_rank"] = stored.svd_rank
+        if stored.use_svd and overrides.get("svd_rank", stored.svd_rank) is None:
+            del overrides["svd_rank"]  # None means full rank only where there is none yet
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -296,50 +295,37 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
 
     nanoGPT's checkpoints name their dataset only. Its characters are then read from its meta file
     below data/; without one, a vocabulary of GPT-2's size means GPT-2's BPE.
-    dataset: whose tokenizer to take instead of that: a name below data/, a folder, or a meta.json
-        or .pkl file.
-    Raises UserError if nothing turns ids into text, or if this is not what the model was trained
-    with.
+    dataset: where to read the characters instead: a name below data/, a folder, or a meta file.
+    Raises UserError if there is nothing that turns ids into text, or if it is not the model's.
     """
-    own, source = checkpoint.tokenizer, checkpoint.source
-    if own and dataset is None:
-        return own
+    source, own = checkpoint.source, checkpoint.tokenizer
     vocab_size = checkpoint.model_args.get("vocab_size", GPTConfig.vocab_size)
+    if own is not None:
+        if dataset is not None:
+            raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+        check_spec(own, source, vocab_size)
+        return own
     name = checkpoint.config.get("dataset") if dataset is None else dataset
-    path = None if name is None else _dataset_path(str(name))
-    if dataset is not None and not path.exists():
-        raise UserError(f"--dataset={dataset}: there is no {path}")
-    meta = Meta() if path is None else _read_meta(path)
-    spec = meta.tokenizer
-    if own and spec != own:
-        raise UserError(f"{source} has a tokenizer, {path} has another; leave --dataset out")
-    chars = spec.get("chars", "") if spec and spec.get("kind") == "char" else None
-    has = len(chars) if chars is not None else meta.vocab_size or 0
-    if spec and (has > vocab_size or (chars is not None and has < vocab_size)):
-        kind = "token ids" if chars is None else "characters"
-        raise UserError(f"{source} knows {vocab_size} {kind}, but {path} has {has}; {GIVE_DATASET}")
+    place = None if name is None else DATA_ROOT / str(name)
+    if place and not place.exists() and Path(str(name)).exists():
+        place = Path(str(name))
+    spec = read_meta(place).tokenizer if place else None
+    other = "give the dataset that it was trained on, --dataset=NAME, or its folder or meta file"
     if spec:
+        check_spec(spec, str(place))
+        chars = spec["chars"] if spec["kind"] == "char" else ""
+        if (chars or dataset is not None) and len(chars) != vocab_size:
+            has = f"the dataset now in {place} has {len(chars) or 'no alphabet'}"
+            raise UserError(f"{source} knows {vocab_size} characters, but {has}; {other}")
+        check_spec(spec, str(place), vocab_size)
         return spec
-    if vocab_size not in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
-        problem = f"nothing says what text its {vocab_size} token ids stand for"
-        where = f" (no meta file in {path})" if path else f", or add a {TOKENIZER}"
-        raise UserError(f"{source}: {problem}; {GIVE_DATASET}{where}")
-    return {"kind": "tiktoken", "name": "gpt2"}
-
-
-def _dataset_path(name: str) -> Path:
-    """Where a dataset is: below data/, or else at this path."""
-    below = DATA_ROOT / name
-    return Path(name) if Path(name).exists() and not below.exists() else below
-
-
-def _read_meta(path: Path) -> Meta:
-    """What the meta file of a dataset's folder says, or this one."""
-    if path.suffix == ".pkl":
-        return _read_meta_pkl(path)
-    if path.is_file() and path.name != "meta.json":
-        raise UserError(f"{path}: neither a dataset's folder nor its meta.json or meta.pkl")
-    return read_meta(path.parent if path.is_file() else path)
+    if dataset is None and vocab_size in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
+        return {"kind": "tiktoken", "name": "gpt2"}
+    remedy = f"add a {TOKENIZER} or {other}"
+    if place:
+        remedy = f"put its data folder, with its meta.pkl, at {place}, or {other}"
+    problem = f"nothing says what text its {vocab_size} token ids stand for"
+    raise UserError(f"{source}: {problem}; {remedy}")
 
 
 def is_mask_buffer(name: str) -> bool:

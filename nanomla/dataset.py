@@ -185,14 +185,16 @@ class Dataset:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def read_meta(folder: Path) -> Meta:
+def read_meta(place: Path) -> Meta:
     """
     A dataset's meta.json, else nanoGPT's meta.pkl, else an empty Meta. Unknown keys are ignored.
 
+    place: the dataset's folder, or such a file itself.
     Raises UserError if the file cannot be read or a field has the wrong type.
     """
-    path, pickled = _place(folder, "meta.json"), folder / "meta.pkl"
-    if not path.is_file():
+    path = place if place.is_file() else _place(place, "meta.json")
+    if path.suffix == ".pkl" or not path.is_file():
+        pickled = path.with_suffix(".pkl")
         return _read_meta_pkl(pickled) if pickled.is_file() else Meta()
     try:
         with open(path, "rb") as file:
@@ -203,6 +205,7 @@ def read_meta(folder: Path) -> Meta:
         meta = Meta(**{key: value for key, value in content.items() if key in known})
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a dataset's meta file ({error})") from None
+    pickled = path.with_name("meta.pkl")
     other = _read_meta_pkl(pickled) if not meta.tokens and pickled.is_file() else meta
     if other.tokenizer != meta.tokenizer:
         raise UserError(
@@ -232,11 +235,11 @@ def _read_meta_pkl(path: Path) -> Meta:
     try:
         with open(path, "rb") as file:
             content = _PlainUnpickler(io.BytesIO(_limited(file))).load()
-        itos, stoi, size = (content[name] for name in ("itos", "stoi", "vocab_size"))
+        itos, stoi, size = content["itos"], content.get("stoi"), content["vocab_size"]
         chars = [itos[i] for i in range(len(itos))]
         if not all(isinstance(c, str) and len(c) == 1 for c in chars):
             raise ValueError("itos has a value that is no character")
-        if size != len(itos) or stoi != {c: i for i, c in enumerate(chars)}:
+        if size != len(itos) or (stoi and stoi != {c: i for i, c in enumerate(chars)}):
             raise ValueError("vocab_size, itos and stoi do not belong together")
         return Meta(int(size), {"kind": "char", "chars": "".join(chars)})
     except Exception as error:  # noqa: BLE001  a hostile pickle can raise anything

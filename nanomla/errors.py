@@ -203,27 +203,25 @@ def _mend_streams() -> None:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Inside, SIGTERM raises Stopped, so that what is open is closed."""
+    """Inside, SIGTERM raises Stopped and SIGINT KeyboardInterrupt, so that open things close."""
     if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, raise_stopped)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, raise_stopped) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _interrupted_import(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """sys.excepthook of the scripts, for what comes before run_script: Ctrl-C is one line."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, KeyboardInterrupt):
-            os._exit(_report(chain))
-        chain = chain.__cause__ or chain.__context__
-    sys.__excepthook__(kind, error, trace)
+def _interrupted_import(number: int, _frame: Any) -> None:
+    """Ctrl-C before run_script. Imports may swallow an exception, so the process ends here."""
+    os._exit(_report(KeyboardInterrupt()))
 
 
-_script = getattr(sys.modules.get("__main__"), "__file__", None)
-if _script and Path(__file__).resolve().parents[1] in Path(_script).resolve().parents:
-    sys.excepthook = _interrupted_import
+_script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "none").resolve()
+_ours = _script.name in ("train.py", "sample.py", "prepare.py") or _script.parent.name == "tools"
+if _ours and Path(__file__).resolve().parents[1] in _script.parents:  # no program that imports us
+    signal.signal(signal.SIGINT, _interrupted_import)

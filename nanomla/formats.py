@@ -16,7 +16,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanomla.bpe import load_encoding
+from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
 from nanomla.errors import UserError
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,
     Tokenizer,
+    check_spec,
     end_of_text,
     read_hf,
     read_json,
@@ -38,10 +38,10 @@ from nanomla.tokenizer import (
 )
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-VOCAB, MERGES = "vocab.json", "merges.txt"  # GPT-2's tokenizer, as transformers reads it
 HF_TOKENIZER_CONFIG = "tokenizer_config.json"
 EXPORT_FILES = {
-    CONFIG, WEIGHTS, CARD, TOKENIZER, VOCAB, MERGES, HF_TOKENIZER, HF_TOKENIZER_CONFIG
+    CONFIG, WEIGHTS, CARD, TOKENIZER, HF_TOKENIZER, HF_TOKENIZER_CONFIG,
+    "vocab.json", "merges.txt",  # of exports by earlier versions
 }  # fmt: skip
 MARK = {"exported_by": "nanoMLA"}  # in the config.json of every export
 # Without these, transformers takes the ids of the original models' tokenizers.
@@ -94,7 +94,7 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
         args, state = readers[kind](settings, tensors)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: {error}") from None
-    spec = _read_tokenizer(folder, settings, args)
+    spec = _read_tokenizer(folder, settings)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
 
 
@@ -694,72 +694,73 @@ FORMATS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizers: ours in nanomla_tokenizer.json, Hugging Face's in tokenizer.json, GPT-2's also in
-# vocab.json and merges.txt
+# Tokenizers: ours in nanomla_tokenizer.json, and for transformers in tokenizer.json
 
 
-def _read_tokenizer(
-    folder: Path, settings: dict[str, Any], args: dict[str, Any]
-) -> dict[str, Any] | None:
+def _read_tokenizer(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The spec of a folder's tokenizer, or None if it has none."""
-    if (folder / TOKENIZER).exists():
-        return read_json(folder / TOKENIZER)
-    path = folder / HF_TOKENIZER
-    if not path.exists():
+    own, path = folder / TOKENIZER, folder / HF_TOKENIZER
+    if own.exists():
+        path, spec = own, read_json(own)
+    elif path.exists():
+        spec = read_hf(path, settings)
+    else:
         return None
-    spec, largest = read_hf(path, settings)
-    if largest >= args["vocab_size"]:
-        problem = f"it has ids up to {largest}, the model only vocab_size={args['vocab_size']}"
-        raise UserError(f"{path}: {problem}; they do not belong together")
+    check_spec(spec, str(path))
     return spec
 
 
-def tokenizer_files(spec: dict[str, Any], kind: str) -> dict[str, str]:
+def tokenizer_files(spec: dict[str, Any]) -> dict[str, str]:
     """
-    The content of the files, by name, that transformers reads this tokenizer from; {} if it cannot.
+    The content of the files, by name, that transformers' AutoTokenizer reads a tokenizer from.
 
-    kind: the format of the weights. Raises UserError if tiktoken's tables are not available.
+    They have the same ids, and the same text for them. Raises UserError if there is no such file
+    for this tokenizer, or if what it needs is not on this machine.
     """
-    if kind == "nanomla":
-        return {}
-    if spec.get("kind") == "hf":
-        about = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        ids = {"bos_token": start_of_text(spec), "eos_token": end_of_text(spec)}
-        for name, token in ids.items():
-            text = None if token is None else Tokenizer(spec).hf.id_to_token(token)
-            about |= {} if text is None else {name: text}
-        return {HF_TOKENIZER: spec["json"], HF_TOKENIZER_CONFIG: as_json(about)}
-    if spec != {"kind": "tiktoken", "name": "gpt2"}:
-        return {}
-    about = as_json({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"})
-    return gpt2_tokenizer() | {HF_TOKENIZER_CONFIG: about}
+    opened = Tokenizer(spec).hf if spec.get("kind") == "hf" else _as_hf(spec)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    ids = {"bos_token": start_of_text(spec), "eos_token": end_of_text(spec)}
+    for name, token in ids.items():
+        text = None if token is None else opened.id_to_token(token)
+        about |= {} if text is None else {name: text}
+    text = spec["json"] if spec.get("kind") == "hf" else opened.to_str(pretty=True)
+    return {HF_TOKENIZER: text, HF_TOKENIZER_CONFIG: as_json(about)}
 
 
-def gpt2_tokenizer() -> dict[str, str]:
+def _as_hf(spec: dict[str, Any]) -> Any:
     """
-    The content of vocab.json and merges.txt of GPT-2's tokenizer, from tiktoken's ranks.
-
-    The merge that makes a token joins the two pieces that remain when all merges of lower rank have
-    been applied to its bytes. Raises UserError if tiktoken's tables are not available.
+    A tokenizer of Hugging Face with the ids of ours. Its single tokens are characters, which it
+    must not read as bytes, or bytes in the letters of byte-level BPE.
     """
-    encoding = load_encoding("gpt2")
-    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    rank = {token: i for i, token in enumerate(tokens)}
-
-    def spell(piece: bytes) -> str:
-        return "".join(BYTE_LETTERS[b] for b in piece)
-
-    lines = ["#version: 0.2"]
-    for token in tokens[256:]:
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            ranks = [rank.get(a + b, len(rank)) for a, b in pairwise(parts)]
-            at = ranks.index(min(ranks))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        lines.append(" ".join(map(spell, parts)))
-    ids = {spell(token): i for i, token in enumerate(tokens)}
-    ids["<|endoftext|>"] = encoding.eot_token
-    return {VOCAB: json.dumps(ids), MERGES: "\n".join(lines) + "\n"}
+    try:
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as HF
+    except ImportError:
+        raise UserError("it needs Hugging Face tokenizers: pip install tokenizers") from None
+    if spec["kind"] == "char":
+        try:
+            spec["chars"].encode("utf-8")
+        except UnicodeEncodeError as error:
+            bad = spec["chars"][error.start]
+            raise UserError(f"its character {bad!r} has no form in UTF-8") from None
+        ids = {c: i for i, c in enumerate(spec["chars"])}
+        made = HF(models.WordLevel(ids, unk_token="<unk>"))  # which is no token: an error
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+        return made
+    if spec["kind"] == "byte":
+        ids, merges = {letter: b for b, letter in enumerate(BYTE_LETTERS)}, []
+    elif spec["name"] == "gpt2":
+        ids, merges = gpt2_tables()
+    else:
+        raise UserError(f"there is no list of {spec['name']}'s merges")
+    made = HF(models.BPE(ids, merges))
+    words = spec["kind"] != "byte"  # GPT-2's regular expression cuts a text into words
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    made.decoder = decoders.ByteLevel()
+    if words:
+        made.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    return made
 
 
 # --------------------------------------------------------------------------------------------------

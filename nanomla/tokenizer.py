@@ -1,17 +1,22 @@
 """Tokenizers, each built from the plain spec that meta.json and checkpoints carry."""
 
 import codecs
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
-from nanomla.errors import UserError
+from nanomla.errors import UserError, printable
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
+TIKTOKEN_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+LARGEST_JSON = 1 << 26  # bytes; the tokenizer.json of 256,000 tokens has 2**25
+LARGEST_ID = (1 << 24) - 1
 
 # Byte-level BPE writes a byte as one visible letter: as itself where it is one in Latin-1, and as
 # the letters from 256 on otherwise.
@@ -19,6 +24,34 @@ _VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _OTHERS = [b for b in range(256) if b not in _VISIBLE]
 BYTE_LETTERS = [chr(b) if b in _VISIBLE else chr(256 + _OTHERS.index(b)) for b in range(256)]
 LETTER_BYTES = {letter: b for b, letter in enumerate(BYTE_LETTERS)}
+
+
+def _is_chars(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) == len(set(value))
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_ID
+
+
+FIELDS = {  # kind -> its fields, with a check and what it checks
+    "char": {"chars": (_is_chars, "a text that has every character once")},
+    "byte": {},
+    "tiktoken": {
+        "name": (
+            lambda name: isinstance(name, str) and name in TIKTOKEN_SIZES,
+            f"an encoding, one of {', '.join(TIKTOKEN_SIZES)}",
+        )
+    },
+    "hf": {
+        "json": (
+            lambda text: isinstance(text, str) and len(text) <= LARGEST_JSON,
+            f"the text of a {HF_TOKENIZER} of at most {LARGEST_JSON:,} characters",
+        ),
+        "end": (lambda token: token is None or _is_id(token), "the id of a token"),
+        "bos": (lambda token: token is None or _is_id(token), "the id of a token"),
+    },
+}
 
 
 def end_of_text(spec: dict[str, Any] | None) -> int | None:
@@ -38,6 +71,61 @@ def start_of_text(spec: dict[str, Any] | None) -> int | None:
     return end_of_text(spec)
 
 
+def check_spec(spec: Any, source: str = "", vocab_size: int | None = None) -> int:
+    """
+    Hold a tokenizer's spec, which may come from anywhere, against the one that Tokenizer takes.
+
+    source: the file or checkpoint that it comes from, for the error. vocab_size: that of its model,
+    which may know more ids than the tokenizer, but not fewer.
+    Returns the number of the tokenizer's ids. Raises UserError.
+    """
+    try:
+        count = _count_ids(spec)
+        if vocab_size is not None and count > vocab_size:
+            problem = f"the tokenizer has ids up to {count - 1}, the model only {vocab_size=}"
+            raise UserError(f"{problem}; they do not belong together")
+    except UserError as error:
+        raise UserError(f"{source}: {error}" if source else str(error)) from None
+    return count
+
+
+def fitting_tokenizer(spec: Any, vocab_size: int, source: str) -> "Tokenizer":
+    """The tokenizer of a model. Raises UserError as check_spec and Tokenizer do."""
+    check_spec(spec, source, vocab_size)
+    return Tokenizer(spec, source)
+
+
+def _count_ids(spec: Any) -> int:
+    """The number of ids of a tokenizer, from its spec alone. Raises UserError if it is none."""
+    kind = spec.get("kind") if isinstance(spec, dict) else None
+    if not isinstance(kind, str) or kind not in FIELDS:
+        known = ", ".join(FIELDS)
+        raise UserError(f"unknown tokenizer {_brief(spec)}; known kinds: {known}")
+    if unknown := [name for name in spec if name not in ("kind", *FIELDS[kind])]:
+        raise UserError(f"tokenizer of kind {kind}: there is no field {_brief(unknown[0])}")
+    for name, (works, must) in FIELDS[kind].items():
+        if not works(spec.get(name)):
+            wrong = f"{name} must be {must}, not {_brief(spec.get(name))}"
+            raise UserError(f"tokenizer of kind {kind}: {wrong}")
+    if kind == "hf":
+        count = _count_hf(_parse(spec["json"], HF_TOKENIZER), HF_TOKENIZER)
+        for name in ("end", "bos"):
+            if (spec.get(name) or 0) >= count:
+                raise UserError(f"tokenizer of kind hf: {name} is none of its {count} ids")
+        return count
+    if kind == "tiktoken":
+        return TIKTOKEN_SIZES[spec["name"]]
+    return 256 if kind == "byte" else len(spec["chars"])
+
+
+def _brief(value: Any) -> str:
+    """A value of a spec as an error names it, on one short line."""
+    try:
+        return printable(reprlib.repr(value))
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return f"of type {type(value).__name__}"
+
+
 class Tokenizer:
     """
     Text to ids and back.
@@ -45,41 +133,41 @@ class Tokenizer:
     spec: {"kind": "char", "chars": ...}, {"kind": "byte"}, {"kind": "tiktoken", "name": "gpt2"} or
     {"kind": "hf", "json": the text of a tokenizer.json, "end": the id that ends a text, "bos": the
     id that begins one}; the last two are left out where they are not known.
-    Raises UserError for an unknown spec.
+    source: the file or checkpoint that it comes from, for errors.
+    Raises UserError for a spec that is none of these.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.spec = spec
-        kind = spec.get("kind") if isinstance(spec, dict) else None
-        if kind == "char":
+    def __init__(self, spec: dict[str, Any], source: str = "") -> None:
+        self.vocab_size = check_spec(spec, source)
+        self.spec, self.kind = spec, spec["kind"]
+        if self.kind == "char":
             self.chars: str = spec["chars"]
             self.ids = {c: i for i, c in enumerate(self.chars)}
-            self.vocab_size = len(self.chars)
-        elif kind == "byte":
-            self.vocab_size = 256
-        elif kind == "tiktoken":
+        elif self.kind == "tiktoken":
             self.bpe = load_encoding(spec["name"])
-            self.vocab_size = self.bpe.n_vocab
-        elif kind == "hf":
-            self.hf, self.decoders = _open_hf(spec.get("json"))
+        elif self.kind == "hf":
+            self.hf, self.decoders = _open_hf(spec["json"], self.vocab_size, source)
             self.added = self.hf.get_added_tokens_decoder()  # ids whose bytes are their name's
-            self.vocab_size = 1 + max(self.hf.get_vocab().values(), default=-1)
-        else:
-            raise UserError(f"unknown tokenizer {spec!r}; known kinds: char, byte, tiktoken, hf")
-        self.kind: str = kind
 
     def encode(self, text: str) -> list[int]:
         """
-        Text as ids. Raises UserError for a character outside a char vocabulary.
+        Text as ids. Raises UserError for a character outside a char vocabulary, or that UTF-8 does
+        not have; Python reads bytes that are not UTF-8 as such characters.
 
         A tokenizer of Hugging Face puts before them what its models expect at the start of a text.
         """
+        try:
+            raw = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            wrong = f"{text[error.start]!r} at character {error.start}"
+            raise UserError(f"the text is not UTF-8: it has {wrong}") from None
         if self.kind == "byte":
-            return list(text.encode("utf-8"))
+            return list(raw)
         if self.kind == "tiktoken":
             return self.bpe.encode(text, allowed_special="all")
         if self.kind == "hf":
-            return self.hf.encode(text).ids
+            with _their_errors(f"{HF_TOKENIZER} cannot encode this text"):
+                return self.hf.encode(text).ids
         try:
             return [self.ids[c] for c in text]
         except KeyError as missing:
@@ -138,59 +226,98 @@ class Tokenizer:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a .json file. Raises UserError if it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        text = path.read_text(encoding="utf-8") if size <= LARGEST_JSON else ""
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} in this folder") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    if size > LARGEST_JSON:
+        raise UserError(f"{path}: cannot be read ({size:,} bytes, at most {LARGEST_JSON:,})")
+    return _parse(text, str(path))
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    """The JSON object in a text. Raises UserError naming the source if it is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: cannot be read ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read (it is no JSON object)")
+        raise UserError(f"{source}: cannot be read (it is no JSON object)")
     return content
 
 
-def read_hf(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def _count_hf(content: dict[str, Any], source: str) -> int:
+    """One more than the largest id in a tokenizer.json, added tokens with it."""
+    try:
+        vocab = content["model"]["vocab"]  # of Unigram, a list
+        ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+        if not ids or not all(map(_is_id, ids)):
+            raise ValueError(f"its ids are not whole numbers from 0 to {LARGEST_ID:,}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _not_hf(source, error) from None
+    return max(ids) + 1
+
+
+def _not_hf(source: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {str(error)[:90]!r}"
+    return UserError(f"{source}: not a tokenizer of Hugging Face ({reason})")
+
+
+def read_hf(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """
-    The spec of the tokenizer in a tokenizer.json, and the largest id of its vocabulary.
+    The spec of the tokenizer in a tokenizer.json.
 
     settings: what the config.json beside it holds; the ids that begin and end a text are there.
     Raises UserError naming the file if it is missing or no tokenizer.
     """
     content = read_json(path)
+    count = _count_hf(content, str(path))
     try:
-        model = content["model"]
-        vocab = model["vocab"]
-        largest = max(vocab.values()) if isinstance(vocab, dict) else len(vocab) - 1
-        last = max([largest, *(token["id"] for token in content.get("added_tokens") or ())])
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
-        if type(last) is not int:
-            raise TypeError("its ids are no whole numbers")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:60]!r}"
-        raise UserError(f"{path}: not a tokenizer of Hugging Face ({reason})") from None
+        merges = content["model"].get("merges") or ()
+        merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    except TypeError as error:
+        raise _not_hf(str(path), error) from None
     text = "\n".join(["#version: 0.2", *merges, ""])
-    if largest == 50256 and sha256(text.encode("utf-8", "replace")) == TABLES["gpt2"][MERGES]:
-        return {"kind": "tiktoken", "name": "gpt2"}, largest  # the same ids as those of data/
+    if count == 50257 and sha256(text.encode("utf-8", "replace")) == TABLES["gpt2"][MERGES]:
+        return {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
     spec = {"kind": "hf", "json": path.read_text(encoding="utf-8")}
     for name, key in (("end", "eos_token_id"), ("bos", "bos_token_id")):
         token = settings.get(key)
         token = token[0] if isinstance(token, list) and token else token
-        if type(token) is int and 0 <= token <= last:
+        if _is_id(token) and token < count:
             spec[name] = token
-    return spec, largest
+    return spec
 
 
-def _open_hf(text: Any) -> tuple[Any, list[dict[str, Any]]]:
+@contextlib.contextmanager
+def _their_errors(problem: str) -> Iterator[None]:
+    """What the library tokenizers raises inside, plain Exceptions and panics, as a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C
+        reason = printable(f"{type(error).__name__}: {str(error)[:100]}")
+        raise UserError(f"{problem} ({reason})") from None
+
+
+def _open_hf(text: str, count: int, source: str) -> tuple[Any, list[dict[str, Any]]]:
     """
-    The tokenizer in the text of a tokenizer.json, and the steps that turn its tokens into text.
+    The tokenizer in the text of a tokenizer.json with `count` ids, and the steps that turn its
+    tokens into text.
 
     Raises UserError if it is damaged, or if its tokens have no bytes of their own.
     """
+    where = f"{source}: " if source else ""
     try:
         import tokenizers
     except ImportError:
         problem = "this model's tokenizer.json needs Hugging Face tokenizers"
         raise UserError(f"{problem}: pip install tokenizers") from None
-    try:
+    with _their_errors(f"{where}tokenizer.json cannot be read"):
         opened = tokenizers.Tokenizer.from_str(text)
         opened.no_truncation()  # settings of the training that made it
         opened.no_padding()
@@ -199,14 +326,13 @@ def _open_hf(text: Any) -> tuple[Any, list[dict[str, Any]]]:
         for step in steps:
             if step["type"] == "Replace":
                 _ = step["pattern"]["String"]  # a regular expression may need several tokens
-    except Exception as error:  # noqa: BLE001  tokenizers raises plain Exceptions
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise UserError(f"tokenizer.json cannot be read ({reason})") from None
+        if max(opened.get_vocab().values()) >= count:  # it numbers some of them itself
+            raise ValueError("its added tokens have other ids than those it lists")
     known = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip")
     for step in steps:
         if step["type"] not in known:
             problem = f"tokenizer.json has the decoder {step['type']}, which is not supported"
-            raise UserError(f"{problem}, only {', '.join(known)}")
+            raise UserError(f"{where}{problem}, only {', '.join(known)}")
     return opened, steps
 
 

@@ -93,6 +93,34 @@ def test_a_model_in_llamas_or_deepseeks_style_is_exported_as_one(tmp_path, kind)
     assert "".join(CHARS["chars"][i] for i in ids) == text.removesuffix("\n")
 
 
+@pytest.mark.parametrize("prompt", ["a b\n", "  e\u0301🙂 .", "\n"])
+def test_a_pipeline_of_transformers_completes_a_prompt(tmp_path, prompt):
+    """From the folder alone, and its greedy text is ours."""
+    from transformers import pipeline
+
+    spec = {"kind": "char", "chars": "\n .,'!abcdefghij🙂é\u0301\u200d日\t"}
+    save(tmp_path / "run", tokenizer=spec)
+    done = run("tools.export", f"--out_dir={tmp_path}/run", f"--to={tmp_path}/e")
+    assert done.returncode == 0 and done.stderr == ""
+    flags = [f"--start={prompt}", "--max_new_tokens=9", "--temperature=0"]
+    text = run("sample.py", f"--init_from={tmp_path}/e", *flags).stdout
+    complete = pipeline("text-generation", str(tmp_path / "e"))
+    answer = complete(prompt, max_new_tokens=9, do_sample=False)[0]["generated_text"]
+    assert answer + "\n" == text and len(answer) == len(prompt) + 9
+    assert formats.read_pretrained(tmp_path / "e").tokenizer == spec
+
+
+def test_an_alphabet_that_is_no_text_is_exported_with_a_warning(tmp_path):
+    """Half a surrogate pair: the folder has our own file alone, and opens here."""
+    spec = {"kind": "char", "chars": CHARS["chars"][:-1] + "\udcff"}
+    save(tmp_path / "run", tokenizer=spec)
+    done = run("tools.export", f"--out_dir={tmp_path}/run", f"--to={tmp_path}/e")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert "warning: exported without tokenizer.json, for transformers: its char" in done.stderr
+    assert not (tmp_path / "e" / "tokenizer.json").exists()
+    assert formats.read_pretrained(tmp_path / "e").tokenizer == spec
+
+
 def test_a_format_that_does_not_fit_is_refused(tmp_path):
     """--format names the settings in the way; our own format takes any model."""
     save(tmp_path / "run", **{**DEEPSEEK_STYLE, "mla_groups": 2, "tie_weights": False})
@@ -217,16 +245,9 @@ def test_bad_tokenizer_files_are_one_line(tmp_path, content, words):
 
 def test_gpt2s_tokenizer_is_known_by_its_merges(tmp_path):
     """Its tokenizer.json means the same ids as tiktoken's gpt2, which data/ is prepared with."""
-    from tokenizers import Tokenizer as HF
-    from tokenizers import models
-
-    files = formats.gpt2_tokenizer()
-    merges = [tuple(line.split(" ")) for line in files["merges.txt"].splitlines()[1:]]
-    bpe = HF(models.BPE(json.loads(files["vocab.json"]), merges))
-    save(tmp_path / "run", vocab_size=50257)
+    save(tmp_path / "run", tokenizer={"kind": "tiktoken", "name": "gpt2"}, vocab_size=50257)
     assert run("tools.export", f"--out_dir={tmp_path}/run", f"--to={tmp_path}/e").returncode == 0
     (tmp_path / "e" / "nanomla_tokenizer.json").unlink()
-    bpe.save(str(tmp_path / "e" / "tokenizer.json"))
     stored = formats.read_pretrained(tmp_path / "e")
     assert stored.tokenizer == {"kind": "tiktoken", "name": "gpt2"}
 
@@ -280,24 +301,24 @@ def test_every_export_has_a_model_card(tmp_path, dataset):
 
 
 def test_gpt2s_tokenizer_is_written_for_transformers(tmp_path, monkeypatch):
-    """With GPT-2's BPE, vocab.json and merges.txt too; without its tables, a warning instead."""
+    """GPT-2's BPE in tokenizer.json too; without its tables, a warning instead."""
     save(tmp_path / "run", tokenizer={"kind": "tiktoken", "name": "gpt2"}, vocab_size=50257)
     args = [f"--out_dir={tmp_path}/run", f"--to={tmp_path}/e"]
     ours = {"README.md", "config.json", "model.safetensors", "nanomla_tokenizer.json"}
     done = run("tools.export", *args)
     assert done.returncode == 0 and done.stderr == ""
-    theirs = {"vocab.json", "merges.txt", "tokenizer_config.json"}
+    theirs = {"tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in (tmp_path / "e").iterdir()} == ours | theirs
     settings = json.loads((tmp_path / "e" / "config.json").read_text())
     assert settings["bos_token_id"] == settings["eos_token_id"] == 50256
 
-    def fail(name):
+    def fail():
         raise UserError("no tables")
 
-    monkeypatch.setattr("nanomla.formats.load_encoding", fail)
+    monkeypatch.setattr("nanomla.formats.gpt2_tables", fail)
     done = run("tools.export", *args)
     assert done.returncode == 0
-    assert "warning: exported without vocab.json and merges.txt" in done.stderr
+    assert done.stderr == "warning: exported without tokenizer.json, for transformers: no tables\n"
     assert {p.name for p in (tmp_path / "e").iterdir()} == ours
 
 
@@ -352,11 +373,14 @@ def test_only_an_export_is_replaced(tmp_path):
     source, weights = f"--out_dir={tmp_path}/run", tmp_path / "e" / "model.safetensors"
     args = [source, f"--to={tmp_path}/e"]
     assert run("tools.export", *args).returncode == 0
+    for name in ("vocab.json", "merges.txt"):  # which earlier versions wrote
+        (tmp_path / "e" / name).write_text("{}")
     first = weights.read_bytes()
     save(tmp_path / "run", **TINY_MLA)
     assert run("tools.export", *args).returncode == 0
     second = weights.read_bytes()
     assert len({path.stat().st_mode for path in (tmp_path / "e").iterdir()}) == 1
+    assert not (tmp_path / "e" / "vocab.json").exists()
     assert first != second and sorted(p.name for p in tmp_path.iterdir()) == ["e", "run"]
     (tmp_path / "e" / "notes.md").write_text("mine")
     assert fails_with_one_line(run("tools.export", *args), 1, "holds other files")
@@ -377,6 +401,29 @@ def test_a_model_without_tokenizer_is_exported_with_a_warning(tmp_path):
     assert done.returncode == 0 and "warning: exported without a tokenizer" in done.stderr
     done = run("sample.py", f"--init_from={tmp_path}/e")
     assert fails_with_one_line(done, 1, "23 token ids")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"kind": "char", "chars": CHARS["chars"] + "X"}, ["ids up to 23", "vocab_size=23"]),
+        ({"kind": "byte"}, ["ids up to 255", "vocab_size=23"]),
+        ({"kind": "char", "chars": 5}, ["chars must be a text"]),
+        ({}, ["unknown tokenizer {}"]),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_models_is_one_line(tmp_path, spec, words):
+    """Sampling and exporting name the checkpoint; a folder's names its file where that is wrong."""
+    save(tmp_path / "run", tokenizer=spec)
+    for done in (
+        run("sample.py", f"--out_dir={tmp_path}/run", "--start=a"),
+        run("tools.export", f"--out_dir={tmp_path}/run", f"--to={tmp_path}/e"),
+    ):
+        assert fails_with_one_line(done, 1, f"{tmp_path}/run/ckpt.pt: ", *words)
+    foreign("llama").save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "nanomla_tokenizer.json").write_text(json.dumps(spec))
+    done = run("sample.py", f"--init_from={tmp_path}/hf", "--start=a")
+    assert fails_with_one_line(done, 1, f"{tmp_path}/hf", *words)
 
 
 def test_names_that_are_nothing(tmp_path, dataset):

@@ -5,7 +5,6 @@ Run: python -m pytest tests/test_formats.py
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import resource
@@ -17,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
-from nanomla import bpe, checkpoint, formats
+from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.settings import UserError
+from nanomla.tokenizer import Tokenizer, end_of_text, read_hf, start_of_text
 from tests.conftest import TINY, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
+from tests.test_tokenizer import byte_level
 
 CHARS = {"kind": "char", "chars": "abcdefghijklmnopqrstuvw"}  # 23, as TINY's vocabulary
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -449,14 +450,60 @@ def test_a_setting_that_is_new_forbids_an_export(kind):
     assert formats.in_the_way(Grown(**style, sinks=1), kind) == ["sinks=1"]
 
 
-def test_gpt2_tokenizer_files_are_openais():
-    """merges.txt has the sha256 of OpenAI's; vocab.json has tiktoken's id for every token."""
-    files = formats.gpt2_tokenizer()
-    digest = hashlib.sha256(files["merges.txt"].encode()).hexdigest()
-    assert digest == bpe.TABLES["gpt2"][bpe.MERGES]
-    vocabulary = json.loads(files["vocab.json"])
-    assert sorted(vocabulary.values()) == list(range(50257))
-    assert vocabulary["Hello"] == 15496 and vocabulary["Ġworld"] == 995
+ALPHABET = "\n\t\r \0\x85\u2028\u200d.,'!abe\u0301é🙂日ßİ"  # also what others strip, join or fold
+TEXTS = [
+    *ALPHABET, "", "  a. b , a 'a  ! \n\n", "\r\n\n a e\u0301é\u0301🙂\u200d🙂 ",
+    ALPHABET + ALPHABET[::-1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"kind": "char", "chars": ALPHABET},
+        {"kind": "byte"},
+        {"kind": "tiktoken", "name": "gpt2"},
+        {"kind": "hf", "json": byte_level().to_str(), "end": 0, "bos": 7},
+    ],
+    ids=lambda spec: spec["kind"],
+)
+def test_transformers_reads_our_tokenizers(tmp_path, spec):
+    """
+    The same ids and text, nothing added, stripped or cleaned up. Without nanomla_tokenizer.json we
+    read the same tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer(spec)
+    for name, text in formats.tokenizer_files(spec).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    again = read_hf(tmp_path / "tokenizer.json", {})
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert opened(text)["input_ids"] == ids == Tokenizer(again).encode(text), repr(text)
+        assert opened.decode(ids) == text == Tokenizer(again).decode(ids), repr(text)
+    assert len(opened) == ours.vocab_size and opened.clean_up_tokenization_spaces is False
+    assert (opened.bos_token_id, opened.eos_token_id) == (start_of_text(spec), end_of_text(spec))
+    if spec["kind"] == "tiktoken":
+        assert again == spec
+    if spec["kind"] == "char":
+        with pytest.raises(Exception, match="UNK"):
+            opened("aZ")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"kind": "char", "chars": "a\udcffb"}, r"character '\\udcff' has no form in UTF-8"),
+        ({"kind": "tiktoken", "name": "o200k_base"}, "no list of o200k_base's merges"),
+    ],
+)
+def test_a_tokenizer_that_transformers_cannot_read(spec, words):
+    """The error says why there is no file."""
+    with pytest.raises(UserError, match=words):
+        formats.tokenizer_files(spec)
 
 
 def test_a_failed_write_leaves_the_earlier_export(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Checkpoints and datasets in nanoGPT's format, written here.
 Run: python -m pytest tests/test_nanogpt.py
 """
 
+import json
 import os
 import pickle
 import re
@@ -173,39 +174,40 @@ def test_what_its_tokens_mean_is_never_guessed(root):
             checkpoint.tokenizer_spec(checkpoint.load(root / "odd.pt"))
 
 
-def test_the_alphabet_can_be_given(root):
+def test_the_alphabet_is_that_of_dataset(root):
     """
-    --dataset says what the ids mean where the dataset of that name has become another: a name, a
-    folder or a meta file, in sample.py and tools.export; one of another size is refused.
+    --dataset takes a name below data/, a folder, a meta.json or a meta.pkl where the dataset of the
+    run's name has another alphabet by now; what does not fit the model is an error.
     """
     write_run(root / "out")
-    args = [f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5", "--temperature=0"]
-    want = run("sample.py", *args).stdout
-    (root / "data" / "letters").rename(root / "data" / "old")
-    other = nanomla.dataset.Meta(2, {"kind": "char", "chars": "ab"})
-    ids = {split: [np.zeros(3)] for split in ("train", "val")}
-    nanomla.dataset.write_dataset(root / "data" / "letters", ids, other)
-    assert fails_with_one_line(run("sample.py", *args), 1, "letters has 2", "--dataset=NAME")
-    shutil.copy(root / "data" / "old" / "meta.pkl", root / "data" / "letters")  # beside meta.json
-    pickled = root / "data" / "letters" / "meta.pkl"
-    for name in ("old", root / "data" / "old", root / "data" / "old" / "meta.pkl", pickled):
-        done = run("sample.py", *args, f"--dataset={name}")
-        assert done.returncode == 0 and done.stdout == want, done.stderr
-        assert want.startswith("the bag")
-    export = [f"--out_dir={root}/out", f"--to={root}/hf"]
-    assert run("tools.export", *export, "--dataset=old").returncode == 0
-    assert formats.read_pretrained(root / "hf").tokenizer["chars"] == CHARS
-    json_file = root / "data" / "letters" / "meta.json"
-    wrong = {"letters": "has 2", json_file: "has 2", "nowhere": "there is no", __file__: "neither"}
-    for name, words in wrong.items():
-        for script, given in (("sample.py", args), ("tools.export", export)):
-            assert fails_with_one_line(run(script, *given, f"--dataset={name}"), 1, words)
-    other.tokenizer, other.vocab_size = {"kind": "byte"}, 256
-    nanomla.dataset.write_dataset(root / "data" / "bytes", ids, other)
-    done = run("sample.py", *args, "--dataset=bytes")
-    assert fails_with_one_line(done, 1, "knows 25 token ids", "bytes has 256")
-    done = run("sample.py", f"--init_from={root}/hf", "--start=a", "--dataset=letters")
-    assert fails_with_one_line(done, 1, "letters has another; leave --dataset out")
+    letters, mine = root / "data" / "letters", root / "mine"
+    shutil.copytree(letters, mine)
+    shutil.copytree(letters, root / "data" / "older")
+    (letters / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "char", "chars": "ab"}}))
+    sample = ["sample.py", f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5"]
+    assert fails_with_one_line(run(*sample), 1, "knows 25 characters", "--dataset=NAME")
+    spec = {"kind": "char", "chars": CHARS}
+    (root / "any.json").write_text(json.dumps({"tokenizer": spec}))
+    texts = set()
+    for name in ("older", mine, mine / "meta.pkl", letters / "meta.pkl", root / "any.json"):
+        done = run(*sample, f"--dataset={name}")
+        assert done.returncode == 0, done.stderr
+        texts.add(done.stdout)
+    assert len(texts) == 1 and texts.pop().startswith("the bag")
+    done = run("tools.export", f"--out_dir={root}/out", f"--to={root}/hf", "--dataset=older")
+    assert done.returncode == 0 and formats.read_pretrained(root / "hf").tokenizer == spec
+    done = run(*sample[:1], f"--init_from={root}/hf", *sample[2:], "--dataset=older")
+    assert fails_with_one_line(done, 1, "has a tokenizer of its own", "leave out --dataset=older")
+    (mine / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "byte"}}))
+    for name, words in (
+        ("letters", "letters has 2"),
+        (mine, "no alphabet"),
+        (root / "none", "25 token ids"),
+        (root / "out", "25 token ids"),
+    ):
+        assert fails_with_one_line(run(*sample, f"--dataset={name}"), 1, words)
+        done = run("tools.export", f"--out_dir={root}/out", f"--to={root}/e", f"--dataset={name}")
+        assert fails_with_one_line(done, 1, words) and not (root / "e").exists()
 
 
 def test_the_documented_meta_pkl_is_nanogpts(dataset, tmp_path):

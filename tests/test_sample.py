@@ -127,6 +127,24 @@ def test_bad_input_is_one_line(trained, args, status, words):
     assert fails_with_one_line(done, status, *words) and done.stdout == ""
 
 
+def test_factors_keep_their_rank(tmp_path, dataset):
+    """use_svd=True without a rank, on a checkpoint that has factors, is what the checkpoint has."""
+    svd = ["--use_svd=True", "--svd_rank=3"]
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/a", "--max_iters=2"]
+    assert run("train.py", *args, *svd).returncode == 0
+    sample = [f"--out_dir={tmp_path}/a", "--start=to", "--max_new_tokens=9", "--temperature=0"]
+    want = run("sample.py", *sample)
+    done = run("sample.py", *sample, "--use_svd=True")
+    assert done.returncode == 0 and done.stdout == want.stdout != "", done.stderr
+    assert "factorised" not in done.stderr
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/b", "--max_iters=2"]
+    done = run("train.py", *args, f"--init_from={tmp_path}/a", "--use_svd=True")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(tmp_path / "b" / "ckpt.pt").model_args["svd_rank"] == 3
+    done = run("sample.py", *sample, "--use_svd=True", "--svd_rank=2")
+    assert "rank 2 of 8" in done.stderr
+
+
 def test_prompts_one_per_line(trained, tmp_path):
     """Prompts of several lengths, batched or not, give each its own greedy continuation, as text
     and as JSON."""

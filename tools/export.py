@@ -10,7 +10,7 @@ and our own ("model_type": "nanomla"), which has every setting. Any such folder 
 --init_from. docs/export.md has the details.
 """
 
-from nanomla.errors import UsageError, UserError, run_script
+from nanomla.errors import UsageError, UserError, run_script, say
 
 # isort: split
 import shlex
@@ -37,7 +37,7 @@ class ExportConfig:
     ] = "out"
     ckpt: Annotated[str | None, "a checkpoint file instead"] = None
     dataset: Annotated[
-        str | None, "whose alphabet nanoGPT's checkpoint has: a name in data/, a folder, a meta.pkl"
+        str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
     ] = None
     to: Annotated[
         str | None, "the folder to write: a new one, an empty one, or an earlier export"
@@ -86,17 +86,17 @@ def _tokenizer(
     try:
         spec = checkpoint.tokenizer_spec(stored, dataset)
     except UserError as error:
-        if dataset is not None:
+        if stored.tokenizer is not None or dataset is not None:
             raise
-        print(f"warning: exported without a tokenizer: {error}", file=sys.stderr)
+        say(f"warning: exported without a tokenizer: {error}", sys.stderr)
         return None, {}
     try:
-        texts = formats.tokenizer_files(spec, kind)
+        texts = formats.tokenizer_files(spec)
     except UserError as error:
-        files = f"{formats.VOCAB} and {formats.MERGES}, for transformers"
-        print(f"warning: exported without {files}: {error}", file=sys.stderr)
+        file = f"{formats.HF_TOKENIZER}, for transformers"
+        say(f"warning: exported without {file}: {error}", sys.stderr)
         texts = {}
-    if formats.HF_TOKENIZER not in texts:  # which has it all
+    if kind == "nanomla" or spec.get("kind") != "hf" or not texts:  # else the other files have it
         texts[checkpoint.TOKENIZER] = formats.as_json(spec)
     return spec, texts
 

@@ -203,8 +203,8 @@ def read_tokenizer(name: str) -> Tokenizer:
     """
     path = hf_file(name)
     config = path.with_name("config.json")
-    spec, _ = read_hf(path, read_json(config) if config.exists() else {})
-    return Tokenizer(spec)
+    spec = read_hf(path, read_json(config) if config.exists() else {})
+    return Tokenizer(spec, str(path))
 
 
 def find_files(paths: Iterable[str]) -> list[Path]:
