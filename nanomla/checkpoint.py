@@ -8,15 +8,14 @@ out_dir/ckpt.pt is the latest state, for resuming; out_dir/best.pt had the lowes
 """
 
 import dataclasses
-import json
 import math
 import os
 import pickle
 import shutil
-import typing
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -24,10 +23,12 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
+from nanomla.files import brief, check_fields, read_json, require_file
 from nanomla.surgery import factorise_values
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
+LARGEST_PICKLE = 2**26  # bytes without tensors; the tokenizer of a large vocabulary has 35 MB
 LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per number they rotate
 # What tools.convert leaves beside the checkpoints of a conversion: its record, for export's model
 # card, its report, and train.py's config for healing.
@@ -42,14 +43,14 @@ class Checkpoint:
 
     All fields but `source` are the keys on disk. Weights that do not come from a run
     (nanomla/formats.py) have model, model_args and tokenizer; the other fields keep their defaults.
-    Raises TypeError or ValueError for an iter_num or a best_val_loss that is no number.
+    Raises TypeError or ValueError for a value of another type.
     """
 
     model: dict[str, Tensor]  # the state dict
     model_args: dict[str, Any]  # the fields of GPTConfig
     optimizer: dict[str, Any] | None = None  # as nanomla.optim.optimizer_state returns it
     scaler: dict[str, Any] | None = None  # the state of float16's GradScaler
-    iter_num: int = 0  # iterations done
+    iter_num: Annotated[int, ">= 0", "<= 1e15"] = 0  # iterations done
     best_val_loss: float = math.inf  # nats per token
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings by name
     tokenizer: dict[str, Any] | None = None  # what nanomla.tokenizer.Tokenizer is made from
@@ -57,10 +58,7 @@ class Checkpoint:
     source: str = ""  # what messages call it: a file, folder or name; not written
 
     def __post_init__(self) -> None:
-        self.iter_num = int(self.iter_num)
-        self.best_val_loss = float(self.best_val_loss)  # nanoGPT stores a tensor
-        if not isinstance(self.config, dict):
-            self.config = {}
+        check_fields(self)
 
 
 def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
@@ -99,15 +97,18 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
         raise UserError(f"no checkpoint written to {folder}: {reason}") from None
 
 
-def load(path: str | Path) -> Checkpoint:
+def load(path: str | Path, verify: bool = True) -> Checkpoint:
     """
     Read a checkpoint file, ours or nanoGPT's, onto the CPU.
 
+    verify: compare the file's checksums with its bytes, at about 5 GB/s where they are in memory.
     Its tensors are mapped from the file, which must not be written to while they are in use.
     Keys that are no field of Checkpoint are ignored. Raises UserError naming the file and what is
     wrong with it.
     """
     try:
+        require_file(path)
+        _check_archive(path, verify)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
@@ -118,27 +119,55 @@ def load(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: {reason}") from None
     except Exception as error:  # noqa: BLE001  a damaged file can fail anywhere in the reader
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
-        raise UserError(f"{path}: truncated or not a checkpoint ({reason})") from None
+        raise UserError(f"{path}: truncated, damaged or not a checkpoint ({reason})") from None
     needed = ("model", "model_args")
     missing = [k for k in needed if not isinstance(content, dict) or k not in content]
     if missing:
         lacks = " and no ".join(missing)
         raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint, it has no {lacks}")
-    if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path}: format {content['format']}, this version reads {FORMAT}")
     names = [f.name for f in dataclasses.fields(Checkpoint) if f.name != "source"]
-    values = {name: content[name] for name in names if content.get(name) is not None}
+    values = {k: content[k] for k in names if k in needed or content.get(k) is not None}
     try:
+        has = content.get("format", FORMAT)
+        if type(has) is not int or has != FORMAT:
+            raise ValueError(f"format {brief(has)}, this version reads {FORMAT}")
         return Checkpoint(**values, source=str(path))
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint ({error})") from None
+
+
+def _check_archive(path: str | Path, verify: bool) -> None:
+    """
+    Hold a zip archive, which torch.save writes, against itself: what its members say of their place
+    and size and, with verify, their checksums. Other files pass.
+
+    Raises ValueError or zipfile.BadZipFile.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what torch.load goes by
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+            ends = [member.header_offset for member in members[1:]] + [os.path.getsize(path)]
+            for member, end in zip(members, ends, strict=True):
+                name, size = member.filename, member.file_size
+                if member.compress_type != zipfile.ZIP_STORED or size != member.compress_size:
+                    raise ValueError(f"{name} is compressed")
+                if member.header_offset + size > end:
+                    raise ValueError(f"{name} is larger than its place in the file")
+                if name.endswith("data.pkl") and size > LARGEST_PICKLE:
+                    raise ValueError(f"{name} is larger than {LARGEST_PICKLE / 1e6:.0f} MB")
+            for member in members if verify else ():
+                with archive.open(member) as content:
+                    while content.read(2**20):  # the last one raises BadZipFile
+                        pass
 
 
 def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
     """The checkpoint file to read in a run's folder. Raises UserError if there is none."""
     names = (BEST, LATEST) if prefer_best else (LATEST, BEST)
     for name in names:
-        if (Path(out_dir) / name).is_file():
+        if os.path.isfile(Path(out_dir) / name):  # False also where the system refuses to look
             return Path(out_dir) / name
     raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
 
@@ -148,32 +177,27 @@ class Conversion:
     """
     The record of a conversion, which tools.convert writes beside the checkpoint that it made.
 
-    Raises TypeError for a missing value or one of another type.
+    Raises TypeError or ValueError for a missing value or one of another type.
     """
 
     source: str  # the file or name that was converted
     attention: str  # what it had, in words
     plan: dict[str, Any]  # nanomla.surgery.Plan
     data: str  # the dataset's name
-    calibration_tokens: int  # tokens of it that were read
-    layers: list[dict[str, float]]  # per layer: latent, kept, predicted
+    calibration_tokens: Annotated[int, ">= 0"]  # tokens of it that were read
+    layers: list[dict[str, int | float]]  # per layer: latent, kept, predicted
     loss: dict[str, float]  # of source, converted and, if it was, healed; nats per token
-    cached_numbers: list[float]  # per token and layer, of the source and of the result
+    cached_numbers: list[int | float]  # per token and layer, of the source and of the result
     bytes_per_token: list[int]  # of their caches
     asked: dict[str, Any]  # the settings of the command
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), typing.get_origin(f.type) or f.type
-            numbers = value.values() if f.name == "loss" and isinstance(value, dict) else ()
-            if f.name in ("cached_numbers", "bytes_per_token") and isinstance(value, list):
-                numbers = value if len(value) == 2 and value[1] else [None]
-            if f.name == "layers" and isinstance(value, list):
-                rows = [row if isinstance(row, dict) else {} for row in value]
-                numbers = [row.get(k) for row in rows for k in ("latent", "kept", "predicted")]
-            plain = all(isinstance(number, (int, float)) for number in numbers)
-            if not isinstance(value, kind) or not plain:
-                raise TypeError(f"{f.name} is not what tools.convert writes")
+        check_fields(self)
+        for name in ("cached_numbers", "bytes_per_token"):
+            if len(pair := getattr(self, name)) != 2 or not pair[1] > 0:
+                raise ValueError(f"{name}={brief(pair)} must be two numbers above 0")
+        if not all(row.keys() >= {"latent", "kept", "predicted"} for row in self.layers):
+            raise ValueError("layers must have latent, kept and predicted")
         needed = {"loss": ("source", "converted"), "asked": ("heal_iters",)}
         needed["plan"] = ("method", "spread", "rope_dim", "balance")
         for name, keys in needed.items():
@@ -188,11 +212,12 @@ def read_conversion(folder: str | Path) -> Conversion | None:
     Raises UserError if there is one and it cannot be read.
     """
     path = Path(folder) / CONVERSION[0]
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    content = read_json(path)
     try:
-        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError) as error:
+        return Conversion(**content)
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: not the record of a conversion ({error})") from None
 
 
@@ -214,8 +239,6 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
         stored = GPTConfig(**checkpoint.model_args)
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise TypeError("its state dict holds values that are no tensors")
         _fill_ties(state, config)
         note = None
         if config.use_svd and (not stored.use_svd or config.svd_rank != stored.svd_rank):

@@ -27,13 +27,13 @@ from model import GPT, GPTConfig
 from nanomla.bpe import load_encoding
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
 from nanomla.errors import UserError
+from nanomla.files import brief, read_json
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,
     Tokenizer,
     end_of_text,
     read_hf,
-    read_json,
     start_of_text,
 )
 
@@ -49,24 +49,25 @@ NO_END = {"bos_token_id": None, "eos_token_id": None}
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def open_weights(name: str | Path, prefer_best: bool = False) -> Checkpoint:
+def open_weights(name: str | Path, prefer_best: bool = False, verify: bool = True) -> Checkpoint:
     """
     Read what --init_from names: a checkpoint file, a run's folder, one of PRETRAINED, or a folder
     in one of the formats of this file.
 
     prefer_best: read best.pt rather than ckpt.pt of a run's folder.
+    verify: see nanomla.checkpoint.load; other formats have no checksums.
     A name in PRETRAINED never means a folder; write ./gpt2 for a folder called gpt2.
     Raises UserError if there is nothing of that name or it cannot be read.
     """
     path = Path(name)
-    if path.is_file():
-        return load(path)
-    if name in PRETRAINED or any((path / file).exists() for file in (CONFIG, WEIGHTS)):
+    if os.path.isfile(path):
+        return load(path, verify)
+    if name in PRETRAINED or any(os.path.exists(path / file) for file in (CONFIG, WEIGHTS)):
         return read_pretrained(name)
-    if any((path / file).exists() for file in (LATEST, BEST)):
-        return load(find(path, prefer_best))
+    if any(os.path.exists(path / file) for file in (LATEST, BEST)):
+        return load(find(path, prefer_best), verify)
     what = "no such file or folder"
-    if path.is_dir():
+    if os.path.isdir(path):
         what = f"it holds neither {LATEST}, {BEST} nor {CONFIG}"
     known = ", ".join(PRETRAINED)
     raise UserError(f"no checkpoint in {name}: {what}, and it is none of {known}")
@@ -86,7 +87,7 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
     readers = {name: form.read for own, form in FORMATS.items() for name in (own, *form.also)}
     if not isinstance(kind, str) or kind not in readers:
         can = ", ".join(readers)
-        raise UserError(f"{folder / CONFIG}: model_type {_brief(kind)} cannot be read, only {can}")
+        raise UserError(f"{folder / CONFIG}: model_type {brief(kind)} cannot be read, only {can}")
     tensors = _read_tensors(folder)
     try:
         if settings.get("quantization_config") is not None:
@@ -157,21 +158,21 @@ def _whole(settings: dict[str, Any], name: str, least: int = 1) -> int:
         raise ValueError(f"{name} is missing")
     value = settings[name]
     if type(value) is not int or value < least:
-        raise ValueError(f"{name}={_brief(value)} must be a whole number of at least {least}")
+        raise ValueError(f"{name}={brief(value)} must be a whole number of at least {least}")
     return value
 
 
 def _number(settings: dict[str, Any], name: str, default: float) -> float:
     value = settings.get(name, default)
     if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={_brief(value)} must be a number above 0")
+        raise ValueError(f"{name}={brief(value)} must be a number above 0")
     return float(value)
 
 
 def _flag(settings: dict[str, Any], name: str, default: bool = False) -> bool:
     value = settings.get(name, default)
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={_brief(value)} must be true or false")
+        raise TypeError(f"{name}={brief(value)} must be true or false")
     return value
 
 
@@ -180,13 +181,7 @@ def _only(settings: dict[str, Any], name: str, *works: Any, default: Any) -> Non
     value = settings.get(name, default)
     if not any(type(value) is type(w) and value == w for w in works):
         known = " or ".join(map(repr, works))
-        raise ValueError(f"{name}={_brief(value)} is not supported, only {known}")
-
-
-def _brief(value: Any) -> str:
-    """A value as an error names it: one short line, whatever config.json holds."""
-    text = repr(value) if not isinstance(value, (dict, list)) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise ValueError(f"{name}={brief(value)} is not supported, only {known}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,7 +405,7 @@ def _refuse_windows(settings: dict[str, Any]) -> None:
         full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
         if not full:
             problem = "is not supported, only full_attention in every layer"
-            raise ValueError(f"layer_types={_brief(layers)} {problem}")
+            raise ValueError(f"layer_types={brief(layers)} {problem}")
 
 
 def _rope_block_args(settings: dict[str, Any]) -> dict[str, Any]:
@@ -463,16 +458,16 @@ def _rope_theta(settings: dict[str, Any]) -> float:
         if values is None:
             continue
         if not isinstance(values, dict):
-            raise TypeError(f"{name}={_brief(values)} is not supported, only null or an object")
+            raise TypeError(f"{name}={brief(values)} is not supported, only null or an object")
         kind = values.get("rope_type", values.get("type", "default"))
         known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if kind != "default" or values.keys() - known:
             problem = "is not supported: this model's rotation is not scaled, only type 'default'"
-            raise ValueError(f"{name}={_brief(values)} {problem}")
+            raise ValueError(f"{name}={brief(values)} {problem}")
         found |= values
     part = found.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
     if part not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor={_brief(part)} is not supported, only 1.0")
+        raise ValueError(f"partial_rotary_factor={brief(part)} is not supported, only 1.0")
     return _number(found, "rope_theta", 10000.0)
 
 
@@ -578,7 +573,7 @@ def read_deepseek(
     args = _rope_block_args(settings)
     layers, dense = args["n_layer"], settings.get("first_k_dense_replace", 3)
     if type(dense) is not int or dense < layers:
-        problem = f"first_k_dense_replace={_brief(dense)} with num_hidden_layers={layers}"
+        problem = f"first_k_dense_replace={brief(dense)} with num_hidden_layers={layers}"
         raise ValueError(f"{problem}: mixtures of experts are not supported, only dense layers")
     nh = args["n_head"]
     if settings.get("num_key_value_heads") is not None:
@@ -776,10 +771,9 @@ def check_target(folder: Path) -> None:
     if not names:
         return
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = None
-    exported = isinstance(settings, dict) and settings.items() >= MARK.items()
+        exported = read_json(folder / CONFIG).items() >= MARK.items()
+    except UserError:
+        exported = False
     if not exported or names - EXPORT_FILES:
         remedy = "name a new or an empty folder"
         raise UserError(f"--to={folder} holds other files than an export's; {remedy}")

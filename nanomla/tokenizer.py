@@ -9,9 +9,11 @@ from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
 from nanomla.errors import UserError
+from nanomla.files import read_json
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
+LARGEST = 2**26  # bytes of one; those of large vocabularies have 35 MB
 
 # Byte-level BPE writes a byte as one visible letter: as itself where it is one in Latin-1, and as
 # the letters from 256 on otherwise.
@@ -135,19 +137,6 @@ class Tokenizer:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a .json file. Raises UserError if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name} in this folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read (it is no JSON object)")
-    return content
-
-
 def read_hf(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """
     The spec of the tokenizer in a tokenizer.json, and the largest id of its vocabulary.
@@ -155,7 +144,7 @@ def read_hf(path: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
     settings: what the config.json beside it holds; the ids that begin and end a text are there.
     Raises UserError naming the file if it is missing or no tokenizer.
     """
-    content = read_json(path)
+    content = read_json(path, limit=LARGEST)
     try:
         model = content["model"]
         vocab = model["vocab"]

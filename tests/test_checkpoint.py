@@ -8,6 +8,7 @@ import random
 import resource
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -176,13 +177,68 @@ def test_foreign_checkpoints_are_named(tmp_path):
         stored.model_args |= change
         with pytest.raises(UserError, match=f"ckpt.pt: .*{words}"):
             checkpoint.build(stored)
-    for wrong in ([], "x", None):
-        with pytest.raises(UserError, match="here: "):
-            checkpoint.build(Checkpoint({}, wrong, source="here"))
-        with pytest.raises(UserError, match="here: "):
-            checkpoint.build(Checkpoint(wrong, stored.model_args, source="here"))
-    with pytest.raises(UserError, match="here: .* no tensors"):
-        checkpoint.build(Checkpoint({"transformer.wte.weight": 1}, {}, source="here"))
+
+
+def test_a_checkpoint_has_the_types_that_it_declares(tmp_path):
+    """Every field with a value of another type: one line that names it."""
+    good = {"model": {"a": torch.zeros(1)}, "model_args": {}}
+    for wrong in (
+        *({name: value} for name in good for value in ([], "x", None, 7)),
+        *({name: 7} for name in ("optimizer", "scaler", "tokenizer", "wandb_run_id")),
+        {"model": {"a": 1}}, {"model": {1: torch.zeros(1)}}, {"model_args": {1: 1}},
+        {"config": "odd"}, {"config": [1]}, {"config": {1: 1}}, {"optimizer": [1]},
+        {"iter_num": True}, {"iter_num": -1}, {"iter_num": 10**30}, {"iter_num": 1.5},
+        {"best_val_loss": "low"}, {"best_val_loss": torch.zeros(2)},
+        {"best_val_loss": torch.zeros((), device="meta")}, {"format": [1]},
+    ):  # fmt: skip
+        torch.save(good | wrong, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=f"a.pt: not a .*{next(iter(wrong))}") as caught:
+            checkpoint.load(tmp_path / "a.pt")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    torch.save(good | {"iter_num": torch.tensor([7]), "best_val_loss": 2}, tmp_path / "a.pt")
+    stored = checkpoint.load(tmp_path / "a.pt")
+    assert (stored.iter_num, stored.best_val_loss) == (7, 2.0)
+    assert (type(stored.iter_num), type(stored.best_val_loss)) == (int, float)
+
+
+def test_flipped_bits_are_found(tmp_path):
+    """One byte at each of 60 random places of the tensors; verify=False does not look."""
+    save(tmp_path)
+    path, draw = tmp_path / "ckpt.pt", random.Random(1)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    start, size = largest.header_offset + 200, largest.file_size - 200
+    checkpoint.load(path)
+    for place in [start + draw.randrange(size) for _ in range(60)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="ckpt.pt: .*damaged.*CRC") as caught:
+            checkpoint.load(path)
+        assert "\n" not in str(caught.value)
+    assert checkpoint.load(path, verify=False).iter_num == 0
+
+
+def test_archives_that_contradict_themselves_are_refused(tmp_path, monkeypatch):
+    """Compressed or overlapping members and a large pickle, before torch reads a byte."""
+    save(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "z.pt", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")  # the last one of the list of members
+    for offset in (20, 24):  # its size, as stored and unpacked
+        content[entry + offset : entry + offset + 4] = (10**6).to_bytes(4, "little")
+    (tmp_path / "large.pt").write_bytes(content)
+    monkeypatch.setattr(torch, "load", None)
+    for name, words in (("z.pt", "is compressed"), ("large.pt", "larger than its place")):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load(tmp_path / name)
+    monkeypatch.setattr(checkpoint, "LARGEST_PICKLE", 100)
+    with pytest.raises(UserError, match="data.pkl is larger"):
+        checkpoint.load(path)
 
 
 def test_nanogpt_checkpoint_opens(tmp_path):
