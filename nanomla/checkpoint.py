@@ -7,7 +7,9 @@ code.
 out_dir/ckpt.pt is the latest state, for resuming; out_dir/best.pt had the lowest validation loss.
 """
 
+import contextlib
 import dataclasses
+import enum
 import math
 import os
 import pickle
@@ -33,6 +35,7 @@ LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per num
 # What tools.convert leaves beside the checkpoints of a conversion: its record, for export's model
 # card, its report, and train.py's config for healing.
 CONVERSION = ("conversion.json", "conversion.md", "heal.py")
+NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 TOKENIZER = "nanomla_tokenizer.json"  # a tokenizer's spec in a folder of weights
 
 
@@ -68,13 +71,27 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
     The bytes go to a temporary file and are synced, then the file is renamed to ckpt.pt. best.pt is
     the same file under a second name. It gets that name first, so that a kill between the two steps
     does not lose the best weights. Raises UserError, with the old files untouched, if there is too
-    little space or the write fails.
+    little space, a value cannot be stored or the write fails.
+
+    Of model_args, what has GPTConfig's default is left out unless nanoGPT has it, so that nanoGPT
+    opens its own kind of model. So a default that changes is a new FORMAT.
     """
     folder = Path(out_dir)
-    tmp = folder / f".{LATEST}.tmp"
+    tmp = _temporary(folder / LATEST)
     content = {"format": FORMAT, **vars(checkpoint)}
     del content["source"]
+    for name in content.keys() - {"model"}:
+        content[name] = _plain(content[name], name)
+    defaults = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
+    content["model_args"] = {
+        name: value
+        for name, value in content["model_args"].items()
+        if name in NANOGPT_ARGS or name not in defaults or value != defaults[name]
+    }
     try:
+        for name in (LATEST, BEST):
+            if (folder / name).is_dir():
+                raise UserError(f"no checkpoint written: {folder / name} is a folder")
         # A killed run may have left this name. It is removed first: the file may also be best.pt,
         # which must not be written to, and it takes up space.
         tmp.unlink(missing_ok=True)
@@ -91,10 +108,53 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
         os.replace(tmp, folder / LATEST)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        for unfinished in (tmp, folder / f".{BEST}.tmp"):
-            unfinished.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise UserError(f"no checkpoint written to {folder}: {reason}") from None
+    finally:  # also after Ctrl-C
+        for unfinished in (tmp, _temporary(folder / BEST)):
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """The name that this process writes a file under before it gets its own."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the unfinished checkpoints of killed runs; the caller must hold the run's lock."""
+    for name in (LATEST, BEST):
+        for unfinished in Path(folder).glob(f".{name}.*tmp"):
+            with contextlib.suppress(OSError):  # a folder of that name stays
+                unfinished.unlink()
+
+
+def _plain(value: Any, name: str) -> Any:
+    """
+    A value as None, bool, int, float, str, list, tuple and dict of exactly these types, which
+    torch.load reads with weights_only=True. Tensors stay. Raises UserError naming what has no such
+    value.
+    """
+    if isinstance(value, enum.Enum):
+        value = value.value
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or isinstance(value, (bool, Tensor)):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return getattr(kind, f"__{kind.__name__}__")(value)  # int() would ask the subclass
+    if isinstance(value, dict):
+        keys = [_plain(key, f"a key of {name}") for key in value]
+        values = [_plain(inner, f"{name}[{key!r}]") for key, inner in value.items()]
+        return dict(zip(keys, values, strict=True))
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+        return plain if isinstance(value, list) else tuple(plain)
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        return _plain(value.tolist(), name)
+    kind = type(value).__name__
+    raise UserError(f"no checkpoint written: {name}={brief(value)} is of type {kind}")
 
 
 def load(path: str | Path, verify: bool = True) -> Checkpoint:
@@ -232,39 +292,49 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     """
     known = {f.name for f in dataclasses.fields(GPTConfig)}
     try:
-        unknown = sorted(set(checkpoint.model_args) - known)
+        args = checkpoint.model_args
+        unknown = sorted(name for name in args if name not in known and not _neutral(args[name]))
         if unknown:
             names = ", ".join(unknown)
             raise ValueError(f"model_args has settings this version does not know: {names}")
-        stored = GPTConfig(**checkpoint.model_args)
+        stored = GPTConfig(**{name: args[name] for name in args if name in known})
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
-        _fill_ties(state, config)
+        _check_sizes(stored, state, checkpoint.source)
         note = None
         if config.use_svd and (not stored.use_svd or config.svd_rank != stored.svd_rank):
             state, kept = factorise_values(state, config)
             ranks = f"rank {config.svd_rank} of {config.hs}"
             note = f"values factorised to {ranks}: {kept:.2%} of the squared singular values kept"
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.source}: {error}") from None
-    _check_sizes(config, state, checkpoint.source)
     with torch.device("meta"):  # takes no memory and draws no weights, as all of them are replaced
         model = GPT(config)
     load_state(model, state, checkpoint.source)
     return model, note
 
 
+def _neutral(value: Any) -> bool:
+    """Whether a setting that is not known leaves something out, as far as its value tells."""
+    plain = isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))
+    return plain and (not value or value == "none")
+
+
 def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
     """
     Give a model copies of these weights, in torch's default dtype.
 
-    Raises UserError naming what is missing, unknown or of another shape.
+    Raises UserError naming what is missing, unknown or of another shape, or the first tensor that
+    holds a NaN or an infinity. Looking for those takes a tenth of the time of the copies.
     """
     own = model.state_dict()
     _compare({name: tensor.shape for name, tensor in own.items()}, state, source)
     # Copies, because the tensors may be mapped from a file or be views of one another.
     plain = {"dtype": torch.get_default_dtype(), "memory_format": torch.contiguous_format}
     copies = {name: state[name].detach().to(copy=True, **plain) for name in own}
+    for name, tensor in copies.items():
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both of what holds one
+            raise UserError(f"{source}: {name} holds values that are not finite (NaN or infinity)")
     model.load_state_dict(copies, assign=True)
     model.tie_weights()
 
@@ -272,12 +342,19 @@ def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
 def _check_sizes(config: GPTConfig, state: dict[str, Tensor], source: str) -> None:
     """
     Raise UserError if the settings are not those of the weights, before a model is built from them:
-    blocks take memory even without weights, and so do the tables of rotary positions.
+    blocks take memory even without weights, and so do the tables of rotary positions. Adds the
+    second names of tied weights.
     """
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            raise UserError(f"{source}: {name} holds no plain floating-point numbers")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{source}: {name} is larger than what is stored of it")
     layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
     if len(layers) != config.n_layer:
         has = f"there are weights of {len(layers)} layers"
         raise UserError(f"{source}: n_layer={config.n_layer}, but {has}")
+    _fill_ties(state, config)
     widest = max((size for tensor in state.values() for size in tensor.shape), default=0)
     if config.rotary_dim > widest:
         sizes = f"a rotary width of {config.rotary_dim}, but its weights are at most {widest} wide"
@@ -358,10 +435,14 @@ def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
     Raises ValueError if lm_head and wte are stored both and differ, but should be tied.
     """
     wte = state.get("transformer.wte.weight")
-    tied = config.tie_weights and wte is not None
-    if tied and not torch.equal(state.setdefault("lm_head.weight", wte), wte):
-        problem = "lm_head and wte are different weights"
-        raise ValueError(f"{problem}; with tie_weights=True they must be one")
+    if config.tie_weights and wte is not None:
+        head = state.setdefault("lm_head.weight", wte)
+        same = head.dtype == wte.dtype and head.shape == wte.shape
+        if same and not torch.equal(head, wte):  # NaN, which load_state names, equals nothing
+            same = torch.equal(head.nan_to_num(), wte.nan_to_num())
+        if not same:
+            problem = "lm_head and wte are different weights"
+            raise ValueError(f"{problem}; with tie_weights=True they must be one")
     if config.use_mla and config.mla_share_latent:
         for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
             for layer in range(1, config.n_layer):
@@ -379,7 +460,7 @@ def _tensor_bytes(value: Any) -> int:
 
 def _link_or_copy(file: Path, name: Path) -> None:
     """Give `file` a second name, replacing what has it; a copy where hard links do not work."""
-    tmp = name.with_name(f".{name.name}.tmp")
+    tmp = _temporary(name)
     tmp.unlink(missing_ok=True)
     try:
         os.link(file, tmp)
