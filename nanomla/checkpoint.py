@@ -25,7 +25,7 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
-from nanomla.files import brief, check_fields, read_json, require_file
+from nanomla.files import brief, check_fields, one_line, read_json, require_file
 from nanomla.surgery import factorise_values
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
@@ -108,7 +108,7 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
         os.replace(tmp, folder / LATEST)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"no checkpoint written to {folder}: {reason}") from None
     finally:  # also after Ctrl-C
         for unfinished in (tmp, _temporary(folder / BEST)):
@@ -178,7 +178,7 @@ def load(path: str | Path, verify: bool = True) -> Checkpoint:
         reason = "refused, it is no checkpoint of tensors and plain values"
         raise UserError(f"{path}: {reason}") from None
     except Exception as error:  # noqa: BLE001  a damaged file can fail anywhere in the reader
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        reason = f"{type(error).__name__}: {one_line(error)[:100]}"
         raise UserError(f"{path}: truncated, damaged or not a checkpoint ({reason})") from None
     needed = ("model", "model_args")
     missing = [k for k in needed if not isinstance(content, dict) or k not in content]
@@ -306,8 +306,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
             state, kept = factorise_values(state, config)
             ranks = f"rank {config.svd_rank} of {config.hs}"
             note = f"values factorised to {ranks}: {kept:.2%} of the squared singular values kept"
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint.source}: {error}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{checkpoint.source}: {one_line(error)}") from None
     with torch.device("meta"):  # takes no memory and draws no weights, as all of them are replaced
         model = GPT(config)
     load_state(model, state, checkpoint.source)
@@ -347,9 +347,9 @@ def _check_sizes(config: GPTConfig, state: dict[str, Tensor], source: str) -> No
     """
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
-            raise UserError(f"{source}: {name} holds no plain floating-point numbers")
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UserError(f"{source}: {name} is larger than what is stored of it")
+            raise UserError(f"{source}: {one_line(name)} holds no plain floating-point numbers")
+        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
+            raise UserError(f"{source}: {one_line(name)} is empty or larger than what is stored")
     layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
     if len(layers) != config.n_layer:
         has = f"there are weights of {len(layers)} layers"
@@ -378,7 +378,7 @@ def _compare(wanted: dict[str, tuple[int, ...]], state: dict[str, Tensor], sourc
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     kinds = {"missing": missing, "unknown": unknown}
     if missing or unknown:
-        named = [f"{len(n)} {kind} (first {n[0]})" for kind, n in kinds.items() if n]
+        named = [f"{len(n)} {kind} (first {one_line(n[0])})" for kind, n in kinds.items() if n]
         raise UserError(f"{source}: its weights are of another model: {', '.join(named)}")
     for name, shape in wanted.items():
         if shape != state[name].shape:

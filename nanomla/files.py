@@ -31,6 +31,12 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def one_line(text: object) -> str:
+    """An exception or a name out of a file as one line of at most 300 characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
+
+
 def require_file(path: str | Path) -> None:
     """Raise OSError if nothing has this name, ValueError for a folder, a pipe or a device."""
     if os.stat(path) and not os.path.isfile(path):

@@ -27,7 +27,7 @@ from model import GPT, GPTConfig
 from nanomla.bpe import load_encoding
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
 from nanomla.errors import UserError
-from nanomla.files import brief, read_json
+from nanomla.files import brief, one_line, read_json, require_file
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,
@@ -46,6 +46,7 @@ EXPORT_FILES = {
 MARK = {"exported_by": "nanoMLA"}  # in the config.json of every export
 # Without these, transformers takes the ids of the original models' tokenizers.
 NO_END = {"bos_token_id": None, "eos_token_id": None}
+MOST_PIECES = 1000  # files of weights that an index may list
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -94,7 +95,7 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
             raise ValueError("quantization_config: quantised weights cannot be read")
         args, state = readers[kind](settings, tensors)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
+        raise UserError(f"{folder / CONFIG}: {one_line(error)}") from None
     spec = _read_tokenizer(folder, settings, args)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
 
@@ -191,7 +192,13 @@ def _only(settings: dict[str, Any], name: str, *works: Any, default: Any) -> Non
 def read_nanomla(
     settings: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of GPTConfig in config.json, and the tensors as they are."""
+    """
+    The arguments of GPTConfig in config.json, and the tensors as they are.
+
+    Raises ValueError for a size that is missing or no whole number.
+    """
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        _whole(settings, name)
     return {name: v for name, v in settings.items() if name not in ("model_type", *MARK)}, tensors
 
 
@@ -362,7 +369,7 @@ def read_llama(
     rows = {"q": nh * config.hs, "k": nkv * config.hs, "v": nkv * config.hs}
     for first in [name for name in state if ".attn.q." in name]:
         names = {part: first.replace(".attn.q.", f".attn.{part}.") for part in rows}
-        parts = [_take(state, name, rows[part], LLAMA_BLOCK) for part, name in names.items()]
+        parts = [_take(state, name, (rows[p], C), LLAMA_BLOCK) for p, name in names.items()]
         state[first.replace(".attn.q.", ".attn.c_attn.")] = torch.cat(parts)
     if biases:
         linear = {"attn.c_attn", "attn.c_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"}
@@ -515,14 +522,20 @@ def _their_name(name: str, block: dict[str, str]) -> str:
     return f"{TRUNK.get(module, module)}.{kind}"
 
 
-def _take(state: dict[str, Tensor], name: str, rows: int, block: dict[str, str]) -> Tensor:
-    """Take a tensor out of a state dict. Raises ValueError if it does not have so many rows."""
+def _take(
+    state: dict[str, Tensor], name: str, shape: tuple[int, int], block: dict[str, str]
+) -> Tensor:
+    """
+    Take the weight of a linear map, or its bias, out of a state dict.
+
+    Raises ValueError if a weight does not have this shape, a bias so many rows.
+    """
     if name not in state:
         raise ValueError(f"there is no {_their_name(name, block)}")
-    tensor = state.pop(name)
-    if tensor.dim() == 0 or tensor.size(0) != rows:
-        shape = f"{_their_name(name, block)} has shape {tuple(tensor.shape)}"
-        raise ValueError(f"{shape}, by the settings it must have {rows} rows")
+    tensor, (rows, width) = state.pop(name), shape
+    if tensor.shape != (shape if name.endswith(".weight") else shape[:1]):
+        has = f"{_their_name(name, block)} has shape {tuple(tensor.shape)}"
+        raise ValueError(f"{has}, by the settings it must have {rows} rows (a weight: of {width})")
     return tensor
 
 
@@ -599,15 +612,16 @@ def read_deepseek(
     state = _our_names(settings, tensors, DEEPSEEK_BLOCK)
     for name in list(state):
         if name.endswith(".attn.kv_expand.weight"):
-            both = _take(state, name, nh * (nope + hs), DEEPSEEK_BLOCK)
+            both = _take(state, name, (nh * (nope + hs), L), DEEPSEEK_BLOCK)
             both = both.unflatten(0, (nh, nope + hs))
             for part, rows in (("k", both[:, :nope]), ("v", both[:, nope:])):
                 state[name.replace("kv_expand", f"{part}_expand")] = rows.flatten(0, 1)
         elif name.endswith((".attn.q_proj.weight", ".attn.q_expand.weight")):
-            rows = _take(state, name, nh * (nope + r), DEEPSEEK_BLOCK)
+            width = args["n_embd"] if ".q_proj." in name else args.get("mla_q_latent_dim", 0)
+            rows = _take(state, name, (nh * (nope + r), width), DEEPSEEK_BLOCK)
             state[name] = _reorder(rows, nh, r, (r // 2, 2)) if interleaved else rows
         elif ".attn.kv_latent_proj." in name:
-            rows = _take(state, name, L + r, DEEPSEEK_BLOCK)
+            rows = _take(state, name, (L + r, args["n_embd"]), DEEPSEEK_BLOCK)
             state[name] = _reorder(rows, 1, r, (r // 2, 2)) if interleaved else rows
     if biases:
         _add_zero_biases(state, {"attn.q_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"})
@@ -850,14 +864,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ImportError:
         raise UserError(f"reading {folder} needs safetensors: pip install safetensors") from None
-    files, index = [WEIGHTS], folder / f"{WEIGHTS}.index.json"
-    if index.exists() and not (folder / WEIGHTS).exists():
-        pieces = read_json(index).get("weight_map")
-        pieces = pieces.values() if isinstance(pieces, dict) else ()
-        files = sorted({Path(str(piece)).name for piece in pieces})
+    index = folder / f"{WEIGHTS}.index.json"
+    sharded = os.path.exists(index) and not os.path.exists(folder / WEIGHTS)
+    files = _pieces(index) if sharded else [WEIGHTS]
     tensors = {}
     for file in files:
         try:
+            require_file(folder / file)
             tensors |= load_file(folder / file)
         except FileNotFoundError:
             problem = f"{folder}: no {file} in this folder"
@@ -866,11 +879,26 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 problem += f"; pytorch_model.bin is a pickle and not read, {remedy}"
             raise UserError(problem) from None
         except Exception as error:  # noqa: BLE001  damage causes errors of several kinds
-            reason = str(error)[:100]
+            reason = one_line(error)[:100]
             raise UserError(f"{folder / file}: truncated or not safetensors ({reason})") from None
     for name, tensor in tensors.items():
         quantised = not tensor.is_floating_point() or tensor.element_size() < 2  # int8, float8
         if quantised and not is_mask_buffer(name):
-            problem = f"{name} is {tensor.dtype}; quantised weights cannot be read"
+            problem = f"{one_line(name)} is {tensor.dtype}; quantised weights cannot be read"
             raise UserError(f"{folder}: {problem}")
+        if not tensor.numel():  # its other sizes may be anything
+            raise UserError(f"{folder}: {one_line(name)} is empty")
     return tensors
+
+
+def _pieces(index: Path) -> list[str]:
+    """The files that an index lists. Raises UserError if they are not some beside it."""
+    listed = read_json(index).get("weight_map")
+    names = [*listed.values()] if isinstance(listed, dict) and listed else [None]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
+            problem = f"weight_map names {brief(name)}, which is no file beside it"
+            raise UserError(f"{index}: {problem}")
+    if len(files := sorted(set(names))) > MOST_PIECES:
+        raise UserError(f"{index}: weight_map names {len(files)} files, at most {MOST_PIECES} work")
+    return files
