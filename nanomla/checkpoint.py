@@ -278,7 +278,7 @@ def read_conversion(folder: str | Path) -> Conversion | None:
     try:
         return Conversion(**content)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the record of a conversion ({error})") from None
+        raise UserError(f"{path}: not the record of a conversion ({one_line(error)})") from None
 
 
 def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:

@@ -896,7 +896,8 @@ def _pieces(index: Path) -> list[str]:
     listed = read_json(index).get("weight_map")
     names = [*listed.values()] if isinstance(listed, dict) and listed else [None]
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
+        plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+        if not plain or len(name) > 255:
             problem = f"weight_map names {brief(name)}, which is no file beside it"
             raise UserError(f"{index}: {problem}")
     if len(files := sorted(set(names))) > MOST_PIECES:
