@@ -161,7 +161,7 @@ def load(path: str | Path, verify: bool = True) -> Checkpoint:
     """
     Read a checkpoint file, ours or nanoGPT's, onto the CPU.
 
-    verify: compare the file's checksums with its bytes, at about 5 GB/s where they are in memory.
+    verify: compare the file's checksums with its bytes, at 2.5 to 5 GB/s of one core.
     Its tensors are mapped from the file, which must not be written to while they are in use.
     Keys that are no field of Checkpoint are ignored. Raises UserError naming the file and what is
     wrong with it.
