@@ -8,6 +8,7 @@ import math
 import numbers
 import os
 import reprlib
+import stat
 import types
 import typing
 from pathlib import Path
@@ -39,8 +40,9 @@ def one_line(text: object) -> str:
 
 def require_file(path: str | Path) -> None:
     """Raise OSError if nothing has this name, ValueError for a folder, a pipe or a device."""
-    if os.stat(path) and not os.path.isfile(path):
-        raise ValueError("it is a folder" if os.path.isdir(path) else "it is no file")
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no file")
 
 
 def read_json(path: str | Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
