@@ -7,16 +7,17 @@ code.
 out_dir/ckpt.pt is the latest state, for resuming; out_dir/best.pt had the lowest validation loss.
 """
 
+import contextlib
 import dataclasses
-import json
+import enum
 import math
 import os
 import pickle
 import shutil
-import typing
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -24,15 +25,18 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
+from nanomla.files import brief, check_fields, one_line, read_json, require_file
 from nanomla.surgery import factorise_values
 from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
+LARGEST_PICKLE = 2**26  # bytes without tensors; the tokenizer of a large vocabulary has 35 MB
 LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per number they rotate
 # What tools.convert leaves beside the checkpoints of a conversion: its record, for export's model
 # card, its report, and train.py's config for healing.
 CONVERSION = ("conversion.json", "conversion.md", "heal.py")
+NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 TOKENIZER = "nanomla_tokenizer.json"  # a tokenizer's spec in a folder of weights
 
 
@@ -43,14 +47,14 @@ class Checkpoint:
 
     All fields but `source` are the keys on disk. Weights that do not come from a run
     (nanomla/formats.py) have model, model_args and tokenizer; the other fields keep their defaults.
-    Raises TypeError or ValueError for an iter_num or a best_val_loss that is no number.
+    Raises TypeError or ValueError for a value of another type.
     """
 
     model: dict[str, Tensor]  # the state dict
     model_args: dict[str, Any]  # the fields of GPTConfig
     optimizer: dict[str, Any] | None = None  # as nanomla.optim.optimizer_state returns it
     scaler: dict[str, Any] | None = None  # the state of float16's GradScaler
-    iter_num: int = 0  # iterations done
+    iter_num: Annotated[int, ">= 0", "<= 1e15"] = 0  # iterations done
     best_val_loss: float = math.inf  # nats per token
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings by name
     tokenizer: dict[str, Any] | None = None  # what nanomla.tokenizer.Tokenizer is made from
@@ -58,10 +62,7 @@ class Checkpoint:
     source: str = ""  # what messages call it: a file, folder or name; not written
 
     def __post_init__(self) -> None:
-        self.iter_num = int(self.iter_num)
-        self.best_val_loss = float(self.best_val_loss)  # nanoGPT stores a tensor
-        if not isinstance(self.config, dict):
-            self.config = {}
+        check_fields(self)
 
 
 def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
@@ -71,13 +72,27 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
     The bytes go to a temporary file and are synced, then the file is renamed to ckpt.pt. best.pt is
     the same file under a second name. It gets that name first, so that a kill between the two steps
     does not lose the best weights. Raises UserError, with the old files untouched, if there is too
-    little space or the write fails.
+    little space, a value cannot be stored or the write fails.
+
+    Of model_args, what has GPTConfig's default is left out unless nanoGPT has it, so that nanoGPT
+    opens its own kind of model. So a default that changes is a new FORMAT.
     """
     folder = Path(out_dir)
-    tmp = folder / f".{LATEST}.tmp"
+    tmp = _temporary(folder / LATEST)
     content = {"format": FORMAT, **vars(checkpoint)}
     del content["source"]
+    for name in content.keys() - {"model"}:
+        content[name] = _plain(content[name], name)
+    defaults = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
+    content["model_args"] = {
+        name: value
+        for name, value in content["model_args"].items()
+        if name in NANOGPT_ARGS or name not in defaults or value != defaults[name]
+    }
     try:
+        for name in (LATEST, BEST):
+            if (folder / name).is_dir():
+                raise UserError(f"no checkpoint written: {folder / name} is a folder")
         # A killed run may have left this name. It is removed first: the file may also be best.pt,
         # which must not be written to, and it takes up space.
         tmp.unlink(missing_ok=True)
@@ -94,21 +109,67 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
         os.replace(tmp, folder / LATEST)
         _sync_folder(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        for unfinished in (tmp, folder / f".{BEST}.tmp"):
-            unfinished.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"no checkpoint written to {folder}: {reason}") from None
+    finally:  # also after Ctrl-C
+        for unfinished in (tmp, _temporary(folder / BEST)):
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
 
 
-def load(path: str | Path) -> Checkpoint:
+def _temporary(path: Path) -> Path:
+    """The name that this process writes a file under before it gets its own."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the unfinished checkpoints of killed runs; the caller must hold the run's lock."""
+    for name in (LATEST, BEST):
+        for unfinished in Path(folder).glob(f".{name}.*tmp"):
+            with contextlib.suppress(OSError):  # a folder of that name stays
+                unfinished.unlink()
+
+
+def _plain(value: Any, name: str) -> Any:
+    """
+    A value as None, bool, int, float, str, list, tuple and dict of exactly these types, which
+    torch.load reads with weights_only=True. Tensors stay. Raises UserError naming what has no such
+    value.
+    """
+    if isinstance(value, enum.Enum):
+        value = value.value
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or isinstance(value, (bool, Tensor)):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return getattr(kind, f"__{kind.__name__}__")(value)  # int() would ask the subclass
+    if isinstance(value, dict):
+        keys = [_plain(key, f"a key of {name}") for key in value]
+        values = [_plain(inner, f"{name}[{key!r}]") for key, inner in value.items()]
+        return dict(zip(keys, values, strict=True))
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+        return plain if isinstance(value, list) else tuple(plain)
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        return _plain(value.tolist(), name)
+    kind = type(value).__name__
+    raise UserError(f"no checkpoint written: {name}={brief(value)} is of type {kind}")
+
+
+def load(path: str | Path, verify: bool = True) -> Checkpoint:
     """
     Read a checkpoint file, ours or nanoGPT's, onto the CPU.
 
+    verify: compare the file's checksums with its bytes, at 2.5 to 5 GB/s of one core.
     Its tensors are mapped from the file, which must not be written to while they are in use.
     Keys that are no field of Checkpoint are ignored. Raises UserError naming the file and what is
     wrong with it.
     """
     try:
+        require_file(path)
+        _check_archive(path, verify)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
@@ -118,28 +179,56 @@ def load(path: str | Path) -> Checkpoint:
         reason = "refused, it is no checkpoint of tensors and plain values"
         raise UserError(f"{path}: {reason}") from None
     except Exception as error:  # noqa: BLE001  a damaged file can fail anywhere in the reader
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
-        raise UserError(f"{path}: truncated or not a checkpoint ({reason})") from None
+        reason = f"{type(error).__name__}: {one_line(error)[:100]}"
+        raise UserError(f"{path}: truncated, damaged or not a checkpoint ({reason})") from None
     needed = ("model", "model_args")
     missing = [k for k in needed if not isinstance(content, dict) or k not in content]
     if missing:
         lacks = " and no ".join(missing)
         raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint, it has no {lacks}")
-    if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path}: format {content['format']}, this version reads {FORMAT}")
     names = [f.name for f in dataclasses.fields(Checkpoint) if f.name != "source"]
-    values = {name: content[name] for name in names if content.get(name) is not None}
+    values = {k: content[k] for k in names if k in needed or content.get(k) is not None}
     try:
+        has = content.get("format", FORMAT)
+        if type(has) is not int or has != FORMAT:
+            raise ValueError(f"format {brief(has)}, this version reads {FORMAT}")
         return Checkpoint(**values, source=str(path))
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint ({error})") from None
+
+
+def _check_archive(path: str | Path, verify: bool) -> None:
+    """
+    Hold a zip archive, which torch.save writes, against itself: what its members say of their place
+    and size and, with verify, their checksums. Other files pass.
+
+    Raises ValueError or zipfile.BadZipFile.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # what torch.load goes by
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+            ends = [member.header_offset for member in members[1:]] + [os.path.getsize(path)]
+            for member, end in zip(members, ends, strict=True):
+                name, size = member.filename, member.file_size
+                if member.compress_type != zipfile.ZIP_STORED or size != member.compress_size:
+                    raise ValueError(f"{name} is compressed")
+                if member.header_offset + size > end:
+                    raise ValueError(f"{name} is larger than its place in the file")
+                if name.endswith("data.pkl") and size > LARGEST_PICKLE:
+                    raise ValueError(f"{name} is larger than {LARGEST_PICKLE / 1e6:.0f} MB")
+            for member in members if verify else ():
+                with archive.open(member) as content:
+                    while content.read(2**20):  # the last one raises BadZipFile
+                        pass
 
 
 def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
     """The checkpoint file to read in a run's folder. Raises UserError if there is none."""
     names = (BEST, LATEST) if prefer_best else (LATEST, BEST)
     for name in names:
-        if (Path(out_dir) / name).is_file():
+        if os.path.isfile(Path(out_dir) / name):  # False also where the system refuses to look
             return Path(out_dir) / name
     raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
 
@@ -149,32 +238,27 @@ class Conversion:
     """
     The record of a conversion, which tools.convert writes beside the checkpoint that it made.
 
-    Raises TypeError for a missing value or one of another type.
+    Raises TypeError or ValueError for a missing value or one of another type.
     """
 
     source: str  # the file or name that was converted
     attention: str  # what it had, in words
     plan: dict[str, Any]  # nanomla.surgery.Plan
     data: str  # the dataset's name
-    calibration_tokens: int  # tokens of it that were read
-    layers: list[dict[str, float]]  # per layer: latent, kept, predicted
+    calibration_tokens: Annotated[int, ">= 0"]  # tokens of it that were read
+    layers: list[dict[str, int | float]]  # per layer: latent, kept, predicted
     loss: dict[str, float]  # of source, converted and, if it was, healed; nats per token
-    cached_numbers: list[float]  # per token and layer, of the source and of the result
+    cached_numbers: list[int | float]  # per token and layer, of the source and of the result
     bytes_per_token: list[int]  # of their caches
     asked: dict[str, Any]  # the settings of the command
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), typing.get_origin(f.type) or f.type
-            numbers = value.values() if f.name == "loss" and isinstance(value, dict) else ()
-            if f.name in ("cached_numbers", "bytes_per_token") and isinstance(value, list):
-                numbers = value if len(value) == 2 and value[1] else [None]
-            if f.name == "layers" and isinstance(value, list):
-                rows = [row if isinstance(row, dict) else {} for row in value]
-                numbers = [row.get(k) for row in rows for k in ("latent", "kept", "predicted")]
-            plain = all(isinstance(number, (int, float)) for number in numbers)
-            if not isinstance(value, kind) or not plain:
-                raise TypeError(f"{f.name} is not what tools.convert writes")
+        check_fields(self)
+        for name in ("cached_numbers", "bytes_per_token"):
+            if len(pair := getattr(self, name)) != 2 or not pair[1] > 0:
+                raise ValueError(f"{name}={brief(pair)} must be two numbers above 0")
+        if not all(row.keys() >= {"latent", "kept", "predicted"} for row in self.layers):
+            raise ValueError("layers must have latent, kept and predicted")
         needed = {"loss": ("source", "converted"), "asked": ("heal_iters",)}
         needed["plan"] = ("method", "spread", "rope_dim", "balance")
         for name, keys in needed.items():
@@ -189,12 +273,13 @@ def read_conversion(folder: str | Path) -> Conversion | None:
     Raises UserError if there is one and it cannot be read.
     """
     path = Path(folder) / CONVERSION[0]
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    content = read_json(path)
     try:
-        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not the record of a conversion ({error})") from None
+        return Conversion(**content)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the record of a conversion ({one_line(error)})") from None
 
 
 def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
@@ -208,43 +293,51 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     """
     known = {f.name for f in dataclasses.fields(GPTConfig)}
     try:
-        unknown = sorted(set(checkpoint.model_args) - known)
+        args = checkpoint.model_args
+        unknown = sorted(name for name in args if name not in known and not _neutral(args[name]))
         if unknown:
             names = ", ".join(unknown)
             raise ValueError(f"model_args has settings this version does not know: {names}")
-        stored = GPTConfig(**checkpoint.model_args)
+        stored = GPTConfig(**{name: args[name] for name in args if name in known})
         if stored.use_svd and overrides.get("svd_rank", stored.svd_rank) is None:
             del overrides["svd_rank"]  # None means full rank only where there is none yet
         config = dataclasses.replace(stored, **overrides)
         state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise TypeError("its state dict holds values that are no tensors")
-        _fill_ties(state, config)
+        _check_sizes(stored, state, checkpoint.source)
         note = None
         if config.use_svd and (not stored.use_svd or config.svd_rank != stored.svd_rank):
             state, kept = factorise_values(state, config)
             ranks = f"rank {config.svd_rank} of {config.hs}"
             note = f"values factorised to {ranks}: {kept:.2%} of the squared singular values kept"
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{checkpoint.source}: {error}") from None
-    _check_sizes(config, state, checkpoint.source)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{checkpoint.source}: {one_line(error)}") from None
     with torch.device("meta"):  # takes no memory and draws no weights, as all of them are replaced
         model = GPT(config)
     load_state(model, state, checkpoint.source)
     return model, note
 
 
+def _neutral(value: Any) -> bool:
+    """Whether a setting that is not known leaves something out, as far as its value tells."""
+    plain = isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))
+    return plain and (not value or value == "none")
+
+
 def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
     """
     Give a model copies of these weights, in torch's default dtype.
 
-    Raises UserError naming what is missing, unknown or of another shape.
+    Raises UserError naming what is missing, unknown or of another shape, or the first tensor that
+    holds a NaN or an infinity. Looking for those takes a tenth of the time of the copies.
     """
     own = model.state_dict()
     _compare({name: tensor.shape for name, tensor in own.items()}, state, source)
     # Copies, because the tensors may be mapped from a file or be views of one another.
     plain = {"dtype": torch.get_default_dtype(), "memory_format": torch.contiguous_format}
     copies = {name: state[name].detach().to(copy=True, **plain) for name in own}
+    for name, tensor in copies.items():
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both of what holds one
+            raise UserError(f"{source}: {name} holds values that are not finite (NaN or infinity)")
     model.load_state_dict(copies, assign=True)
     model.tie_weights()
 
@@ -252,12 +345,19 @@ def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
 def _check_sizes(config: GPTConfig, state: dict[str, Tensor], source: str) -> None:
     """
     Raise UserError if the settings are not those of the weights, before a model is built from them:
-    blocks take memory even without weights, and so do the tables of rotary positions.
+    blocks take memory even without weights, and so do the tables of rotary positions. Adds the
+    second names of tied weights.
     """
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            raise UserError(f"{source}: {one_line(name)} holds no plain floating-point numbers")
+        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
+            raise UserError(f"{source}: {one_line(name)} is empty or larger than what is stored")
     layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
     if len(layers) != config.n_layer:
         has = f"there are weights of {len(layers)} layers"
         raise UserError(f"{source}: n_layer={config.n_layer}, but {has}")
+    _fill_ties(state, config)
     widest = max((size for tensor in state.values() for size in tensor.shape), default=0)
     if config.rotary_dim > widest:
         sizes = f"a rotary width of {config.rotary_dim}, but its weights are at most {widest} wide"
@@ -281,7 +381,7 @@ def _compare(wanted: dict[str, tuple[int, ...]], state: dict[str, Tensor], sourc
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     kinds = {"missing": missing, "unknown": unknown}
     if missing or unknown:
-        named = [f"{len(n)} {kind} (first {n[0]})" for kind, n in kinds.items() if n]
+        named = [f"{len(n)} {kind} (first {one_line(n[0])})" for kind, n in kinds.items() if n]
         raise UserError(f"{source}: its weights are of another model: {', '.join(named)}")
     for name, shape in wanted.items():
         if shape != state[name].shape:
@@ -347,10 +447,14 @@ def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
     Raises ValueError if lm_head and wte are stored both and differ, but should be tied.
     """
     wte = state.get("transformer.wte.weight")
-    tied = config.tie_weights and wte is not None
-    if tied and not torch.equal(state.setdefault("lm_head.weight", wte), wte):
-        problem = "lm_head and wte are different weights"
-        raise ValueError(f"{problem}; with tie_weights=True they must be one")
+    if config.tie_weights and wte is not None:
+        head = state.setdefault("lm_head.weight", wte)
+        same = head.dtype == wte.dtype and head.shape == wte.shape
+        if same and not torch.equal(head, wte):  # NaN, which load_state names, equals nothing
+            same = torch.equal(head.nan_to_num(), wte.nan_to_num())
+        if not same:
+            problem = "lm_head and wte are different weights"
+            raise ValueError(f"{problem}; with tie_weights=True they must be one")
     if config.use_mla and config.mla_share_latent:
         for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
             for layer in range(1, config.n_layer):
@@ -368,7 +472,7 @@ def _tensor_bytes(value: Any) -> int:
 
 def _link_or_copy(file: Path, name: Path) -> None:
     """Give `file` a second name, replacing what has it; a copy where hard links do not work."""
-    tmp = name.with_name(f".{name.name}.tmp")
+    tmp = _temporary(name)
     tmp.unlink(missing_ok=True)
     try:
         os.link(file, tmp)

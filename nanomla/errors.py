@@ -162,7 +162,7 @@ def _report(error: BaseException) -> int:
         err.write("".join(traceback.format_exception(error)))
     elif line:
         text = f"{name}: {line}"
-        text = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
         (say if lost_process(error) else say_last)(text, err)
     return status
 

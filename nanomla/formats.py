@@ -26,6 +26,7 @@ from model import GPT, GPTConfig
 from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
 from nanomla.errors import UserError
+from nanomla.files import brief, one_line, read_json, require_file
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,
@@ -33,7 +34,6 @@ from nanomla.tokenizer import (
     check_spec,
     end_of_text,
     read_hf,
-    read_json,
     start_of_text,
 )
 
@@ -46,27 +46,29 @@ EXPORT_FILES = {
 MARK = {"exported_by": "nanoMLA"}  # in the config.json of every export
 # Without these, transformers takes the ids of the original models' tokenizers.
 NO_END = {"bos_token_id": None, "eos_token_id": None}
+MOST_PIECES = 1000  # files of weights that an index may list
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
-def open_weights(name: str | Path, prefer_best: bool = False) -> Checkpoint:
+def open_weights(name: str | Path, prefer_best: bool = False, verify: bool = True) -> Checkpoint:
     """
     Read what --init_from names: a checkpoint file, a run's folder, one of PRETRAINED, or a folder
     in one of the formats of this file.
 
     prefer_best: read best.pt rather than ckpt.pt of a run's folder.
+    verify: see nanomla.checkpoint.load; other formats have no checksums.
     A name in PRETRAINED never means a folder; write ./gpt2 for a folder called gpt2.
     Raises UserError if there is nothing of that name or it cannot be read.
     """
     path = Path(name)
-    if path.is_file():
-        return load(path)
-    if name in PRETRAINED or any((path / file).exists() for file in (CONFIG, WEIGHTS)):
+    if os.path.isfile(path):
+        return load(path, verify)
+    if name in PRETRAINED or any(os.path.exists(path / file) for file in (CONFIG, WEIGHTS)):
         return read_pretrained(name)
-    if any((path / file).exists() for file in (LATEST, BEST)):
-        return load(find(path, prefer_best))
+    if any(os.path.exists(path / file) for file in (LATEST, BEST)):
+        return load(find(path, prefer_best), verify)
     what = "no such file or folder"
-    if path.is_dir():
+    if os.path.isdir(path):
         what = f"it holds neither {LATEST}, {BEST} nor {CONFIG}"
     known = ", ".join(PRETRAINED)
     raise UserError(f"no checkpoint in {name}: {what}, and it is none of {known}")
@@ -86,14 +88,14 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
     readers = {name: form.read for own, form in FORMATS.items() for name in (own, *form.also)}
     if not isinstance(kind, str) or kind not in readers:
         can = ", ".join(readers)
-        raise UserError(f"{folder / CONFIG}: model_type {_brief(kind)} cannot be read, only {can}")
+        raise UserError(f"{folder / CONFIG}: model_type {brief(kind)} cannot be read, only {can}")
     tensors = _read_tensors(folder)
     try:
         if settings.get("quantization_config") is not None:
             raise ValueError("quantization_config: quantised weights cannot be read")
         args, state = readers[kind](settings, tensors)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
+        raise UserError(f"{folder / CONFIG}: {one_line(error)}") from None
     spec = _read_tokenizer(folder, settings)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
 
@@ -157,21 +159,21 @@ def _whole(settings: dict[str, Any], name: str, least: int = 1) -> int:
         raise ValueError(f"{name} is missing")
     value = settings[name]
     if type(value) is not int or value < least:
-        raise ValueError(f"{name}={_brief(value)} must be a whole number of at least {least}")
+        raise ValueError(f"{name}={brief(value)} must be a whole number of at least {least}")
     return value
 
 
 def _number(settings: dict[str, Any], name: str, default: float) -> float:
     value = settings.get(name, default)
     if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={_brief(value)} must be a number above 0")
+        raise ValueError(f"{name}={brief(value)} must be a number above 0")
     return float(value)
 
 
 def _flag(settings: dict[str, Any], name: str, default: bool = False) -> bool:
     value = settings.get(name, default)
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={_brief(value)} must be true or false")
+        raise TypeError(f"{name}={brief(value)} must be true or false")
     return value
 
 
@@ -180,13 +182,7 @@ def _only(settings: dict[str, Any], name: str, *works: Any, default: Any) -> Non
     value = settings.get(name, default)
     if not any(type(value) is type(w) and value == w for w in works):
         known = " or ".join(map(repr, works))
-        raise ValueError(f"{name}={_brief(value)} is not supported, only {known}")
-
-
-def _brief(value: Any) -> str:
-    """A value as an error names it: one short line, whatever config.json holds."""
-    text = repr(value) if not isinstance(value, (dict, list)) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        raise ValueError(f"{name}={brief(value)} is not supported, only {known}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +192,13 @@ def _brief(value: Any) -> str:
 def read_nanomla(
     settings: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of GPTConfig in config.json, and the tensors as they are."""
+    """
+    The arguments of GPTConfig in config.json, and the tensors as they are.
+
+    Raises ValueError for a size that is missing or no whole number.
+    """
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        _whole(settings, name)
     return {name: v for name, v in settings.items() if name not in ("model_type", *MARK)}, tensors
 
 
@@ -367,7 +369,7 @@ def read_llama(
     rows = {"q": nh * config.hs, "k": nkv * config.hs, "v": nkv * config.hs}
     for first in [name for name in state if ".attn.q." in name]:
         names = {part: first.replace(".attn.q.", f".attn.{part}.") for part in rows}
-        parts = [_take(state, name, rows[part], LLAMA_BLOCK) for part, name in names.items()]
+        parts = [_take(state, name, (rows[p], C), LLAMA_BLOCK) for p, name in names.items()]
         state[first.replace(".attn.q.", ".attn.c_attn.")] = torch.cat(parts)
     if biases:
         linear = {"attn.c_attn", "attn.c_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"}
@@ -410,7 +412,7 @@ def _refuse_windows(settings: dict[str, Any]) -> None:
         full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
         if not full:
             problem = "is not supported, only full_attention in every layer"
-            raise ValueError(f"layer_types={_brief(layers)} {problem}")
+            raise ValueError(f"layer_types={brief(layers)} {problem}")
 
 
 def _rope_block_args(settings: dict[str, Any]) -> dict[str, Any]:
@@ -463,16 +465,16 @@ def _rope_theta(settings: dict[str, Any]) -> float:
         if values is None:
             continue
         if not isinstance(values, dict):
-            raise TypeError(f"{name}={_brief(values)} is not supported, only null or an object")
+            raise TypeError(f"{name}={brief(values)} is not supported, only null or an object")
         kind = values.get("rope_type", values.get("type", "default"))
         known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if kind != "default" or values.keys() - known:
             problem = "is not supported: this model's rotation is not scaled, only type 'default'"
-            raise ValueError(f"{name}={_brief(values)} {problem}")
+            raise ValueError(f"{name}={brief(values)} {problem}")
         found |= values
     part = found.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
     if part not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor={_brief(part)} is not supported, only 1.0")
+        raise ValueError(f"partial_rotary_factor={brief(part)} is not supported, only 1.0")
     return _number(found, "rope_theta", 10000.0)
 
 
@@ -520,14 +522,20 @@ def _their_name(name: str, block: dict[str, str]) -> str:
     return f"{TRUNK.get(module, module)}.{kind}"
 
 
-def _take(state: dict[str, Tensor], name: str, rows: int, block: dict[str, str]) -> Tensor:
-    """Take a tensor out of a state dict. Raises ValueError if it does not have so many rows."""
+def _take(
+    state: dict[str, Tensor], name: str, shape: tuple[int, int], block: dict[str, str]
+) -> Tensor:
+    """
+    Take the weight of a linear map, or its bias, out of a state dict.
+
+    Raises ValueError if a weight does not have this shape, a bias so many rows.
+    """
     if name not in state:
         raise ValueError(f"there is no {_their_name(name, block)}")
-    tensor = state.pop(name)
-    if tensor.dim() == 0 or tensor.size(0) != rows:
-        shape = f"{_their_name(name, block)} has shape {tuple(tensor.shape)}"
-        raise ValueError(f"{shape}, by the settings it must have {rows} rows")
+    tensor, (rows, width) = state.pop(name), shape
+    if tensor.shape != (shape if name.endswith(".weight") else shape[:1]):
+        has = f"{_their_name(name, block)} has shape {tuple(tensor.shape)}"
+        raise ValueError(f"{has}, by the settings it must have {rows} rows (a weight: of {width})")
     return tensor
 
 
@@ -578,7 +586,7 @@ def read_deepseek(
     args = _rope_block_args(settings)
     layers, dense = args["n_layer"], settings.get("first_k_dense_replace", 3)
     if type(dense) is not int or dense < layers:
-        problem = f"first_k_dense_replace={_brief(dense)} with num_hidden_layers={layers}"
+        problem = f"first_k_dense_replace={brief(dense)} with num_hidden_layers={layers}"
         raise ValueError(f"{problem}: mixtures of experts are not supported, only dense layers")
     nh = args["n_head"]
     if settings.get("num_key_value_heads") is not None:
@@ -604,15 +612,16 @@ def read_deepseek(
     state = _our_names(settings, tensors, DEEPSEEK_BLOCK)
     for name in list(state):
         if name.endswith(".attn.kv_expand.weight"):
-            both = _take(state, name, nh * (nope + hs), DEEPSEEK_BLOCK)
+            both = _take(state, name, (nh * (nope + hs), L), DEEPSEEK_BLOCK)
             both = both.unflatten(0, (nh, nope + hs))
             for part, rows in (("k", both[:, :nope]), ("v", both[:, nope:])):
                 state[name.replace("kv_expand", f"{part}_expand")] = rows.flatten(0, 1)
         elif name.endswith((".attn.q_proj.weight", ".attn.q_expand.weight")):
-            rows = _take(state, name, nh * (nope + r), DEEPSEEK_BLOCK)
+            width = args["n_embd"] if ".q_proj." in name else args.get("mla_q_latent_dim", 0)
+            rows = _take(state, name, (nh * (nope + r), width), DEEPSEEK_BLOCK)
             state[name] = _reorder(rows, nh, r, (r // 2, 2)) if interleaved else rows
         elif ".attn.kv_latent_proj." in name:
-            rows = _take(state, name, L + r, DEEPSEEK_BLOCK)
+            rows = _take(state, name, (L + r, args["n_embd"]), DEEPSEEK_BLOCK)
             state[name] = _reorder(rows, 1, r, (r // 2, 2)) if interleaved else rows
     if biases:
         _add_zero_biases(state, {"attn.q_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"})
@@ -777,10 +786,9 @@ def check_target(folder: Path) -> None:
     if not names:
         return
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = None
-    exported = isinstance(settings, dict) and settings.items() >= MARK.items()
+        exported = read_json(folder / CONFIG).items() >= MARK.items()
+    except UserError:
+        exported = False
     if not exported or names - EXPORT_FILES:
         remedy = "name a new or an empty folder"
         raise UserError(f"--to={folder} holds other files than an export's; {remedy}")
@@ -857,14 +865,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ImportError:
         raise UserError(f"reading {folder} needs safetensors: pip install safetensors") from None
-    files, index = [WEIGHTS], folder / f"{WEIGHTS}.index.json"
-    if index.exists() and not (folder / WEIGHTS).exists():
-        pieces = read_json(index).get("weight_map")
-        pieces = pieces.values() if isinstance(pieces, dict) else ()
-        files = sorted({Path(str(piece)).name for piece in pieces})
+    index = folder / f"{WEIGHTS}.index.json"
+    sharded = os.path.exists(index) and not os.path.exists(folder / WEIGHTS)
+    files = _pieces(index) if sharded else [WEIGHTS]
     tensors = {}
     for file in files:
         try:
+            require_file(folder / file)
             tensors |= load_file(folder / file)
         except FileNotFoundError:
             problem = f"{folder}: no {file} in this folder"
@@ -873,11 +880,27 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
                 problem += f"; pytorch_model.bin is a pickle and not read, {remedy}"
             raise UserError(problem) from None
         except Exception as error:  # noqa: BLE001  damage causes errors of several kinds
-            reason = str(error)[:100]
+            reason = one_line(error)[:100]
             raise UserError(f"{folder / file}: truncated or not safetensors ({reason})") from None
     for name, tensor in tensors.items():
         quantised = not tensor.is_floating_point() or tensor.element_size() < 2  # int8, float8
         if quantised and not is_mask_buffer(name):
-            problem = f"{name} is {tensor.dtype}; quantised weights cannot be read"
+            problem = f"{one_line(name)} is {tensor.dtype}; quantised weights cannot be read"
             raise UserError(f"{folder}: {problem}")
+        if not tensor.numel():  # its other sizes may be anything
+            raise UserError(f"{folder}: {one_line(name)} is empty")
     return tensors
+
+
+def _pieces(index: Path) -> list[str]:
+    """The files that an index lists. Raises UserError if they are not some beside it."""
+    listed = read_json(index).get("weight_map")
+    names = [*listed.values()] if isinstance(listed, dict) and listed else [None]
+    for name in names:
+        plain = isinstance(name, str) and Path(name).name == name and name.isprintable()
+        if not plain or len(name) > 255:
+            problem = f"weight_map names {brief(name)}, which is no file beside it"
+            raise UserError(f"{index}: {problem}")
+    if len(files := sorted(set(names))) > MOST_PIECES:
+        raise UserError(f"{index}: weight_map names {len(files)} files, at most {MOST_PIECES} work")
+    return files

@@ -34,7 +34,7 @@ def with_stored_settings(cfg: Any, origins: dict[str, str]) -> tuple[Any, dict[s
 
     Raises UserError if there is no checkpoint, or for a stored setting that does not work.
     """
-    ckpt = checkpoint.load(checkpoint.find(cfg.out_dir))
+    ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), verify=False)  # open_model does
     known = settings.declared(type(cfg))
     not_taken = {*origins, *OF_THIS_RUN}
     if "parallel" not in ckpt.config:  # every run of ours has this setting
@@ -223,6 +223,7 @@ def run_folder(out_dir: str, keep: bool) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"out_dir {out_dir} cannot be written ({error.strerror})") from None
     with locked(folder, "training in it"):
+        checkpoint.remove_leftovers(folder)
         if not keep:
             _move_earlier_run(folder)
         yield

@@ -11,6 +11,7 @@ from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
 from nanomla.errors import UserError, printable
+from nanomla.files import read_json
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
@@ -223,20 +224,6 @@ class Tokenizer:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a .json file. Raises UserError if it is missing or damaged."""
-    try:
-        size = path.stat().st_size
-        text = path.read_text(encoding="utf-8") if size <= LARGEST_JSON else ""
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name} in this folder") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if size > LARGEST_JSON:
-        raise UserError(f"{path}: cannot be read ({size:,} bytes, at most {LARGEST_JSON:,})")
-    return _parse(text, str(path))
-
-
 def _parse(text: str, source: str) -> dict[str, Any]:
     """The JSON object in a text. Raises UserError naming the source if it is none."""
     try:
@@ -273,7 +260,7 @@ def read_hf(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     settings: what the config.json beside it holds; the ids that begin and end a text are there.
     Raises UserError naming the file if it is missing or no tokenizer.
     """
-    content = read_json(path)
+    content = read_json(path, limit=LARGEST_JSON)
     count = _count_hf(content, str(path))
     try:
         merges = content["model"].get("merges") or ()

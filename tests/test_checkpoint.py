@@ -1,6 +1,7 @@
 """Checkpoints survive or fail with one line. Run: python -m pytest tests/test_checkpoint.py"""
 
 import dataclasses
+import enum
 import math
 import os
 import pickle
@@ -8,7 +9,11 @@ import random
 import resource
 import subprocess
 import sys
+import zipfile
+from collections import OrderedDict, defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,7 +73,7 @@ def test_every_field_is_a_key_on_disk(tmp_path):
     again = checkpoint.load(tmp_path / "ckpt.pt")
     assert again.source == str(tmp_path / "ckpt.pt")
     for field in dataclasses.fields(Checkpoint):
-        if field.name not in ("model", "source"):
+        if field.name not in ("model", "model_args", "source"):
             assert getattr(again, field.name) == getattr(stored, field.name), field.name
 
 
@@ -115,10 +120,148 @@ def test_a_kill_between_the_two_names_endangers_neither(tmp_path):
     they share.
     """
     save(tmp_path, seed=0)
-    os.link(tmp_path / "best.pt", tmp_path / ".ckpt.pt.tmp")
+    os.link(tmp_path / "best.pt", tmp_path / f".ckpt.pt.{os.getpid()}.tmp")
     save(tmp_path, seed=1)
     assert checkpoint.load(tmp_path / "best.pt").iter_num == 0
     assert checkpoint.load(tmp_path / "ckpt.pt").iter_num == 1
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path):
+    """Under their old name, too; a folder and what has another name stay."""
+    save(tmp_path)
+    for name in (".ckpt.pt.tmp", ".ckpt.pt.17.tmp", ".best.pt.17.tmp", ".other.tmp"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".ckpt.pt.18.tmp").mkdir()
+    checkpoint.remove_leftovers(tmp_path)
+    names = [".ckpt.pt.18.tmp", ".other.tmp", "best.pt", "ckpt.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("place", ["ckpt.pt", "best.pt", f".ckpt.pt.{os.getpid()}.tmp"])
+def test_where_nothing_can_be_written(tmp_path, place):
+    """A folder under one of the names: one line, and what was there is as it was."""
+    save(tmp_path, seed=0)
+    if (tmp_path / place).exists():
+        (tmp_path / place).unlink()
+    (tmp_path / place).mkdir()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    stored = Checkpoint({"x": torch.zeros(3)}, {})
+    with pytest.raises(UserError, match="no checkpoint written") as caught:
+        checkpoint.save(tmp_path, stored, best=True)
+    assert "\n" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_names_that_cannot_be(tmp_path):
+    """Below a file, too long, with a NUL, in no folder: one line when written, read and found."""
+    (tmp_path / "file").touch()
+    stored = Checkpoint({"x": torch.zeros(3)}, {})
+    for name in ("file/below", "x" * 300, "nowhere"):
+        for act in (
+            lambda folder: checkpoint.save(folder, stored, best=True),
+            lambda folder: checkpoint.load(folder / "ckpt.pt"),
+            checkpoint.find,
+        ):
+            with pytest.raises(UserError, match="no checkpoint|cannot be read") as caught:
+                act(tmp_path / name)
+            assert "\n" not in str(caught.value)
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
+    """Ctrl-C while the bytes are written: the old files, and no temporary one."""
+    save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def interrupted(_, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+VARIANTS = [
+    {"bias": False, "dropout": 0.1}, {"n_kv_head": 2, "pos_emb": "rope"}, TINY_MLA, SHARED,
+    {"norm": "rmsnorm", "mlp": "swiglu"}, {"use_svd": True}, {"head_dim": 8, "gelu": "tanh"},
+    {"use_mla": True}, {**TINY_MLA, "mla_latent_dim": [7, 5]}, {**TINY_MLA, "mla_rope_dim": None},
+    {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8}, {**TINY_MLA, "mla_nope_dim": 5},
+    {"use_latent_tokens": True, "n_latent_tokens": 3}, {"tie_weights": False},
+    {"pos_emb": "rope", "rope_theta": 77.0}, {"pos_emb": "rope", "rope_freqs": (1.0, 0.5, 0.1)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", VARIANTS)
+def test_defaults_are_left_out(tmp_path, settings):
+    """On disk are nanoGPT's seven settings and what differs; the same GPTConfig comes back."""
+    model = save(tmp_path, **settings)
+    stored = checkpoint.load(tmp_path / "ckpt.pt")
+    seven = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    assert seven <= set(stored.model_args)
+    if set(settings) <= seven:
+        assert set(stored.model_args) == seven
+    twin, _ = checkpoint.build(stored)
+    assert twin.config == model.config and same_weights(model, twin)
+
+
+def test_unknown_settings_that_switch_nothing_on(tmp_path):
+    """Of another version or a fork: neutral values are no error, others are named."""
+    save(tmp_path)
+    for value in (None, False, 0, 0.0, "", "none", [], ()):
+        stored = checkpoint.load(tmp_path / "ckpt.pt")
+        stored.model_args["experts"] = value
+        checkpoint.build(stored)
+    for value in (True, 1, 0.5, "all", [0], torch.zeros(1)):
+        stored.model_args["experts"] = value
+        with pytest.raises(UserError, match="does not know: experts"):
+            checkpoint.build(stored)
+
+
+class Kind(enum.StrEnum):
+    ONE = "one"
+
+
+class Whole(int):
+    def __int__(self):
+        return 0
+
+
+def test_what_is_not_plain_is_written_plain(tmp_path):
+    """numpy's values, enums, subclasses, paths: read with weights_only, of Python's own types."""
+    odd = {
+        "a": np.float32(0.5), "b": np.str_("text"), "c": Kind.ONE, "d": Path("x/y"),
+        "e": OrderedDict(k=np.int64(7)), "f": defaultdict(list, k=[Whole(3)]), "g": np.arange(3),
+        "h": (np.bool_(True), None), np.str_("i"): float("nan"), "j": torch.zeros(2),
+    }  # fmt: skip
+    plain = {
+        "a": 0.5, "b": "text", "c": "one", "d": "x/y", "e": {"k": 7}, "f": {"k": [3]},
+        "g": [0, 1, 2], "h": (True, None),
+    }  # fmt: skip
+    stored = Checkpoint({"x": torch.zeros(3)}, dict(odd), config=odd, tokenizer=odd, scaler=odd)
+    stored.iter_num = np.int64(3)
+    checkpoint.save(tmp_path, stored, best=False)
+    again = checkpoint.load(tmp_path / "ckpt.pt")
+    for found in (again.model_args, again.config, again.tokenizer, again.scaler):
+        assert {key: found[key] for key in plain} == plain and math.isnan(found["i"])
+        assert all(type(found[key]) is type(value) for key, value in plain.items())
+        assert type(found["f"]["k"][0]) is int and torch.equal(found["j"], torch.zeros(2))
+    for name in ("config", "tokenizer", "model_args"):
+        broken = dataclasses.replace(stored, **{name: {"k": [{"l": object()}]}})
+        with pytest.raises(UserError, match=rf"{name}\['k'\]\[0\]\['l'\]=<object"):
+            checkpoint.save(tmp_path, broken, best=False)
+    assert checkpoint.load(tmp_path / "ckpt.pt").iter_num == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["transformer.h.1.ln_2.bias", "transformer.wte.weight"])
+def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
+    """One value of one tensor, also of one that is tied."""
+    save(tmp_path)
+    stored = checkpoint.load(tmp_path / "ckpt.pt")
+    stored.model[name].view(-1)[-1] = value
+    with pytest.raises(UserError, match=f"ckpt.pt: {name} holds .* not finite"):
+        checkpoint.build(stored)
 
 
 def test_damaged_files_are_one_clear_line(tmp_path):
@@ -176,13 +319,68 @@ def test_foreign_checkpoints_are_named(tmp_path):
         stored.model_args |= change
         with pytest.raises(UserError, match=f"ckpt.pt: .*{words}"):
             checkpoint.build(stored)
-    for wrong in ([], "x", None):
-        with pytest.raises(UserError, match="here: "):
-            checkpoint.build(Checkpoint({}, wrong, source="here"))
-        with pytest.raises(UserError, match="here: "):
-            checkpoint.build(Checkpoint(wrong, stored.model_args, source="here"))
-    with pytest.raises(UserError, match="here: .* no tensors"):
-        checkpoint.build(Checkpoint({"transformer.wte.weight": 1}, {}, source="here"))
+
+
+def test_a_checkpoint_has_the_types_that_it_declares(tmp_path):
+    """Every field with a value of another type: one line that names it."""
+    good = {"model": {"a": torch.zeros(1)}, "model_args": {}}
+    for wrong in (
+        *({name: value} for name in good for value in ([], "x", None, 7)),
+        *({name: 7} for name in ("optimizer", "scaler", "tokenizer", "wandb_run_id")),
+        {"model": {"a": 1}}, {"model": {1: torch.zeros(1)}}, {"model_args": {1: 1}},
+        {"config": "odd"}, {"config": [1]}, {"config": {1: 1}}, {"optimizer": [1]},
+        {"iter_num": True}, {"iter_num": -1}, {"iter_num": 10**30}, {"iter_num": 1.5},
+        {"best_val_loss": "low"}, {"best_val_loss": torch.zeros(2)},
+        {"best_val_loss": torch.zeros((), device="meta")}, {"format": [1]},
+    ):  # fmt: skip
+        torch.save(good | wrong, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=f"a.pt: not a .*{next(iter(wrong))}") as caught:
+            checkpoint.load(tmp_path / "a.pt")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    torch.save(good | {"iter_num": torch.tensor([7]), "best_val_loss": 2}, tmp_path / "a.pt")
+    stored = checkpoint.load(tmp_path / "a.pt")
+    assert (stored.iter_num, stored.best_val_loss) == (7, 2.0)
+    assert (type(stored.iter_num), type(stored.best_val_loss)) == (int, float)
+
+
+def test_flipped_bits_are_found(tmp_path):
+    """One byte at each of 60 random places of the tensors; verify=False does not look."""
+    save(tmp_path)
+    path, draw = tmp_path / "ckpt.pt", random.Random(1)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    start, size = largest.header_offset + 200, largest.file_size - 200
+    checkpoint.load(path)
+    for place in [start + draw.randrange(size) for _ in range(60)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="ckpt.pt: .*damaged.*CRC") as caught:
+            checkpoint.load(path)
+        assert "\n" not in str(caught.value)
+    assert checkpoint.load(path, verify=False).iter_num == 0
+
+
+def test_archives_that_contradict_themselves_are_refused(tmp_path, monkeypatch):
+    """Compressed or overlapping members and a large pickle, before torch reads a byte."""
+    save(tmp_path)
+    path = tmp_path / "ckpt.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "z.pt", "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")  # the last one of the list of members
+    for offset in (20, 24):  # its size, as stored and unpacked
+        content[entry + offset : entry + offset + 4] = (10**6).to_bytes(4, "little")
+    (tmp_path / "large.pt").write_bytes(content)
+    monkeypatch.setattr(torch, "load", None)
+    for name, words in (("z.pt", "is compressed"), ("large.pt", "larger than its place")):
+        with pytest.raises(UserError, match=words):
+            checkpoint.load(tmp_path / name)
+    monkeypatch.setattr(checkpoint, "LARGEST_PICKLE", 100)
+    with pytest.raises(UserError, match="data.pkl is larger"):
+        checkpoint.load(path)
 
 
 def test_nanogpt_checkpoint_opens(tmp_path):

@@ -355,7 +355,7 @@ def test_a_damaged_record(tmp_path, source, dataset, broken):
         convert(source, dataset, folder),
         run("tools.export", f"--out_dir={folder}", f"--to={tmp_path}/e"),
     ):
-        assert fails_with_one_line(done, 1, "conversion.json: not the record of a conversion")
+        assert fails_with_one_line(done, 1, "conversion.json: ", "(")
 
 
 def test_train_names_the_command(tmp_path, source, dataset):

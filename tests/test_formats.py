@@ -569,7 +569,7 @@ DAMAGES = [
     (truncate(0), ["model.safetensors", "truncated"]),
     (settings(model_type="mamba"), ["model_type 'mamba'", "gpt2, llama, mistral, qwen2, deepseek"]),
     (settings(model_type=None), ["model_type None"]),
-    (settings(model_type=["gpt2"]), ['model_type ["gpt2"]']),
+    (settings(model_type=["gpt2"]), ["model_type ['gpt2']"]),
     (settings(model_type="x" * 9999), ["model_type '" + "x" * 56 + "... cannot be read"]),
     (settings(activation_function="relu"), ["activation_function='relu'", "gelu_new"]),
     (settings(activation_function=[]), ["config.json"]),
