@@ -164,7 +164,7 @@ def test_the_reference_by_a_loop():
 def test_prompts_of_a_model_make_no_scores(settings, absorb):
     """A prompt in two pieces of 300 tokens through MLA's cache, in both forms: what the whole
     prompt gives, and no tensor as large as the scores of a piece."""
-    model = randomise(GPT(tiny_config(**TINY_MLA | settings, block_size=600)))
+    model = randomise(GPT(tiny_config(**{**TINY_MLA, **settings, "block_size": 600})))
     attn, cache, x = model.transformer.h[0].attn, model.make_cache(1, 600), torch.randn(1, 600, 24)
     with torch.no_grad():
         want, got = attn(x, absorb=not absorb), []
