@@ -52,7 +52,6 @@ def attend(
     return _causal(q, k, k if v is None else v, T, scale, dropout)[..., :W]
 
 
-@torch.autocast("cpu", enabled=False)  # it would round scores and weights
 def _few_on_cpu(
     q: Tensor,
     k: Tensor | Quantized,
@@ -61,6 +60,9 @@ def _few_on_cpu(
     scale: float,
     beside: Tensor | Quantized | None,
 ) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):  # which would round scores and weights
+        with torch.autocast("cpu", enabled=False):
+            return _few_on_cpu(q, k, v, T, scale, beside)
     if isinstance(k, Quantized) or k.itemsize == 2:
         return blocks.attend(q, k, v, T, scale, beside)
     if beside is not None:
