@@ -38,21 +38,37 @@ def attend(
     is Quantized. Many queries on narrower rows, and a GPU, take them converted as a whole.
     """
     dtype = q.dtype if isinstance(k, Quantized) else torch.promote_types(q.dtype, k.dtype)
-    few, q = T <= 8 and not torch.is_grad_enabled(), q.to(dtype)
-    on_cpu = few and q.device.type == "cpu"
-    if on_cpu and (isinstance(k, Quantized) or k.dtype.itemsize == 2):
-        return blocks.attend(q, k, v, T, scale, beside)
-    k, v, beside = (t if t is None else dequantise(t, dtype) for t in (k, v, beside))
+    few, q = T <= 8 and not torch.is_grad_enabled() and dropout == 0, q.to(dtype)
+    on_cpu, narrow = few and q.device.type == "cpu", isinstance(k, Quantized) or k.itemsize == 2
+    if not (on_cpu and narrow):
+        k, v, beside = (t if t is None else dequantise(t, dtype) for t in (k, v, beside))
+    if on_cpu:
+        return _few_on_cpu(q, k, v, T, scale, beside)
     if few and beside is not None:
         return reference.attend(q, k, v, T, scale, beside)
-    if on_cpu and T < k.size(2):
-        out = cpu.attend(q, k, v, T, scale)
-        if out is not None:
-            return out
     W = (k if v is None else v).size(-1)
     if beside is not None:
         k = torch.cat([k, beside.expand(-1, k.size(1), -1, -1)], dim=-1)
     return _causal(q, k, k if v is None else v, T, scale, dropout)[..., :W]
+
+
+def _few_on_cpu(
+    q: Tensor,
+    k: Tensor | Quantized,
+    v: Tensor | Quantized | None,
+    T: int,
+    scale: float,
+    beside: Tensor | Quantized | None,
+) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):  # which would round scores and weights
+        with torch.autocast("cpu", enabled=False):
+            return _few_on_cpu(q, k, v, T, scale, beside)
+    if isinstance(k, Quantized) or k.itemsize == 2:
+        return blocks.attend(q, k, v, T, scale, beside)
+    if beside is not None:
+        return reference.attend(q, k, v, T, scale, beside)
+    out = cpu.attend(q, k, v, T, scale) if T < k.size(2) else None
+    return _causal(q, k, k if v is None else v, T, scale, 0.0) if out is None else out
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, T: int, scale: float, dropout: float) -> Tensor:
