@@ -17,11 +17,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from nanomla.errors import UserError
+from nanomla.files import check_fields, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,33 +41,23 @@ class Meta:
     Raises TypeError or ValueError if a field that the loader uses has a wrong type or dtype.
     """
 
-    vocab_size: int | None = None  # ids are below it; None: unknown, so ids are not checked
+    # ids are below it; None: unknown, so ids are not checked
+    vocab_size: Annotated[int | None, ">= 1", "<= 4294967296"] = None
     tokenizer: dict[str, Any] | None = None  # the spec for nanomla.tokenizer.Tokenizer
     source: str | None = None  # where the text came from, for people to read
     sha256: str | None = None  # hex digest of the text in UTF-8, for people to compare
     bytes: int | None = None  # length of the text in UTF-8
-    documents: int | None = None  # number of documents in the text
+    documents: Annotated[int | None, ">= 0"] = None  # number of documents in the text
     split: dict[str, Any] | None = None  # how val was chosen: "by", "val_fraction", maybe "seed"
-    split_bytes: dict[str, int] = field(default_factory=dict)  # per split, its text's UTF-8 bytes
+    # per split, its text's UTF-8 bytes and, last, the number of its ids
+    split_bytes: dict[str, Annotated[int, ">= 0"]] = field(default_factory=dict)
     dtype: str = "uint16"  # of the ids in the .bin files: uint16 or uint32
-    tokens: dict[str, int] = field(default_factory=dict)  # per split, the number of its ids
+    tokens: dict[str, Annotated[int, ">= 0"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None and type(self.vocab_size) is not int:
-            raise TypeError(f"vocab_size={self.vocab_size!r} is not a whole number")
-        if self.vocab_size is not None and not 1 <= self.vocab_size <= 2**32:
-            raise ValueError(f"vocab_size={self.vocab_size} is not from 1 to 2**32")
-        if not isinstance(self.tokenizer, dict | None):
-            raise TypeError(f"tokenizer={self.tokenizer!r} is not an object")
-        if self.documents is not None and type(self.documents) is not int:
-            raise TypeError(f"documents={self.documents!r} is not a whole number")
+        check_fields(self)
         if self.dtype not in ("uint16", "uint32"):
             raise ValueError("dtype is neither uint16 nor uint32")
-        for name in ("split_bytes", "tokens"):
-            counts = getattr(self, name)
-            whole = isinstance(counts, dict) and all(type(n) is int for n in counts.values())
-            if not whole or not all(n >= 0 for n in counts.values()):
-                raise TypeError(f"{name}={counts!r} is not an object of whole numbers from 0")
 
 
 class Dataset:
@@ -197,13 +188,10 @@ def read_meta(place: Path) -> Meta:
         pickled = path.with_suffix(".pkl")
         return _read_meta_pkl(pickled) if pickled.is_file() else Meta()
     try:
-        with open(path, "rb") as file:
-            content = json.loads(_limited(file).decode("utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError("it holds no JSON object")
+        content = read_json(path, LONGEST_META)
         known = {f.name for f in dataclasses.fields(Meta)}
         meta = Meta(**{key: value for key, value in content.items() if key in known})
-    except (OSError, TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: not a dataset's meta file ({error})") from None
     pickled = path.with_name("meta.pkl")
     other = _read_meta_pkl(pickled) if not meta.tokens and pickled.is_file() else meta
@@ -213,14 +201,6 @@ def read_meta(place: Path) -> Meta:
             "files belong to; remove the wrong one"
         )
     return meta
-
-
-def _limited(file: IO[bytes]) -> bytes:
-    """All of a meta file. Raises ValueError if it is longer than LONGEST_META."""
-    data = file.read(LONGEST_META + 1)
-    if len(data) > LONGEST_META:
-        raise ValueError(f"it is longer than {LONGEST_META:,} bytes")
-    return data
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -234,7 +214,10 @@ def _read_meta_pkl(path: Path) -> Meta:
     """nanoGPT's {'vocab_size': int, 'stoi': {char: id}, 'itos': {id: char}}."""
     try:
         with open(path, "rb") as file:
-            content = _PlainUnpickler(io.BytesIO(_limited(file))).load()
+            data = file.read(LONGEST_META + 1)
+        if len(data) > LONGEST_META:
+            raise ValueError(f"it is longer than {LONGEST_META:,} bytes")
+        content = _PlainUnpickler(io.BytesIO(data)).load()
         itos, stoi, size = content["itos"], content.get("stoi"), content["vocab_size"]
         chars = [itos[i] for i in range(len(itos))]
         if not all(isinstance(c, str) and len(c) == 1 for c in chars):

@@ -58,16 +58,24 @@ def read_json(path: str | Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
             text = file.read(limit + 1)
         if len(text) > limit:
             raise ValueError(f"it is larger than {limit / 1e6:.0f} MB")
-        content = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} in this folder") from None
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read (its values are nested too deeply)") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason})") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """The JSON object in a text. Raises UserError naming the source if it is none."""
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise UserError(f"{source}: cannot be read (its values are nested too deeply)") from None
+    except ValueError as error:
+        raise UserError(f"{source}: cannot be read ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: cannot be read (it is no JSON object)")
+        raise UserError(f"{source}: cannot be read (it is no JSON object)")
     return content
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
 from nanomla.errors import UserError, printable
-from nanomla.files import read_json
+from nanomla.files import parse_json, read_json
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
@@ -109,7 +109,7 @@ def _count_ids(spec: Any) -> int:
             wrong = f"{name} must be {must}, not {_brief(spec.get(name))}"
             raise UserError(f"tokenizer of kind {kind}: {wrong}")
     if kind == "hf":
-        count = _count_hf(_parse(spec["json"], HF_TOKENIZER), HF_TOKENIZER)
+        count = _count_hf(parse_json(spec["json"], HF_TOKENIZER), HF_TOKENIZER)
         for name in ("end", "bos"):
             if (spec.get(name) or 0) >= count:
                 raise UserError(f"tokenizer of kind hf: {name} is none of its {count} ids")
@@ -222,17 +222,6 @@ class Tokenizer:
         text stays.
         """
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
-
-
-def _parse(text: str, source: str) -> dict[str, Any]:
-    """The JSON object in a text. Raises UserError naming the source if it is none."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: cannot be read (it is no JSON object)")
-    return content
 
 
 def _count_hf(content: dict[str, Any], source: str) -> int:

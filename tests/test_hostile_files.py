@@ -30,7 +30,12 @@ DEEPSEEK = {**LLAMA, "use_mla": True, "mla_latent_dim": 7, "mla_rope_dim": 2}
 MODELS = {"gpt2": {"gelu": "tanh"}, "llama": LLAMA, "deepseek_v3": DEEPSEEK, "nanomla": DEEPSEEK}
 WIDE, DEEP = 10**12, json.loads("[" * 400 + "]" * 400)
 WRONG = ("x", None, [], {"a": 1}, True, -1, 1.5, WIDE, 10**30, DEEP)  # for a size
-STARTED, BEFORE = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.fixture(scope="module", autouse=True)
+def began():
+    """(seconds of the processor, largest memory in kB) when the tests of this file began."""
+    return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def saved(content):
@@ -336,9 +341,9 @@ def test_metas(tmp_path, content):
     one_line(lambda: read_meta(tmp_path), "meta.json")
 
 
-def test_how_many_how_long_how_large():
+def test_how_many_how_long_how_large(began):
     """What the tests above took together, of the processor's time and of memory."""
     tables = (CHECKPOINTS, HARMLESS, CONFIGS, TENSORS, INDEXES, RECORDS, METAS)
     assert sum(map(len, tables)) >= 150
-    assert time.process_time() - STARTED < 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - BEFORE < 200_000  # kB
+    assert time.process_time() - began[0] < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began[1] < 200_000  # kB

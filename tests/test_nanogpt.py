@@ -200,6 +200,7 @@ def test_the_alphabet_is_that_of_dataset(root):
     done = run(*sample[:1], f"--init_from={root}/hf", *sample[2:], "--dataset=older")
     assert fails_with_one_line(done, 1, "has a tokenizer of its own", "leave out --dataset=older")
     (mine / "meta.json").write_text(json.dumps({"tokenizer": {"kind": "byte"}}))
+    (mine / "meta.pkl").unlink()
     for name, words in (
         ("letters", "letters has 2"),
         (mine, "no alphabet"),

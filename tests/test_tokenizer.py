@@ -198,7 +198,7 @@ STRANGE_FILES = [  # the content of a tokenizer.json
     ("", "tokenizer.json: cannot be read"),
     ("null", "no JSON object"),
     ("[]", "no JSON object"),
-    ("[" * 100_000, "recursion"),
+    ("[" * 100_000, "nested too deeply"),
     ('{"model": 1' + "0" * 5000 + "}", "tokenizer.json: cannot be read"),
     ("{}", NOT_HF),
     ('{"model": []}', NOT_HF),
@@ -296,7 +296,7 @@ def test_ids_beyond_the_models_count_with_added_tokens():
 def test_json_that_is_too_large_or_too_deep_is_one_line(tmp_path, monkeypatch):
     """Nothing of a file is read that is larger than any tokenizer's."""
     monkeypatch.setattr("nanomla.tokenizer.LARGEST_JSON", 200_000)
-    for text, words in (("[" * 150_000, "recursion"), ("[" * 200_001, "200,001 bytes, at most")):
+    for text, words in (("[" * 150_000, "nested too deeply"), ("[" * 200_001, "larger than")):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(UserError, match=words) as caught:
             read_hf(tmp_path / "tokenizer.json", {})
