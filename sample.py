@@ -51,6 +51,7 @@ class SampleConfig:
     init_from: Annotated[
         str | None, "weights instead: gpt2[-medium|-large|-xl], a folder of safetensors, a run"
     ] = None
+    verify: Annotated[bool, "compare the checkpoint with its checksums; False: sooner"] = True
     dataset: Annotated[
         str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
     ] = None
@@ -149,9 +150,10 @@ def read_prompt(start: str) -> str:
 def open_model(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model, on the CPU, and the tokenizer of a checkpoint."""
     if cfg.init_from:
-        ckpt = formats.open_weights(cfg.init_from, prefer_best=True)
+        ckpt = formats.open_weights(cfg.init_from, True, cfg.verify)
     else:
-        ckpt = checkpoint.load(cfg.ckpt or checkpoint.find(cfg.out_dir, prefer_best=True))
+        file = cfg.ckpt or checkpoint.find(cfg.out_dir, prefer_best=True)
+        ckpt = checkpoint.load(file, cfg.verify)
     svd = {name: getattr(cfg, name) for name in SVD_SETTINGS} if cfg.use_svd else {}
     model, note = checkpoint.build(ckpt, dropout=0.0, **svd)
     if note:

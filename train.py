@@ -80,6 +80,9 @@ class TrainConfig:
     dataset: Annotated[str, "a folder below data/, or a path", DECIDES_RUN] = "openwebtext"
     seed: Annotated[int, "of initial weights, batches and dropout", ">= 0", DECIDES_RUN] = 1337
     max_iters: Annotated[int, "iterations of the whole run", ">= 0"] = 600000
+    verify: Annotated[
+        bool, "compare what is read with its checksums; False: sooner, for huge checkpoints"
+    ] = True
     checkpoint_interval: Annotated[int, "iterations between extra checkpoints; 0: none", ">= 0"] = 0
 
     batch_size: Annotated[int, "#batch", "sequences per micro-step", ">= 1", DECIDES_RUN] = 12
@@ -110,9 +113,11 @@ class TrainConfig:
         float, "share of the iterations in which wsd decays", "> 0", "<= 1", DECIDES_RUN
     ] = 0.2
     warmup_iters: Annotated[int, "iterations of linear warm-up", ">= 0", DECIDES_RUN] = 2000
-    lr_decay_iters: Annotated[int | None, "iteration where the decay ends; None: max_iters"] = None
+    lr_decay_iters: Annotated[
+        int | None, "iteration where the decay ends; None: max_iters", ">= 0"
+    ] = None
     min_lr: Annotated[
-        float | None, "AdamW's at the end, Muon's in proportion; None: a tenth", DECIDES_RUN
+        float | None, "AdamW's at the end, Muon's in proportion; None: a tenth", ">= 0", DECIDES_RUN
     ] = None
 
     lr_find: Annotated[

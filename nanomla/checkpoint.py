@@ -200,13 +200,13 @@ def load(path: str | Path, verify: bool = True) -> Checkpoint:
 def _check_archive(path: str | Path, verify: bool) -> None:
     """
     Hold a zip archive, which torch.save writes, against itself: what its members say of their place
-    and size and, with verify, their checksums. Other files pass.
+    and size and, with verify, their checksums.
 
     Raises ValueError or zipfile.BadZipFile.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":  # what torch.load goes by
-            return
+            raise ValueError("it does not begin as what torch.save writes")
         with zipfile.ZipFile(file) as archive:
             members = sorted(archive.infolist(), key=lambda member: member.header_offset)
             ends = [member.header_offset for member in members[1:]] + [os.path.getsize(path)]

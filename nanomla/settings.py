@@ -277,7 +277,7 @@ def run_config_file(path: str) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot read this config file ({error.strerror})") from None
     except SyntaxError as error:
         raise UsageError(f"{path}:{error.lineno}: not a Python config file ({error.msg})") from None
-    except Exception as error:  # noqa: BLE001  it can raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001  it can raise anything
         raise UsageError(f"{path}: fails as Python ({type(error).__name__}: {error})") from None
     skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {

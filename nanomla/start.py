@@ -2,8 +2,8 @@
 Where a run starts: the model and state that --init_from names, and its folder.
 
 `cfg` is train.py's TrainConfig, or any dataclass of settings with the fields model (a GPTConfig),
-vocab_size, init_from, out_dir, dataset, batch_size, device, parallel, eval_only, distill, and those
-that optim.lr_factor reads.
+vocab_size, init_from, out_dir, dataset, batch_size, device, parallel, eval_only, distill,
+verify, and those that optim.lr_factor reads.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from nanomla.distributed import print0, resolve_device, warn0
 from nanomla.errors import UserError
 from nanomla.runlog import read_log
 
-OF_THIS_RUN = ("init_from", "out_dir", "eval_only", "lr_find", "lr_find_iters")
+OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only", "lr_find", "lr_find_iters")
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
 NANOGPT_MACHINE = ("device", "dtype", "backend", "compile")
 
@@ -77,9 +77,9 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
     if asks_mla and cfg.init_from in formats.PRETRAINED:
         raise _not_latent(cfg, origins, cfg.init_from)  # before anything is fetched
     if resume:
-        ckpt = checkpoint.load(checkpoint.find(cfg.out_dir))
+        ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), cfg.verify)
     else:
-        ckpt = formats.open_weights(cfg.init_from)
+        ckpt = formats.open_weights(cfg.init_from, verify=cfg.verify)
     ordinary = not (ckpt.model_args.get("use_mla") or ckpt.model_args.get("use_latent_tokens"))
     if asks_mla and ordinary:
         raise _not_latent(cfg, origins, ckpt.source)

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,3 +176,67 @@ def test_float16_skips_steps_that_overflow(tmp_path, dataset):
     log = [e for e in entries(tmp_path / "full") if "loss" in e]
     assert log[10]["grad_norm"] is None and log[-1]["grad_norm"] > 0
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_one_folder_trains_one_run(tmp_path, dataset):
+    """The second is refused in one line, and its end does not disturb the first."""
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    first = start(*args, "--max_iters=10000000")
+    try:
+        while "iter 15:" not in (line := first.stdout.readline()):  # saved at 10
+            assert line, first.stderr.read()
+        for more in ([], ["--init_from=resume"]):
+            second = run("train.py", *args, "--max_iters=10000000", *more)
+            assert fails_with_one_line(second, 1, "another run is training in it")
+    finally:
+        first.terminate()
+        out, err = first.communicate(timeout=60)
+    assert first.returncode == 143 and "stopped before" in out, err
+    checkpoint.build(checkpoint.load(tmp_path / "o" / "ckpt.pt"))
+    assert not list((tmp_path / "o").glob("old-*"))
+
+
+def test_the_best_loss_is_that_of_weights_on_the_disk(tmp_path, dataset, monkeypatch):
+    """
+    The evaluation with the lowest loss cannot be saved: a later, higher one becomes the best, which
+    the closing line and both files name.
+    """
+    import train
+
+    measures = iter((3.0, 2.0, 1.0, 1.5, 1.7))
+    monkeypatch.setattr(
+        train.Run, "evaluate", lambda self: {"train_loss": 1.0, "val_loss": next(measures),
+                                             "perplexity": 1.0}
+    )  # fmt: skip
+    save = checkpoint.save
+
+    def full_disk(folder, state, best):
+        if state.iter_num == 20:
+            raise checkpoint.UserError("no checkpoint written: it needs more")
+        save(folder, state, best)
+
+    monkeypatch.setattr(checkpoint, "save", full_disk)
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=40"]
+    done = run("train.py", *args)
+    assert done.returncode == 0 and "done: best validation loss 1.5000, checkpoints" in done.stdout
+    best, last = (checkpoint.load(tmp_path / "o" / name) for name in ("best.pt", "ckpt.pt"))
+    assert (best.best_val_loss, best.iter_num) == (1.5, 30)
+    assert (last.best_val_loss, last.iter_num) == (1.5, 40)
+
+
+def test_a_folder_that_is_gone_at_the_end(tmp_path, dataset, monkeypatch):
+    """The run says that nothing is there, and fails; a signal does not promise a resume."""
+    import train
+
+    step = train.Run.step
+
+    def removing(self, it, received):
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+        return step(self, it, received)
+
+    monkeypatch.setattr(train.Run, "step", removing)
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=10"]
+    done = run("train.py", *args)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "done: " not in done.stdout
+    assert last.startswith("train.py: error: iteration 10 is done, but there is no checkpoint in")

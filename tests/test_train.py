@@ -318,3 +318,61 @@ def test_compiled_model_trains_and_samples_alike(tmp_path, dataset):
         args = [f"--ckpt={best}", "--start=to", "--max_new_tokens=20", "--temperature=0", *extra]
         texts.append(run("sample.py", *args, fresh=True, timeout=500).stdout)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and texts[0] == texts[1] != ""
+
+
+RECIPE = ["--optimizer=muon", "--dropout=0.1", "--use_mla=True", "--mla_latent_dim=4", "--seed=5"]
+
+
+def test_a_resume_needs_no_settings(tmp_path, dataset):
+    """
+    The folder and a later end are enough: recipe, data and shape are the checkpoint's, and the run
+    ends as the uninterrupted one. What is given wins.
+    """
+    args = [*QUICK, *RECIPE, f"--dataset={dataset}", "--lr_decay_iters=20", "--beta2=0.99"]
+    assert run("train.py", *args, f"--out_dir={tmp_path}/full", "--max_iters=20").returncode == 0
+    here = f"--out_dir={tmp_path}/parts"
+    assert run("train.py", *args, here, "--max_iters=10").returncode == 0
+    done = run("train.py", here, "--init_from=resume", "--max_iters=20")
+    assert done.returncode == 0 and "another run" not in done.stderr, done.stderr
+    assert same(weights(tmp_path / "full"), weights(tmp_path / "parts"))
+    done = run("train.py", here, "--init_from=resume", "--max_iters=30", "--beta2=0.9")
+    assert "another run than the one it continues: beta2 0.99, now 0.9\n" in done.stderr
+    assert checkpoint.load(tmp_path / "parts" / "ckpt.pt").config["beta2"] == 0.9
+
+
+def test_a_run_at_its_end_says_so(tmp_path, dataset):
+    """Nothing is written, and the line names the flag that goes on."""
+    here = f"--out_dir={tmp_path}/o"
+    assert run("train.py", *QUICK, f"--dataset={dataset}", here, "--max_iters=10").returncode == 0
+    before = files_in(tmp_path / "o")
+    for more, end in (([], 10), (["--max_iters=5"], 5)):
+        done = run("train.py", here, "--init_from=resume", *more)
+        line = f"nothing to do: iteration 10 of {end}; raise --max_iters"
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == line, done.stderr
+    assert files_in(tmp_path / "o") == before
+
+
+def test_a_stored_setting_that_cannot_be_is_one_line(tmp_path, dataset):
+    """It names the file and the setting; giving the setting goes on."""
+    here = f"--out_dir={tmp_path}/o"
+    assert run("train.py", *QUICK, f"--dataset={dataset}", here, "--max_iters=10").returncode == 0
+    stored = torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)
+    stored["config"]["batch_size"] = "many"
+    torch.save(stored, tmp_path / "o" / "ckpt.pt")
+    resume = ["train.py", here, "--init_from=resume", "--max_iters=12"]
+    words = ("ckpt.pt: batch_size must be a whole number of at least 1, not 'many'",)
+    assert fails_with_one_line(run(*resume), 1, *words)
+    assert run(*resume, "--batch_size=4").returncode == 0
+
+
+def test_at_most_eight_lines_of_settings(tmp_path, dataset):
+    """What does not fit is in the log's first entry."""
+    names = {"weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "grad_clip": 2.0, "min_lr": 0.001}
+    names |= {"wandb_project": "x" * 90, "wandb_run_name": "y" * 90, "norm": "rmsnorm"}
+    given = [f"--{name}={value}" for name, value in names.items()]
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", *given, "--max_iters=1"]
+    done = run("train.py", "config/train_llama_style.py", *args)
+    lines = done.stdout.split("settings:\n")[1].split("model: ")[0].splitlines()
+    assert done.returncode == 0 and len(lines) == 8 and "more" in lines[-1]
+    text = " ".join(entries(tmp_path / "o")[0]["settings"])
+    assert all(f"{name}=" in text for name in names)
