@@ -380,18 +380,20 @@ class Run:
         self.saved_at, keep = it, self.world.is_main
         best_val_loss = min(val_loss, self.best_val_loss)
         is_best, written = val_loss < self.best_val_loss, False
-        state = Checkpoint(
-            model=distributed.full_state_dict(self.model.state_dict(), keep),
-            model_args=dataclasses.asdict(self.model.config),
-            optimizer=distributed.full_state_dict(optim.optimizer_state(self.optimizers), keep),
-            scaler=self.scaler.state_dict(),
-            iter_num=it,
-            best_val_loss=best_val_loss,
-            config=settings.flat(self.cfg),
-            tokenizer=self.data.tokenizer,
-            wandb_run_id=self.wandb_run_id,
-        )
+        weights = distributed.full_state_dict(self.model.state_dict(), keep)
+        moments = distributed.full_state_dict(optim.optimizer_state(self.optimizers), keep)
         if self.world.is_main:
+            state = Checkpoint(
+                model=weights,
+                model_args=dataclasses.asdict(self.model.config),
+                optimizer=moments,
+                scaler=self.scaler.state_dict(),
+                iter_num=it,
+                best_val_loss=best_val_loss,
+                config=settings.flat(self.cfg),
+                tokenizer=self.data.tokenizer,
+                wandb_run_id=self.wandb_run_id,
+            )
             try:
                 checkpoint.save(self.cfg.out_dir, state, is_best)
                 written = True

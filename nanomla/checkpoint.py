@@ -400,9 +400,7 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
     """
     source, own = checkpoint.source, checkpoint.tokenizer
     vocab_size = checkpoint.model_args.get("vocab_size", GPTConfig.vocab_size)
-    if own is not None:
-        if dataset is not None:
-            raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+    if own is not None and dataset is None:
         check_spec(own, source, vocab_size)
         return own
     name = checkpoint.config.get("dataset") if dataset is None else dataset
@@ -410,6 +408,8 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
     if place and not place.exists() and Path(str(name)).exists():
         place = Path(str(name))
     spec = read_meta(place).tokenizer if place else None
+    if own is not None and own != spec:
+        raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
     other = "give the dataset that it was trained on, --dataset=NAME, or its folder or meta file"
     if spec:
         check_spec(spec, str(place))
