@@ -89,6 +89,8 @@ class SampleConfig:
             raise ValueError(
                 "interactive takes one prompt at a time and keeps its cache; leave out other modes"
             )
+        if self.interactive and self.start != "\n":
+            raise ValueError("interactive reads its prompts from the keyboard; leave out start")
         if self.stop == "":
             raise ValueError("stop='' does not work: it must be some text, or None")
         if self.svd_rank is not None and not self.use_svd:
@@ -110,6 +112,10 @@ def main(argv: list[str] | None = None) -> None:
         for block in model.transformer.h:  # attention's shapes change with every token in the cache
             block.mlp.compile()
 
+    try:
+        cache, context = model.make_cache(1, 1, cache_dtype), model.config.block_size
+    except ValueError as error:
+        raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
     stop = cfg.stop.replace("\\n", "\n") if cfg.stop else None
     sampling = Sampling(
         cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop, cfg.use_cache, cache_dtype
@@ -122,12 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     else:
         seconds = print_several(engine, cfg, text.splitlines() if cfg.one_per_line else [text])
 
-    cache, context = model.make_cache(1, 1, cache_dtype), model.config.block_size
     size = f"cache: {cache.bytes_per_token:,} bytes per token"
     if cache.bytes_per_token == 0:
         size = f"cache: {cache.nbytes:,} bytes at any length"
-    smaller = f"{model.get_memory_savings(context):.3g}x smaller than MHA's"
-    size += f", {smaller}" + f" at {context:,} tokens" * (cache.bytes_per_token == 0)
+    ratio = model.get_memory_savings(context)
+    if f"{ratio:.3g}" != "1":
+        than = f"{ratio:.3g}x smaller" if ratio > 1 else f"{1 / ratio:.3g}x larger"
+        size += f", {than} than MHA's" + f" at {context:,} tokens" * (not cache.grows)
     rate = engine.tokens_made / max(seconds, 1e-9)
     where = f"on {device} in {str(dtype).removeprefix('torch.')}"
     print(f"{rate:,.0f} tokens/s {where}; {size if cfg.use_cache else 'no cache'}", file=sys.stderr)
@@ -193,7 +200,8 @@ def print_several(engine: Engine, cfg: SampleConfig, prompts: list[str]) -> floa
             if cfg.json:
                 row = {"prompt": prompt, "text": sample.text, "tokens": len(sample.tokens)}
                 row["seconds"] = round(sample.seconds, 4)
-                print(json.dumps(row, ensure_ascii=False))
+                utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+                print(json.dumps(row, ensure_ascii=not utf8))
             else:
                 print(prompt + sample.text + "\n---------------")
     return seconds

@@ -13,6 +13,7 @@ from nanomla.errors import Steady, UsageError, UserError, run_script
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 import time
@@ -78,7 +79,9 @@ class TrainConfig:
         DECIDES_RUN,
     ] = None
     dataset: Annotated[str, "a folder below data/, or a path", DECIDES_RUN] = "openwebtext"
-    seed: Annotated[int, "of initial weights, batches and dropout", ">= 0", DECIDES_RUN] = 1337
+    seed: Annotated[
+        int, "of weights, batches and dropout", ">= 0", "< 9223372036854775808", DECIDES_RUN
+    ] = 1337
     max_iters: Annotated[int, "iterations of the whole run", ">= 0"] = 600000
     verify: Annotated[
         bool, "compare what is read with its checksums; False: sooner, for huge checkpoints"
@@ -87,7 +90,7 @@ class TrainConfig:
 
     batch_size: Annotated[int, "#batch", "sequences per micro-step", ">= 1", DECIDES_RUN] = 12
     gradient_accumulation_steps: Annotated[
-        int, "micro-steps per iteration, over all ranks", ">= 1", DECIDES_RUN
+        int, "micro-steps per iteration, over all ranks", ">= 1", "<= 1000000", DECIDES_RUN
     ] = 40
 
     optimizer: Annotated[
@@ -99,9 +102,15 @@ class TrainConfig:
     muon_weight_decay: Annotated[float, "Muon's weight decay", ">= 0", DECIDES_RUN] = 0.01
     grad_clip: Annotated[float, "largest gradient norm; 0: no limit", ">= 0", DECIDES_RUN] = 1.0
 
-    learning_rate: Annotated[float, "#learning rate", "AdamW's highest", ">= 0", DECIDES_RUN] = 6e-4
+    learning_rate: Annotated[
+        float, "#learning rate", "AdamW's highest", ">= 0", "<= 1e100", DECIDES_RUN
+    ] = 6e-4
     muon_learning_rate: Annotated[
-        float, "Muon's highest; its steps are scaled to AdamW's size", ">= 0", DECIDES_RUN
+        float,
+        "Muon's highest; its steps are scaled to AdamW's size",
+        ">= 0",
+        "<= 1e100",
+        DECIDES_RUN,
     ] = 0.01
     decay_lr: Annotated[bool, "warm up and decay; False: constant", DECIDES_RUN] = True
     decay_shape: Annotated[
@@ -154,6 +163,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         settings.check(self)
+        for name in ("out_dir", "init_from", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}='' does not work: {name} must be some text")
         if self.lr_find and (self.eval_only or self.init_from == "resume"):
             raise ValueError("lr_find starts new runs: leave out eval_only and init_from=resume")
         rates = (self.learning_rate, self.muon_learning_rate or self.optimizer == "adamw")
@@ -194,6 +206,7 @@ class Run:
         self.settings = settings.describe(cfg, origins, most=1000)
         print0("settings:", *(f"  {line}" for line in settings.describe(cfg, origins)))
         torch.manual_seed(cfg.seed)
+        self.read = self._latest_file()
         self.model, ckpt = open_model(cfg, origins, self.data)
         config = self.model.config
         if config.block_size != self.data.block_size:
@@ -226,8 +239,7 @@ class Run:
         self.wandb_run_id = ckpt.wandb_run_id
         # iterations of the last attempt to save, and of the checkpoint that is there
         self.saved_at = self.on_disk = self.first if cfg.init_from == "resume" else None
-        self.stopping = False
-        self.evaluations, self.skipped, self.seconds = 0, 0, 0.0
+        self.stopping, self.evaluations, self.skipped, self.seconds = False, 0, 0, 0.0
 
         shape = (*shape[:2], config.block_size)
         self.tokens_per_iter = math.prod(shape)
@@ -244,6 +256,10 @@ class Run:
         self.folder = contextlib.ExitStack()
         if self.world.is_main:
             self.folder.enter_context(run_folder(cfg.out_dir, keep=resume))
+            if resume and self._latest_file() != self.read:
+                raise UserError(f"{cfg.out_dir} changed while it was read; run this again")
+            if resume and math.isfinite(self.best_val_loss) and not self._has_best():
+                checkpoint.keep_as_best(cfg.out_dir)  # nanoGPT's ckpt.pt is the best
             self.log = RunLog(cfg.out_dir, self.first if resume else 0, self.settings)
             if cfg.wandb_log:
                 self.wandb_run_id = self.log.start_wandb(
@@ -263,6 +279,16 @@ class Run:
         self.folder.close()
         if isinstance(error, Exception):
             error.add_note(f"last checkpoint: {self.last_checkpoint()}")
+
+    def _latest_file(self) -> tuple[int, int] | None:
+        """What tells ckpt.pt from another one of that name; None without one."""
+        with contextlib.suppress(OSError):
+            found = os.stat(os.path.join(self.cfg.out_dir, checkpoint.LATEST))
+            return found.st_ino, found.st_mtime_ns
+        return None
+
+    def _has_best(self) -> bool:
+        return os.path.isfile(os.path.join(self.cfg.out_dir, checkpoint.BEST))
 
     def last_checkpoint(self) -> str:
         """The file of the latest checkpoint that is on the disk, or "none yet"."""

@@ -158,6 +158,11 @@ def _plain(value: Any, name: str) -> Any:
     raise UserError(f"no checkpoint written: {name}={brief(value)} is of type {kind}")
 
 
+def keep_as_best(out_dir: str | Path) -> None:
+    """Give out_dir/ckpt.pt the second name best.pt. Raises OSError if that is impossible."""
+    _link_or_copy(Path(out_dir) / LATEST, Path(out_dir) / BEST)
+
+
 def load(path: str | Path, verify: bool = True) -> Checkpoint:
     """
     Read a checkpoint file, ours or nanoGPT's, onto the CPU.

@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from nanomla.errors import SIGNALS, UsageError, UserError, printable, raise_stopped, say
 
+TORCHRUN = os.getppid()  # under torchrun, which may be gone by the time a World is made
+
 
 class World:
     """
@@ -60,13 +62,13 @@ class World:
             # NCCL is told the device, because it would otherwise guess one at the first barrier.
             known = self.backend == "nccl" and ":" in self.device
             device = torch.device(self.device) if known else None
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                threading.Thread(target=_end_with_torchrun, daemon=True).start()
             try:
                 dist.init_process_group(backend=self.backend, device_id=device)
             except (ValueError, RuntimeError) as error:  # a missing address, a port in use
                 reason = str(error).partition("\n")[0]
                 raise UserError(f"the {self.size} processes cannot be joined ({reason})") from None
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -106,9 +108,9 @@ def _number(name: str, default: int, least: int = 0) -> int:
     return int(text)
 
 
-def _end_with(parent: int) -> None:
+def _end_with_torchrun() -> None:
     """Stop this process when torchrun has been killed: by SIGTERM, and after 20 seconds at once."""
-    while os.getppid() == parent:
+    while os.getppid() == TORCHRUN:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(20)

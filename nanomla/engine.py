@@ -44,6 +44,8 @@ class Sampler:
         _require(share, "top_p", p, "above 0 and at most 1, or None for off")
 
     def __call__(self, logits: Tensor) -> Tensor:
+        if not bool(logits.isfinite().all()):
+            raise UserError("the model's logits are not finite; try --dtype=float32")
         if self.temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         tiny = torch.finfo(torch.float32).tiny  # what is below would be rounded to 0
@@ -320,6 +322,7 @@ def stream_tokens(
     whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
     _require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
     block_size, stops = model.config.block_size, stop_ids(stop)
+    ends = torch.tensor(stops, device=idx.device)
     training = [module for module in model.modules() if module.training]
     context = check_prompt(idx, cache, block_size)
     if training:
@@ -336,7 +339,7 @@ def stream_tokens(
             context = torch.cat([context, token], dim=1)
             yield token
             if stops:
-                done = torch.isin(token, torch.tensor(stops, device=idx.device))
+                done = torch.isin(token, ends)
                 if bool(done.all()):
                     break
     finally:

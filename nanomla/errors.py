@@ -114,8 +114,8 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return "error: another process of this run has ended, so this one cannot go on", 1
     if kinds & {"InvalidCxxCompiler", "BackendCompilerFailed", "InductorError"}:
         return f"error: --compile does not work here ({_cause(error)}); leave it out", 1
-    if "lost sys.std" in text:
-        return "error: stdin is closed", 1
+    if isinstance(error, ValueError) and "null byte" in text:
+        return "error: a path has a NUL byte in it", 1
     return None, 1
 
 
@@ -163,18 +163,22 @@ def _report(error: BaseException) -> int:
     elif line:
         text = f"{name}: {line}"
         text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
-        (say if lost_process(error) else say_last)(text, err)
+        consequence = lost_process(error) or isinstance(error, (KeyboardInterrupt, Stopped))
+        (say if consequence else say_last)(text, err)
     return status
 
 
 WAIT_AND_SAY = """
-import os, sys, time
-for _ in range(600):
-    time.sleep(0.1)
-    try:
-        os.kill(int(sys.argv[1]), 0)
-    except OSError:
-        break
+import os, select, sys, time
+try:
+    select.select([os.pidfd_open(int(sys.argv[1]))], [], [], 60)
+except (AttributeError, OSError):  # not on Linux, or it has ended
+    for _ in range(600):
+        time.sleep(0.1)
+        try:
+            os.kill(int(sys.argv[1]), 0)
+        except OSError:
+            break
 print(sys.argv[2], file=sys.stderr, flush=True)
 """
 
@@ -208,7 +212,8 @@ def _signals_raise() -> Iterator[None]:
         yield
         return
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, raise_stopped) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, raise_stopped) for number in heeded}
     try:
         yield
     finally:
@@ -223,5 +228,6 @@ def _interrupted_import(number: int, _frame: Any) -> None:
 
 _script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "none").resolve()
 _ours = _script.name in ("train.py", "sample.py", "prepare.py") or _script.parent.name == "tools"
-if _ours and Path(__file__).resolve().parents[1] in _script.parents:  # no program that imports us
+_here = Path(__file__).resolve().parents[1] in _script.parents  # no program that imports us
+if _ours and _here and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted_import)

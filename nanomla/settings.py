@@ -26,7 +26,6 @@ import numbers
 import operator
 import os
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterator, Sequence
@@ -241,15 +240,18 @@ def describe(config: Any, origins: dict[str, str], most: int = 8, width: int = 1
         if values[key] != settings[key].default:
             place = "command line" if where.startswith("--") else where
             places.setdefault(place, []).append(f"{key}={values[key]!r}")
-    lines = []
+    lines, counts = [], []
     for place, texts in places.items():
-        text = f"{place}: {', '.join(texts)}"
-        lines += textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False)
+        line, count = f"{place}:", 0
+        for text in texts:
+            if count and len(line) + len(text) + 2 > width:
+                lines, counts = [*lines, line], [*counts, count]
+                line, count = "  ", 0
+            line, count = f"{line} {text},", count + 1
+        lines, counts = [*lines, line.removesuffix(",")], [*counts, count]
     if len(lines) <= most:
         return lines
-    shown = sum(line.count("=") for line in lines[: most - 1])
-    left = sum(map(len, places.values())) - shown
-    return [*lines[: most - 1], f"  ... and {left} more"]
+    return [*lines[: most - 1], f"  ... and {sum(counts[most - 1 :])} more"]
 
 
 def _build(
@@ -308,7 +310,7 @@ def _checked(value: Any, setting: Setting) -> Any:
         several = plain if isinstance(plain, tuple) else (plain,)
         if all(COMPARISONS[sign](v, float(limit)) for v in several for sign, limit in bounds):
             return plain
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):
         pass
     wanted = "None or " * optional + _kind_in_words(kind)
     limits = " and ".join(f"{IN_WORDS[sign]} {limit}" for sign, limit in bounds)

@@ -8,6 +8,7 @@ verify, and those that optim.lr_factor reads.
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ def with_stored_settings(cfg: Any, origins: dict[str, str]) -> tuple[Any, dict[s
     ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), verify=False)  # open_model does
     known = settings.declared(type(cfg))
     not_taken = {*origins, *OF_THIS_RUN}
-    if "parallel" not in ckpt.config:  # every run of ours has this setting
+    if is_nanogpts(ckpt):
         not_taken |= {*NANOGPT_MACHINE}
     recipe = {k: v for k, v in ckpt.config.items() if k in known and known[k].part is None}
     shape = {k: v for k, v in ckpt.model_args.items() if k in known and known[k].part == "model"}
@@ -106,6 +107,7 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
     if not resume:
         return model, new_run
 
+    ckpt.best_val_loss = _best_so_far(cfg, ckpt)
     changed = changed_settings(ckpt.config, cfg, ckpt.iter_num)
     if changed:
         warn0("from here on this is another run than the one it continues: " + ", ".join(changed))
@@ -113,6 +115,24 @@ def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, C
         warn0("the optimizer starts anew, as the factors are new parameters")
         ckpt.optimizer, ckpt.scaler = None, None
     return model, dataclasses.replace(ckpt, model={})
+
+
+def _best_so_far(cfg: Any, ckpt: Checkpoint) -> float:
+    """
+    The lowest validation loss of a resumed run, if weights that have it are on the disk and it is
+    that of the windows which are evaluated from here on; else infinity.
+    """
+    now = {name: getattr(cfg, name) for name in ("dataset", "eval_iters", "batch_size")}
+    if any(ckpt.config.get(name, value) != value for name, value in now.items()):
+        warn0("other validation windows than before: the best loss, and best.pt, start anew")
+        return math.inf
+    kept = (Path(cfg.out_dir) / checkpoint.BEST).is_file() or is_nanogpts(ckpt)
+    return ckpt.best_val_loss if kept else math.inf
+
+
+def is_nanogpts(ckpt: Checkpoint) -> bool:
+    """Whether nanoGPT wrote this, its best, checkpoint: every run of ours has parallel."""
+    return "parallel" not in ckpt.config
 
 
 def _require_memory(cfg: Any, config: GPTConfig) -> None:
@@ -231,6 +251,7 @@ def run_folder(out_dir: str, keep: bool) -> Iterator[None]:
 
 def _move_earlier_run(folder: Path) -> None:
     names = (checkpoint.LATEST, checkpoint.BEST, "log.jsonl", "loss.png", *checkpoint.CONVERSION)
+    names += ("tensorboard", "wandb")
     earlier = [path for path in folder.iterdir() if path.name in names]
     if not earlier:
         return

@@ -90,12 +90,6 @@ def check_spec(spec: Any, source: str = "", vocab_size: int | None = None) -> in
     return count
 
 
-def fitting_tokenizer(spec: Any, vocab_size: int, source: str) -> "Tokenizer":
-    """The tokenizer of a model. Raises UserError as check_spec and Tokenizer do."""
-    check_spec(spec, source, vocab_size)
-    return Tokenizer(spec, source)
-
-
 def _count_ids(spec: Any) -> int:
     """The number of ids of a tokenizer, from its spec alone. Raises UserError if it is none."""
     kind = spec.get("kind") if isinstance(spec, dict) else None

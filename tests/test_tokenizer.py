@@ -11,7 +11,6 @@ from nanomla.tokenizer import (
     Tokenizer,
     check_spec,
     end_of_text,
-    fitting_tokenizer,
     read_hf,
     start_of_text,
 )
@@ -231,7 +230,7 @@ STRANGE_FILES = [  # the content of a tokenizer.json
 @pytest.mark.parametrize(("spec", "words"), STRANGE, ids=range(len(STRANGE)))
 def test_a_strange_spec_is_one_line(spec, words):
     """It is refused before anything is built from it, with the file or checkpoint it was in."""
-    for make in (Tokenizer, lambda *args: fitting_tokenizer(args[0], 99, args[1])):
+    for make in (Tokenizer, lambda *args: check_spec(*args, 99)):
         with pytest.raises(UserError) as caught:
             make(spec, "runs/ckpt.pt")
         line = str(caught.value)
@@ -288,9 +287,10 @@ def test_ids_beyond_the_models_count_with_added_tokens():
     made = byte_level()
     made.add_tokens(["<pad>"])
     spec = {"kind": "hf", "json": made.to_str()}
-    assert fitting_tokenizer(spec, 281, "x").encode("<pad>") == [280]
+    check_spec(spec, "x", 281)
+    assert Tokenizer(spec).encode("<pad>") == [280]
     with pytest.raises(UserError, match="x: the tokenizer has ids up to 280"):
-        fitting_tokenizer(spec, 280, "x")
+        check_spec(spec, "x", 280)
 
 
 def test_json_that_is_too_large_or_too_deep_is_one_line(tmp_path, monkeypatch):

@@ -15,6 +15,9 @@ A config file with a title is a comparison of its own, so that several can be gi
 config/claims_*.py regenerates the figures of docs/claims.md.
 """
 
+from nanomla.errors import UsageError, UserError, run_script
+
+# isort: split
 import dataclasses
 import hashlib
 import json
@@ -38,15 +41,7 @@ from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, runlog
 from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, resolve_device, resolve_dtype
-from nanomla.settings import (
-    UsageError,
-    UserError,
-    check,
-    configure,
-    flat,
-    run_config_file,
-    run_script,
-)  # fmt: skip
+from nanomla.settings import check, configure, flat, run_config_file
 from nanomla.start import padded_vocab, without_effect
 from tools import experiments
 from tools.bench import machine

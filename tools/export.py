@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     texts[formats.CARD] = model_card(model, stored, kind, why, argv)
     formats.write_folder(target, tensors, texts)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    print(f"{stored.source} as {kind}: {why}")
-    print(f"{size / 1e6:,.1f} MB in {target}")
+    say(f"{stored.source} as {kind}: {why}")
+    say(f"{size / 1e6:,.1f} MB in {target}")
 
 
 def _tokenizer(
