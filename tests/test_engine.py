@@ -248,3 +248,13 @@ def test_a_cache_longer_than_the_context():
     cache = type(model.make_cache(1, 1))(model.config, 1, 40)
     out = model.generate(idx, 40, temperature=0, cache=cache)
     assert torch.equal(out, model.generate(idx, 40, temperature=0))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_one_line(temperature, value):
+    """Weights that overflow draw no token, neither the likeliest nor any other."""
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    with pytest.raises(UserError, match="logits are not finite; try --dtype=float32"):
+        Sampler(temperature)(logits)

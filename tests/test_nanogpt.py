@@ -261,3 +261,28 @@ def test_a_meta_file_that_would_run_code_does_not(root):
     args = ["--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
     assert fails_with_one_line(run("train.py", *QUICK, *args), 1, "meta.pkl: refused")
     assert not (root / "ran").exists()
+
+
+def test_a_resume_keeps_the_best_weights(root):
+    """nanoGPT's ckpt.pt is its best: it becomes best.pt, which a worse run leaves alone."""
+    write_run(root / "out")
+    before = checkpoint.load(root / "out" / "ckpt.pt")
+    stored = torch.load(root / "out" / "ckpt.pt", weights_only=True)
+    stored["best_val_loss"] = torch.tensor(0.001)
+    torch.save(stored, root / "out" / "ckpt.pt")
+    done = run("train.py", *QUICK, f"--out_dir={root}/out", "--init_from=resume", "--max_iters=20")
+    assert done.returncode == 0 and "best validation loss 0.0010" in done.stdout, done.stderr
+    best = checkpoint.load(root / "out" / "best.pt")
+    assert best.iter_num == 7
+    assert all(torch.equal(best.model[name], tensor) for name, tensor in before.model.items())
+    assert checkpoint.load(root / "out" / "ckpt.pt").iter_num == 20
+
+
+def test_other_validation_windows_begin_another_best(root):
+    """Losses over other windows do not compare: best.pt is then of the new ones."""
+    write_run(root / "out")
+    here = [f"--out_dir={root}/out", "--init_from=resume"]
+    assert run("train.py", *QUICK, *here, "--max_iters=20").returncode == 0
+    done = run("train.py", *here, "--max_iters=30", "--eval_iters=3")
+    assert done.returncode == 0 and "the best loss, and best.pt, start anew" in done.stderr
+    assert checkpoint.load(root / "out" / "best.pt").iter_num > 7
