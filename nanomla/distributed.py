@@ -36,7 +36,7 @@ class World:
         self.rank, self.size = _rank(), _number("WORLD_SIZE", 1, least=1)
         if self.rank >= self.size:
             raise UsageError(f"RANK={self.rank} in the environment is not below its WORLD_SIZE")
-        self.is_main = self.rank == 0
+        self.is_main, self.left, self.watch = self.rank == 0, threading.Event(), None
         self.device = resolve_device(device)
         if self.device == "cuda" and "LOCAL_RANK" in os.environ:
             local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
@@ -63,7 +63,9 @@ class World:
             known = self.backend == "nccl" and ":" in self.device
             device = torch.device(self.device) if known else None
             if "TORCHELASTIC_RUN_ID" in os.environ:
-                threading.Thread(target=_end_with_torchrun, daemon=True).start()
+                how = {"args": [self.left], "daemon": True}
+                self.watch = threading.Thread(target=_end_with_torchrun, **how)
+                self.watch.start()
             try:
                 dist.init_process_group(backend=self.backend, device_id=device)
             except (ValueError, RuntimeError) as error:  # a missing address, a port in use
@@ -72,6 +74,9 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.left.set()
+        if self.watch is not None:
+            self.watch.join(timeout=1)
         # After an error other ranks may wait in an exchange; closing the group would wait for them.
         if self.size > 1 and kind in (None, SystemExit):
             dist.destroy_process_group()
@@ -108,10 +113,14 @@ def _number(name: str, default: int, least: int = 0) -> int:
     return int(text)
 
 
-def _end_with_torchrun() -> None:
-    """Stop this process when torchrun has been killed: by SIGTERM, and after 20 seconds at once."""
+def _end_with_torchrun(left: threading.Event) -> None:
+    """
+    Stop this process when torchrun has been killed: by SIGTERM, and after 20 seconds at once. Ends
+    when `left` is set, as a thread that still runs while Python ends can abort the process.
+    """
     while os.getppid() == TORCHRUN:
-        time.sleep(1)
+        if left.wait(0.5):
+            return
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(20)
     os._exit(128 + signal.SIGTERM)

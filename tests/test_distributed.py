@@ -272,7 +272,7 @@ def test_lr_find_on_two_processes(tmp_path, dataset, parallel):
     two = torchrun(*args, f"--out_dir={tmp_path}/two", f"--parallel={parallel}")
     assert two.returncode == 0, two.stderr
     tables = [done.stdout[done.stdout.index("factor ") :].split() for done in (one, two)]
-    numbers = [[float(w) for w in table if w[0].isdigit()] for table in tables]
+    numbers = [[float(w.rstrip(",")) for w in table if w[0].isdigit()] for table in tables]
     assert "diverged" in tables[0] and len(tables[0]) == len(tables[1])
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
     assert [p.name for p in (tmp_path / "two").iterdir()] == ["lr_find.png"]
