@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from nanomla.dataset import Meta, write_dataset
 from nanomla.prepare import encode_chars
 from nanomla.settings import run_script
 
+# Processes that the tests start would inherit an ignored SIGINT, as a shell gives to `... &`.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny matrices gain nothing from more, and a busy machine loses much
 
 ROOT = Path(__file__).resolve().parents[1]
