@@ -106,12 +106,13 @@ def place(path, content):
 
 
 def one_line(read, *words):
-    """Reading raises a UserError of one line."""
+    """Whether reading raises a UserError of one line that has the words; asserts say why not."""
     with pytest.raises(UserError) as caught:
         read()
     line = str(caught.value)
     assert line and "\n" not in line and len(line) < 700, line
     assert all(word in line for word in words), line
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ CHECKPOINTS = [
 def test_checkpoints(tmp_path, content):
     """Read and made into a model."""
     place(tmp_path / "ckpt.pt", content)
-    one_line(lambda: checkpoint.build(checkpoint.load(tmp_path / "ckpt.pt")), "ckpt.pt")
+    assert one_line(lambda: checkpoint.build(checkpoint.load(tmp_path / "ckpt.pt")), "ckpt.pt")
 
 
 HARMLESS = [
@@ -242,7 +243,7 @@ def test_configs(tmp_path, exports, kind, content):
     """A config.json beside tensors that are as they should be."""
     (tmp_path / "model.safetensors").write_bytes(exports[kind])
     place(tmp_path / "config.json", content)
-    one_line(lambda: open_folder(tmp_path), str(tmp_path))
+    assert one_line(lambda: open_folder(tmp_path), str(tmp_path))
 
 
 def header(**tensors):
@@ -276,7 +277,7 @@ def test_safetensors(tmp_path, exports, content):
         content = good[: len(good) * content // 20]
     place(tmp_path / "model.safetensors", content)
     place(tmp_path / "config.json", FOLDERS["gpt2"][0])
-    one_line(lambda: open_folder(tmp_path), str(tmp_path))
+    assert one_line(lambda: open_folder(tmp_path), str(tmp_path))
 
 
 INDEXES = [
@@ -295,7 +296,7 @@ def test_indexes(tmp_path, content):
     """A model.safetensors.index.json beside a config.json that is as it should be."""
     place(tmp_path / "model.safetensors.index.json", content)
     place(tmp_path / "config.json", FOLDERS["gpt2"][0])
-    one_line(lambda: open_folder(tmp_path), str(tmp_path))
+    assert one_line(lambda: open_folder(tmp_path), str(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ RECORDS = [
 def test_records_of_conversions(tmp_path, content):
     """What tools.convert leaves beside its checkpoints."""
     place(tmp_path / "conversion.json", content)
-    one_line(lambda: checkpoint.read_conversion(tmp_path), "conversion.json")
+    assert one_line(lambda: checkpoint.read_conversion(tmp_path), "conversion.json")
 
 
 METAS = [
@@ -338,7 +339,7 @@ METAS = [
 def test_metas(tmp_path, content):
     """A dataset's meta.json."""
     place(tmp_path / "meta.json", content)
-    one_line(lambda: read_meta(tmp_path), "meta.json")
+    assert one_line(lambda: read_meta(tmp_path), "meta.json")
 
 
 def test_how_many_how_long_how_large(began):
