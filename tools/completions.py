@@ -84,9 +84,9 @@ class Params:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        fits = isinstance(self.stop, (list, tuple)) and len(self.stop) <= MOST_STOPS
-        if not fits or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in self.stop):
+        self.stop = stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        fits = isinstance(stops, (list, tuple)) and len(stops) <= MOST_STOPS
+        if not fits or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stops):
             each = f"each of 1 to {LONGEST_STOP} characters"
             raise ValueError(f"stop must be at most {MOST_STOPS} texts, {each}")
         if self.best_of not in (None, self.n):

@@ -116,8 +116,8 @@ def listen(cfg: ServeConfig) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--host={cfg.host}: no address of this machine ({reason})") from None
-    family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, protocol)  # asyncio turns Nagle's delay off for TCP by name
     try:
         if os.name == "posix":  # else others could take the port of a server that runs
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
