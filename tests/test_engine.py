@@ -6,15 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT
-from nanomla.engine import (
-    Engine,
-    Sampler,
-    Sampling,
-    StopText,
-    prefill_shared,
-    stop_ids,
-    stream_tokens,
-)
+from nanomla.engine import Batch, Engine, Request, Sampling, StopText
+from nanomla.sampling import Sampler, draw_rows, prefill_shared, stop_ids, stream_tokens
 from nanomla.settings import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import TINY_MLA, randomise, tiny_config
@@ -258,3 +251,77 @@ def test_logits_that_are_no_numbers_are_one_line(temperature, value):
     logits[1, 3] = value
     with pytest.raises(UserError, match="logits are not finite; try --dtype=float32"):
         Sampler(temperature)(logits)
+
+
+KINDS = [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, LATENT_TOKENS]
+
+
+def batch(settings=TINY_MLA, rows=3, **options):
+    torch.manual_seed(0)
+    return Batch(make(settings), Tokenizer({"kind": "char", "chars": CHARS}), rows, **options)
+
+
+def requests(count, **options):
+    """Requests of every length, sampler and number of samples."""
+    draw = np.random.default_rng(1)
+    made = []
+    for i in range(count):
+        temperature, top_k, top_p = [(1.0, None, None), (0.0, None, None), (1.3, 5, 0.9)][i % 3]
+        sampling = Sampling(int(draw.integers(1, 40)), temperature, top_k, top_p, stop="ab")
+        prompt = draw.integers(23, size=draw.integers(1, 17)).tolist()
+        made.append(Request(prompt, sampling, n=1 + i % 2, seed=i, **options))
+    return made
+
+
+def serve(batch, requests, together=True):
+    """The text, tokens and finish of every sample; the requests come one by one, or each alone."""
+    got = {}
+    todo = list(requests)
+    for _ in range(10_000):
+        if todo and (together or not batch.busy):
+            batch.submit(todo.pop(0))
+        for piece in batch.step():
+            text, tokens, _ = got.get((id(piece.request), piece.index), ("", (), None))
+            key = (id(piece.request), piece.index)
+            got[key] = text + piece.text, tokens + piece.tokens, piece.finish
+        if not todo and not batch.busy:
+            break
+    assert batch.active == 0 and not batch.busy
+    return [[got[id(r), i] for i in range(r.n)] for r in requests]
+
+
+@pytest.mark.parametrize("chunk", [256, 3])
+@pytest.mark.parametrize("settings", KINDS)
+def test_a_request_does_not_depend_on_the_others(settings, chunk):
+    """Rows that join and leave: every text is that of the request alone, and of the generator."""
+    some = requests(12)
+    together = serve(batch(settings, prefill_chunk=chunk), some)
+    alone = serve(batch(settings, prefill_chunk=chunk), requests(12), together=False)
+    model = batch(settings).model
+    for request, got, want in zip(some, together, alone, strict=True):
+        for i, ((text, tokens, finish), other) in enumerate(zip(got, want, strict=True)):
+            ids = [token.id for token in tokens]
+            assert (text, ids, finish) == (other[0], [t.id for t in other[1]], other[2])
+            s, generator = request.sampling, torch.Generator().manual_seed(request.seed + i)
+            sampler = Sampler(s.temperature, s.top_k, s.top_p, generator)
+            idx = torch.tensor([request.prompt])
+            whole = torch.cat(list(stream_tokens(model, idx, s.max_new_tokens, sampler)), 1)[0]
+            letters = "".join(CHARS[token] for token in whole.tolist())
+            assert text == letters.partition("ab")[0]
+            assert finish == ("stop" if "ab" in letters else "length")
+            assert text.startswith("".join(CHARS[token] for token in ids))
+
+
+def test_rows_drawn_together_and_alone():
+    """draw_rows takes what each row's own Sampler takes, whatever the settings beside it."""
+    logits = torch.randn(40, 23) * 3
+    settings = [(1.0, None, None), (0.7, 5, None), (1.5, None, 0.8), (0.0, None, None), (2, 9, 0.5)]
+
+    def samplers():
+        made = [(*settings[i % 5], torch.Generator().manual_seed(i)) for i in range(40)]
+        return [Sampler(*one) for one in made]
+
+    ones, all_of_them = samplers(), samplers()
+    for _ in range(3):
+        alone = torch.cat([s(logits[i : i + 1]) for i, s in enumerate(ones)])
+        assert torch.equal(draw_rows(logits, all_of_them), alone)
