@@ -393,7 +393,9 @@ class Cache:
         """A cache for the first rows that shares this one's memory; row i holds lengths[i]."""
         view, n = copy.copy(self), len(lengths)
         view.batch_size, view.tensors = n, [t[:, :n] for t in self.tensors]
-        view._pos, view.lengths = max(lengths), torch.tensor(lengths, device=self.tensors[0].device)
+        view._pos = max(lengths)
+        if min(lengths) < view._pos:
+            view.lengths = torch.tensor(lengths, device=self.tensors[0].device)
         return view
 
     def copy_from(self, row: "Cache") -> None:
