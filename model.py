@@ -393,9 +393,8 @@ class Cache:
         """A cache for the first rows that shares this one's memory; row i holds lengths[i]."""
         view, n = copy.copy(self), len(lengths)
         view.batch_size, view.tensors = n, [t[:, :n] for t in self.tensors]
-        view._pos = max(lengths)
-        if min(lengths) < view._pos:
-            view.lengths = torch.tensor(lengths, device=self.tensors[0].device)
+        view._pos, same = max(lengths), len(set(lengths)) == 1
+        view.lengths = None if same else torch.tensor(lengths, device=self.tensors[0].device)
         return view
 
     def copy_from(self, row: "Cache") -> None:
@@ -522,8 +521,7 @@ class KVCache(Cache):
 class CausalSelfAttention(Attention):
     """
     GPT-2's attention (MHA), with rotary positions where the config says so. With fewer key/value
-    heads, nh / nkv query heads share each: grouped-query attention (arXiv:2305.13245), or
-    multi-query attention with one.
+    heads, nh / nkv query heads share each: grouped queries (arXiv:2305.13245), multi-query with 1.
     """
 
     Cache = KVCache
@@ -985,10 +983,9 @@ class GPT(Costs, nn.Module):
 
         temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a row
         that drew one repeats it, and when all have, generation ends. use_cache=False recomputes a
-        sliding window every step. A given cache holds the first cache.pos tokens of idx, and after
-        the call all of the result but its last, or the newest if there are more than it can hold;
-        cache_dtype is that of the cache made otherwise. Raises ValueError for arguments out of
-        range.
+        sliding window every step. A given cache holds the first cache.pos tokens of idx, and then
+        all of the result but its last, or the newest if it cannot hold them; cache_dtype is that of
+        the cache made otherwise. Raises ValueError for arguments out of range.
         """
         from nanomla.sampling import Sampler, stream_tokens
         sampler = Sampler(temperature, top_k, top_p, generator)
