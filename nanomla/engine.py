@@ -12,6 +12,7 @@ From prompts to text: streams, batches, stop strings and chats, all decoding on 
             print(piece.text, end="")
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from model import GPT, Cache
 from nanomla.errors import UserError
 from nanomla.sampling import NOT_FINITE, Sampler, draw_rows, stream_tokens
 from nanomla.tokenizer import StreamDecoder, Tokenizer
+
+ROWS = 64  # samples side by side, unless a caller says otherwise
 
 
 @dataclass
@@ -127,29 +130,42 @@ class Engine:
         yield from self.extend(sample, self.encode(prompt))
 
     def complete(self, prompts: list[str], num_samples: int = 1) -> list[list[Sample]]:
-        """
-        num_samples continuations of every prompt, drawn side by side: prompts of equal length share
-        their steps.
-        """
+        """num_samples continuations of every prompt, up to ROWS side by side."""
         encoded = [self.encode(prompt) for prompt in prompts]
-        results: list[list[Sample]] = [[] for _ in prompts]
-        for length in dict.fromkeys(map(len, encoded)):
-            group = [i for i, prompt in enumerate(encoded) if len(prompt) == length]
-            rows = [i for i in group for _ in range(num_samples)]
-            samples = [Sample(self.tokenizer, self.sampling.stop) for _ in rows]
-            began = time.perf_counter()
-            for column in self._tokens([encoded[i] for i in rows]):
-                for sample, token in zip(samples, column[:, 0].tolist(), strict=True):
-                    if not sample.done:
-                        sample.push(token)
-                        self.tokens_made += 1
-                if all(sample.done for sample in samples):
-                    break
-            for i, sample in zip(rows, samples, strict=True):
-                sample.finish()
-                sample.seconds = time.perf_counter() - began
-                results[i].append(sample)
-        return results
+        if not self.sampling.use_cache:
+            return [[self._one(prompt) for _ in range(num_samples)] for prompt in encoded]
+        s, block_size = self.sampling, self.model.config.block_size
+        longest = max(map(len, encoded), default=1) + s.max_new_tokens
+        rows = min(max(len(prompts), 1) * num_samples, ROWS)
+        how = {"cache_dtype": s.cache_dtype, "max_len": min(longest, block_size)}
+        batch = Batch(self.model, self.tokenizer, rows, **how)
+        parts = [min(rows, num_samples - i) for i in range(0, num_samples, rows)]
+        many = (len(encoded), len(parts))
+        seeds = torch.randint(2**62, many, device=self.device, generator=self.generator).tolist()
+        requests = [
+            [Request(prompt, s, n, seed) for n, seed in zip(parts, row, strict=True)]
+            for prompt, row in zip(encoded, seeds, strict=True)
+        ]
+        for request in itertools.chain(*requests):
+            batch.submit(request)
+        began = time.perf_counter()
+        while batch.busy:
+            for piece in batch.step():
+                if piece.error:
+                    raise UserError(piece.error)
+                if piece.finish:
+                    seconds = time.perf_counter() - began
+                    piece.request.samples[piece.index].seconds = seconds
+        self.tokens_made += batch.tokens_made
+        return [[sample for part in parts for sample in part.samples] for parts in requests]
+
+    def _one(self, prompt: list[int]) -> Sample:
+        """One continuation, drawn alone."""
+        sample, began = Sample(self.tokenizer, self.sampling.stop), time.perf_counter()
+        for _ in self.extend(sample, prompt):
+            pass
+        sample.seconds = time.perf_counter() - began
+        return sample
 
     def chat(self) -> "Chat":
         """A conversation that keeps its cache from turn to turn."""
@@ -171,19 +187,15 @@ class Engine:
         self, sample: Sample, prompt: list[int], cache: Cache | None = None
     ) -> Iterator[str]:
         """Add tokens to a sample; yields the text that each completes. cache as in generate."""
-        for token in self._tokens([prompt], cache):
+        s, idx = self.sampling, torch.tensor([prompt], device=self.device)
+        sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
+        how = (s.use_cache, s.cache_dtype, cache)
+        for token in stream_tokens(self.model, idx, s.max_new_tokens, sampler, *how):
             self.tokens_made += 1
             yield sample.push(int(token))
             if sample.done:
                 break
         yield sample.finish()
-
-    def _tokens(self, prompts: list[list[int]], cache: Cache | None = None) -> Iterator[Tensor]:
-        """Continue prompts of one length side by side: an iterator over (B, 1)."""
-        s, idx = self.sampling, torch.tensor(prompts, device=self.device)
-        sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
-        where = (s.use_cache, s.cache_dtype, cache)
-        return stream_tokens(self.model, idx, s.max_new_tokens, sampler, *where)
 
 
 class Chat:
@@ -233,7 +245,7 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """n continuations of a prompt. The last three fields are set while a Batch serves it."""
+    """n continuations of a prompt. The last four fields are set while a Batch serves it."""
 
     prompt: list[int]
     sampling: Sampling
@@ -243,6 +255,7 @@ class Request:
     prompt_logprobs: bool = False  # the same for the tokens of the prompt
     cache_prompt: bool = False  # go on from what earlier requests with this flag left, and leave it
     window: int | None = None  # of a prompt that is too long, the last tokens; None: it is refused
+    samples: list[Sample] = field(default_factory=list)  # as they grow
     prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
     cached: int = 0  # prompt tokens that the cache had already
     computed: int = 0  # prompt tokens that it had not
@@ -272,6 +285,7 @@ class Drawn:
         self.request, self.index = request, index
         self.sampler = Sampler(s.temperature, s.top_k, s.top_p, generator)
         self.sample, self.made = Sample(tokenizer, s.stop), 0
+        request.samples.append(self.sample)
         self.unshown: list[tuple[int, Token]] = []  # with the character that each begins at
 
     def push(self, id: int, logprob: float | None, top: tuple) -> tuple[str, str | None]:
@@ -380,11 +394,12 @@ class Batch:
         if request in self.waiting:
             self.waiting.remove(request)
         if self.joining and self.joining.request is request:
-            self._let_go(self.joining.slot, request)
+            self._let_go(self.joining.slot, keep=False)
             self.joining = None
         for i in reversed(range(self.active)):
-            if self.slots[i].drawn.request is request:
-                self._leave(i)
+            drawn = self.slots[i].drawn
+            if drawn.request is request:
+                self._leave(i, keep=request.cache_prompt and drawn.made > 0)
 
     @torch.inference_mode()
     def step(self) -> list[Piece]:
@@ -476,7 +491,7 @@ class Batch:
         """The joining request ends without a sample."""
         held = slot.cache.pos
         size, self.joining = slot.cache.nbytes_at(held), None
-        self._let_go(slot, request)
+        self._let_go(slot, keep=False)
         return [Piece(request, i, "", (), 0, held, size, finish, error) for i in range(request.n)]
 
     def _join(self, request: Request, slot: Slot) -> None:
@@ -516,9 +531,9 @@ class Batch:
                 where = (drawn.request, drawn.index, text, shown, drawn.made, held, size)
                 pieces.append(Piece(*where, finish, error))
             if finish:
-                ended.append(i)
-        for i in reversed(ended):
-            self._leave(i)
+                ended.append((i, finish))
+        for i, finish in reversed(ended):
+            self._leave(i, keep=slots[i].drawn.request.cache_prompt and finish != "error")
 
     def _logits(self, slots: list[Slot]) -> tuple[Tensor, dict[int, str]]:
         """The next token's logits of every slot, (B, V), and what went wrong by slot."""
@@ -562,22 +577,27 @@ class Batch:
         found = log_probabilities(logits[rows], [tokens[i] for i in rows], k)
         return {i: (lp, top[: asked[i]]) for i, (lp, top) in zip(rows, found, strict=True)}
 
-    def _leave(self, i: int) -> None:
+    def _leave(self, i: int, keep: bool) -> None:
         """The sample in slot i ends; the last of those being drawn takes its place."""
-        slot = self.slots[i]
-        self._let_go(slot, slot.drawn.request)
+        self._let_go(self.slots[i], keep)
         self.active -= 1
         if i != self.active:
             self._exchange(self.active, i)
 
-    def _let_go(self, slot: Slot, request: Request) -> None:
-        """A slot becomes free; what it holds stays if the request says so."""
+    def _let_go(self, slot: Slot, keep: bool) -> None:
+        """
+        A slot becomes free, and holds what it held or zeros. What is kept is known to be finite, as
+        it led to finite logits: attention over rows of different lengths multiplies what is behind
+        the end of a shorter row by 0, which is no number if that is infinite.
+        """
         slot.drawn, slot.used = None, self.steps
-        if request.cache_prompt:
+        if keep:
             slot.tokens = slot.tokens[: slot.start + slot.cache.pos]
-        else:
-            slot.tokens, slot.start = [], 0
-            slot.cache.truncate(0)
+            return
+        slot.tokens, slot.start = [], 0
+        slot.cache.truncate(0)
+        for t in slot.cache.tensors:
+            t.zero_()
 
     def _exchange(self, i: int, j: int) -> None:
         """Slots i and j take each other's place; the rows of the cache are copied accordingly."""

@@ -1,5 +1,7 @@
 """From prompts to text, beside model.generate. Run: python -m pytest tests/test_engine.py"""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -325,3 +327,137 @@ def test_rows_drawn_together_and_alone():
     for _ in range(3):
         alone = torch.cat([s(logits[i : i + 1]) for i, s in enumerate(ones)])
         assert torch.equal(draw_rows(logits, all_of_them), alone)
+
+
+@pytest.mark.parametrize("chunk", [256, 3])
+@pytest.mark.parametrize("settings", KINDS)
+def test_log_probabilities(settings, chunk):
+    """Of the prompt and of what is drawn: those of the model on the whole text, best first."""
+    served = batch(settings, prefill_chunk=chunk)
+    prompt = [3, 1, 4, 1, 5, 9]
+    how = {"logprobs": 4, "prompt_logprobs": True}
+    request = Request(prompt, Sampling(9, 0.5, 3), n=2, **how)
+    alone = Request([7], Sampling(0), **how)  # which asks for its prompt only
+    samples = serve(served, [request, alone])
+    assert samples[1] == [("", (), "length")] and alone.prompt_tokens[0].logprob is None
+    for _, tokens, _ in samples[0]:
+        text = [*request.prompt_tokens, *tokens]
+        ids = [token.id for token in text]
+        assert ids[:6] == prompt and len(ids) == 15
+        idx = torch.tensor([ids])
+        with torch.no_grad():
+            want = served.model(idx, targets=idx)[0][0].log_softmax(dim=-1)
+        assert text[0].logprob is None and text[0].top == ()
+        for i, token in enumerate(text[1:]):
+            assert token.logprob == pytest.approx(float(want[i, token.id]), abs=1e-4)
+            best = want[i].topk(4)
+            assert [one for one, _ in token.top] == best.indices.tolist()
+            assert [lp for _, lp in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_going_on_from_what_is_cached(settings):
+    """A prompt that repeats an earlier text computes only what is new, and its text is the same."""
+    served, fresh = batch(settings), batch(settings)
+    grows = served.cache.grows
+    first = Request([3, 1, 4], Sampling(8, 0), cache_prompt=True)
+    ((_, tokens, _),) = serve(served, [first])[0]
+    text = [3, 1, 4, *(token.id for token in tokens)]
+    assert first.cached == 0 and first.computed == 3
+    further = [*text, 5]  # 10 of its tokens are held, also by a state
+    other = [*text[:7], (text[7] + 1) % 23]  # a choice other than the model's
+    for prompt, cached in ((further, 10), (other, 7 * grows), ([9, 9], 0), (text, 7 * grows)):
+        again = Request(prompt, Sampling(4, 0), cache_prompt=True)
+        got = serve(served, [again])[0]
+        assert (again.cached, again.computed) == (cached, len(prompt) - cached), prompt
+        assert got[0][0] == serve(fresh, [Request(prompt, Sampling(4, 0))])[0][0][0]
+    private = Request(text, Sampling(6, 0))
+    serve(served, [private])
+    assert private.cached == 0
+
+
+def test_going_on_past_the_context():
+    """A text that outgrew its row is gone on with from the window that the row holds."""
+    served = batch({}, rows=2)  # 16 tokens of context
+    first = Request([3, 1, 4], Sampling(30, 0), cache_prompt=True)
+    ((_, tokens, _),) = serve(served, [first])[0]
+    text = [3, 1, 4, *(token.id for token in tokens)]
+    longer = Request(text[:-1] + [5], Sampling(4, 0), cache_prompt=True, window=8)
+    serve(served, [longer])
+    assert longer.cached > 0 and longer.computed == 1
+    cut = Request([*text, 6, 6, 6], Sampling(4, 0), window=8)
+    got = serve(served, [cut])[0]
+    assert (cut.cached, cut.computed) == (0, 8)
+    want = serve(served, [Request([*text, 6, 6, 6][-8:], Sampling(4, 0))])[0]
+    assert got[0][0] == want[0][0]
+
+
+@pytest.mark.parametrize("settings", [{}, LATENT_TOKENS])
+def test_cancelled_requests(settings):
+    """Waiting, joining or drawn: a cancelled request's rows are free at once, others go on."""
+    served, some = batch(settings, prefill_chunk=4), requests(9)
+    want = serve(batch(settings), requests(9))
+    for request in some:
+        served.submit(request)
+    texts, gone = {}, {some[1]: 0, some[4]: 3, some[8]: 1, some[0]: 5}
+    for step in range(1000):
+        for request, when in gone.items():
+            if when == step:
+                served.cancel(request)
+                served.cancel(request)
+        for piece in served.step():
+            assert gone.get(piece.request, 1000) > step
+            key = piece.request, piece.index
+            texts[key] = texts.get(key, "") + piece.text
+        if not served.busy:
+            break
+    assert served.active == 0 and not served.busy and served.cache_bytes == 0
+    for request, samples in zip(some, want, strict=True):
+        for i, sample in enumerate(samples):
+            if request not in gone:
+                assert texts.get((request, i), "") == sample[0]
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "number"), [(None, math.inf), (torch.int8, math.nan), (torch.int8, 1e30)]
+)
+def test_an_error_ends_one_request(cache_dtype, number):
+    """A token that the model cannot take ends the request that has it, and no other."""
+
+    def make_batch():
+        served = batch({"tie_weights": False}, cache_dtype=cache_dtype)
+        served.model.transformer.wte.weight.data[22, 3] = number
+        if number == 1e30:  # over what a scale reaches, which raises for all rows at once
+            served.model.transformer.h[0].ln_1 = torch.nn.Identity()
+        return served
+
+    prompts = [[1, 2, 3], [4, 22, 5], [6, 7], [22], [8, 9]]
+    made = lambda: [Request(prompt, Sampling(5, 0)) for prompt in prompts]
+    together = serve(make_batch(), made())
+    for i, (got, want) in enumerate(zip(together, serve(make_batch(), made(), False), strict=True)):
+        assert got[0][0] == want[0][0] and got[0][2] == want[0][2]
+        assert (got[0][2] == "error") == (22 in prompts[i])
+
+
+def test_refused_requests():
+    """What no row can serve is a UserError before anything is computed."""
+    served, ok = batch({}), Sampling(5)
+    for wrong in (
+        Request([], ok), Request([23], ok), Request([-1], ok), Request([1] * 17, ok),
+        Request([1], ok, n=4), Request([1], ok, n=0), Request([1] * 17, ok, window=17),
+        Request([1] * 17, ok, window=0), Request([1] * 17, ok, window=8, prompt_logprobs=True),
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            served.submit(wrong)
+    assert not served.busy
+
+
+def test_the_end_of_a_text_is_no_part_of_it():
+    """A drawn end token stops its sample; it is counted, and neither shown nor gone on from."""
+    served = batch({})
+    free = serve(served, [Request([3], Sampling(12, 0))])[0][0]
+    end = free[1][5].id
+    first = [token.id for token in free[1]].index(end)
+    text, tokens, finish = serve(served, [Request([3], Sampling(12, 0, end=end))])[0][0]
+    assert finish == "stop" and [t.id for t in tokens] == [t.id for t in free[1][:first]]
+    assert text == free[0][:first]

@@ -36,7 +36,7 @@ def attend(
     k (B, X, S, D) and v (B, X, S, W); v None: the rows of k are values too, as latents are.
     beside (B, 1, S, r): r more numbers of every key, the same in all X heads; q has them last.
     held (B,): rows of different lengths. The new tokens of row b come after its first held[b] keys,
-    and what follows them is not read. None: after the first S - T in every row.
+    and what follows has no weight, but must be finite. None: after the first S - T in every row.
     Returns (B, X, T * m, W) in the wider dtype of q and k, in which all is computed, or in q's if k
     is Quantized. Many queries on narrower rows, and a GPU, take them converted as a whole.
     """
