@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from nanomla.kernels import Quantized, attend, by_group, by_head, dequantise, linear, quantise
 from nanomla.kernels.slots import slot_attention
 
-# cos and sin of T positions x frequencies, each (T, dim / 2); None: positions are not rotated
+# cos and sin, each (T, dim / 2), or (B, T, dim / 2) if rows differ; None: nothing is rotated
 Rotation = tuple[Tensor, Tensor] | None
 
 
@@ -259,9 +259,7 @@ def block_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_tables(
-    start: int, end: int, config: GPTConfig, dtype: torch.dtype = torch.float32
-) -> Rotation:
+def rope_tables(start: int, end: int, config: GPTConfig, dtype: torch.dtype) -> Rotation:
     """cos and sin for positions start to end - 1, on the CPU (arXiv:2104.09864, eq. 15)."""
     position = torch.arange(start, end, dtype=torch.float64, device="cpu")
     angle = torch.outer(position, config.frequencies)
@@ -272,7 +270,7 @@ def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate x (B, T, n, dim), or not; the first half of dim pairs with the second half."""
     if rotation is None:
         return x
-    cos, sin = (t[:, None].to(x.dtype) for t in rotation)  # (T, 1, dim / 2)
+    cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in rotation)  # (..., T, 1, dim / 2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -302,6 +300,7 @@ class Cache:
 
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
     grows = True  # with every token; else it is a state of n_latent_tokens rows
+    lengths: Tensor | None = None  # (B,) tokens held of every row, where they differ; pos is most
     layout: Callable[[GPTConfig], list[tuple[int, int]]]  # (heads, width) of a layer's tensors
 
     def __init__(
@@ -346,6 +345,12 @@ class Cache:
         """How many tokens are held."""
         return self._pos
 
+    def positions(self, T: int) -> slice | Tensor:
+        """Those of T new tokens: the same for all rows, or (B, T)."""
+        if self.lengths is None:
+            return slice(self.pos, self.pos + T)
+        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
     def nbytes_at(self, n: int) -> int:
         """Bytes that n tokens take in all layers and rows."""
         return sum(t.nbytes // t.size(3) * (n if self.grows else t.size(3)) for t in self.tensors)
@@ -364,6 +369,7 @@ class Cache:
         """Count T more tokens as held, after every layer has written them."""
         _require(0 <= T <= self.max_len - self.pos, "T", T, f"from 0 to {self.max_len - self.pos}")
         self._pos += T
+        self.lengths = None if self.lengths is None else self.lengths + T
 
     def truncate(self, pos: int) -> None:
         """Forget all but the first pos tokens; a state can only forget all."""
@@ -383,11 +389,23 @@ class Cache:
         view.batch_size, view.tensors = 1, [t[:, i : i + 1] for t in self.tensors]
         return view
 
+    def rows(self, lengths: list[int]) -> "Cache":
+        """A cache for the first rows that shares this one's memory; row i holds lengths[i]."""
+        view, n = copy.copy(self), len(lengths)
+        view.batch_size, view.tensors = n, [t[:, :n] for t in self.tensors]
+        view._pos, same = max(lengths), len(set(lengths)) == 1
+        view.lengths = None if same else torch.tensor(lengths, device=self.tensors[0].device)
+        return view
+
+    def copy_from(self, row: "Cache") -> None:
+        """Hold in every row what a cache of one row holds."""
+        self._pos, end = row.pos, row.pos if self.grows else None
+        for t, new in zip(self.tensors, row.tensors, strict=True):
+            t[:, :, :, :end] = new[:, :, :, :end].clone()
+
     def broadcast_row(self, i: int) -> None:
         """Copy the tokens held in row i to all rows."""
-        end = self.pos if self.grows else None
-        for t, row in zip(self.tensors, self.row(i).tensors, strict=True):
-            t[:, :, :, :end] = row[:, :, :, :end].clone()
+        self.copy_from(self.row(i))
 
     def check(self, config: GPTConfig, B: int, T: int, device: torch.device) -> None:
         """Raise ValueError if this model cannot write T tokens of B rows, before it writes any."""
@@ -421,9 +439,13 @@ class Cache:
         end, parts = self.pos + parts[0].size(2), self.pack(*parts)
         if self.dtype == torch.int8:
             parts = [t for part in parts for t in quantise(part)]
-        tensors = self.of_layer(layer)
+        tensors, at = self.of_layer(layer), self.positions(parts[0].size(2))
         for t, new in zip(tensors, parts, strict=True):
-            t[:, :, self.pos : end] = new
+            if self.lengths is None:
+                t[:, :, at] = new
+            else:
+                row = torch.arange(len(at), device=at.device)[:, None]
+                t[row, :, at] = new.transpose(1, 2).to(t.dtype)
         rows = tuple(t[:, :, :end] for t in tensors)
         return rows if self.dtype != torch.int8 else tuple(map(Quantized, rows[::2], rows[1::2]))
 
@@ -450,6 +472,9 @@ class Attention(Costs, nn.Module):
     """What every attention block has: its shape, low-rank values, the way back to the stream."""
 
     Cache: type[Cache]  # what keeps the past tokens of this attention
+    # Multiplications per head: of a query with a key, in score and average; and of a new token.
+    numbers_per_key: dict[str, int]  # "training", "decoding"
+    numbers_per_token = 0
 
     def __init__(self, config: GPTConfig, layer: int, query_width: int) -> None:
         super().__init__()
@@ -475,12 +500,8 @@ class Attention(Costs, nn.Module):
         if given is not None or not self.config.rotary_dim:
             return given
         dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rope_tables(pos, pos + x.size(1), self.config, dtype)
-        return cos.to(x.device), sin.to(x.device)
-
-    def numbers_per_token(self) -> int:
-        """Multiplications per head and new token that no weight and no key takes part in."""
-        return 0
+        tables = rope_tables(pos, pos + x.size(1), self.config, dtype)
+        return tuple(t.to(x.device) for t in tables)
 
     def _output(self, y: Tensor) -> Tensor:
         """Heads side by side, y (B, nh, T, hs) -> (B, T, C), and back into the residual stream."""
@@ -500,8 +521,7 @@ class KVCache(Cache):
 class CausalSelfAttention(Attention):
     """
     GPT-2's attention (MHA), with rotary positions where the config says so. With fewer key/value
-    heads, nh / nkv query heads share each: grouped-query attention (arXiv:2305.13245), or
-    multi-query attention with one.
+    heads, nh / nkv query heads share each: grouped queries (arXiv:2305.13245), multi-query with 1.
     """
 
     Cache = KVCache
@@ -513,6 +533,8 @@ class CausalSelfAttention(Attention):
         self.parts = [self.nh * self.hs, keys] + [keys] * (not config.use_svd)
         self.c_attn = Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self._add_output(config.n_embd, self.nkv)
+        rv = config.svd_rank if config.use_svd else self.hs
+        self.numbers_per_key = {"training": 2 * self.hs, "decoding": self.hs + rv}
 
     def forward(self, x: Tensor, cache: KVCache | None = None, rotation: Rotation = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
@@ -528,7 +550,7 @@ class CausalSelfAttention(Attention):
             past = cache.update(self.layer, k, v)
         if pos > 0:
             q = by_group(q, self.nkv)  # each key is read once for its m heads
-            y = attend(q, *past, T, self.scale).to(x.dtype)
+            y = attend(q, *past, T, self.scale, held=cache.lengths).to(x.dtype)
             return self._output(by_head(y if values is None else values.expand(y), T))
         if cache is not None and values is not None:
             v = values.expand(v)  # the new tokens are all there is, and need no rounding
@@ -536,10 +558,6 @@ class CausalSelfAttention(Attention):
             k, v = (t.repeat_interleave(self.nh // self.nkv, dim=1) for t in (k, v))
         dropout = self.config.dropout * self.training
         return self._output(attend(q, k, v, T, self.scale, dropout=dropout))
-
-    def numbers_per_key(self, decoding: bool) -> int:
-        """Multiplications per head, key and query, in the score and in the average."""
-        return self.hs + (self.config.svd_rank if decoding and self.config.use_svd else self.hs)
 
 
 # ---- MLA
@@ -609,6 +627,7 @@ class MultiHeadLatentAttention(LatentAttention):
         self.nope = config.nope  # [qk_nope_head_dim]
         super().__init__(config, layer, self.nope + config.mla_rope_dim)
         self._add_projections(self.nope + config.mla_rope_dim, config.mla_rope_dim, self.nope)
+        self.numbers_per_key = {"training": 2 * self.hs, "decoding": 2 * self.L + self.r}
 
     def forward(
         self, x: Tensor, cache: LatentCache | None = None, rotation: Rotation = None,
@@ -626,22 +645,22 @@ class MultiHeadLatentAttention(LatentAttention):
             packed = cache.update(self.layer, *latent)
         elif absorb:
             packed = LatentCache.pack(*latent)
+        held = None if cache is None else cache.lengths
         if absorb:
-            return self._output(self._absorbed(q, *packed))
+            return self._output(self._absorbed(q, held, *packed))
         if pos > 0:  # the keys and values of earlier tokens have to be built again
             latent = [dequantise(t, q.dtype) for t in packed]
             if self.G == 1 and self.r > 0:  # laid side by side by pack
                 latent = latent[0].split([self.L, self.r], dim=-1)
         k, v = self._expand(*latent)
         dropout = self.config.dropout * (self.training and pos == 0)
-        return self._output(attend(q, k, v, T, self.scale, dropout=dropout))
+        return self._output(attend(q, k, v, T, self.scale, dropout=dropout, held=held))
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """
         Multiplications per head, with D = nope + hs rows of W_UK and W_UV: per pair of a query and
         a key it sees, 2 max(nope + r, hs) expanded, as values are padded to the keys' width, and
-        2 (L + r) absorbed; besides S L D and T L D. Measured at L = 192, hs = 32, r = 16, S = 4096:
-        absorbing takes 0.1 of expanding's time at T = 1, 0.6 at 24, 0.8 at 32, 1.1 at 48.
+        2 (L + r) absorbed; besides S L D and T L D. docs/results.md has the times of both.
         """
         D, pairs = self.nope + self.hs, T * (2 * S - T + 1) // 2
         expanded = S * self.L * D + 2 * pairs * max(self.nope + self.r, self.hs)
@@ -668,19 +687,15 @@ class MultiHeadLatentAttention(LatentAttention):
         v = per_group(c, self.v_expand.weight if values is None else values.dense())
         return k.transpose(1, 2), v.view(B, S, self.nh, self.hs).transpose(1, 2)
 
-    def _absorbed(self, q: Tensor, rows: Tensor, kr: Tensor | None = None) -> Tensor:
+    def _absorbed(self, q: Tensor, held: Tensor | None, rows: Tensor, *kr: Tensor) -> Tensor:
         """q (B, nh, T, nope + r) against S packed tokens -> (B, nh, T, hs)."""
         T, G = q.size(2), self.G
         q, q_rope = q.split([self.nope, self.r], dim=-1)
         q = per_head(q, self.k_expand.weight.view(self.nh, -1, self.L))  # W_UK_h^T q_h
         if self.r:
             q = torch.cat([q, q_rope], dim=-1)
-        o = attend(by_group(q, G), rows, None, T, self.scale, kr)[..., : self.L]
+        o = attend(by_group(q, G), rows, None, T, self.scale, *kr, held=held)[..., : self.L]
         return self._read_values(by_head(o.to(q.dtype), T))  # from (B, G, T * m, L)
-
-    def numbers_per_key(self, decoding: bool) -> int:
-        """Multiplications per head, key and query, in the score and in the average."""
-        return 2 * self.L + self.r if decoding else 2 * self.hs
 
 
 class RotaryLatentAttention(LatentAttention):
@@ -699,6 +714,7 @@ class RotaryLatentAttention(LatentAttention):
         L = config.of_layer(layer).mla_latent_dim
         super().__init__(config, layer, L)
         self._add_projections(L, 0, 0)
+        self.numbers_per_key = dict.fromkeys(("training", "decoding"), 2 * L)
 
     def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
@@ -711,7 +727,8 @@ class RotaryLatentAttention(LatentAttention):
             (past,) = cache.update(self.layer, rows)
         rows = past if pos > 0 else rows  # new tokens that are all there is need no rounding
         dropout = self.config.dropout * (self.training and pos == 0)
-        o = attend(by_group(q, self.G), rows, None, T, self.scale, dropout=dropout)
+        held = None if cache is None else cache.lengths
+        o = attend(by_group(q, self.G), rows, None, T, self.scale, dropout=dropout, held=held)
         o = by_head(o.to(x.dtype), T)
         o = self._turn(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
         return self._output(self._read_values(o))
@@ -720,10 +737,6 @@ class RotaryLatentAttention(LatentAttention):
         """Rotate the last r of L numbers of x (B, T, n, L)."""
         still, turned = x.split([self.L - self.r, self.r], dim=-1)
         return torch.cat([still, apply_rope(turned, rotation)], dim=-1)
-
-    def numbers_per_key(self, decoding: bool) -> int:
-        """Multiplications per head, key and query, in the score and in the average."""
-        return 2 * self.L
 
 
 # ---- Latent tokens
@@ -779,6 +792,8 @@ class LatentTokenAttention(Attention):
         self.c_attn = Linear(config.n_embd, 3 * self.nh * self.hs, bias=config.bias)
         self._add_output(config.n_embd, self.nh)
         self.gate = Linear(config.n_embd, self.nh * self.m)
+        self.numbers_per_key = dict.fromkeys(("training", "decoding"), 0)
+        self.numbers_per_token = 4 * self.m * self.hs  # into the slots, and out of them
 
     def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
@@ -796,14 +811,6 @@ class LatentTokenAttention(Attention):
         if cache is not None:
             cache.update(self.layer, state.view(B, nh, m, 2 * hs))
         return self._output(y.view(B, nh, T, hs).to(qkv.dtype))
-
-    def numbers_per_key(self, decoding: bool) -> int:
-        """0: a query meets m slots, not the keys before it."""
-        return 0
-
-    def numbers_per_token(self) -> int:
-        """Multiplications per head and token: into the slots, and out of them."""
-        return 4 * self.m * self.hs
 
 
 # A new attention is a class above, its cache if it needs a new one, and an entry here.
@@ -868,7 +875,7 @@ class GPT(Costs, nn.Module):
             del parts["wpe"]
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        cos, sin = rope_tables(0, config.block_size, config)
+        cos, sin = rope_tables(0, config.block_size, config, torch.float32)
         self.register_buffer("rope_cos", cos, persistent=False)  # one table for all layers
         self.register_buffer("rope_sin", sin, persistent=False)
         if not self.lm_head.weight.is_meta:
@@ -887,9 +894,9 @@ class GPT(Costs, nn.Module):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """
-        Draw every weight. Matrices and embeddings are normal, standard deviation 0.02; c_proj of
-        attention and MLP 0.02 / sqrt(2 n_layer), which keeps the residual stream's variance over
-        depth (GPT-2). v_down and v_up factorise a value map drawn with 0.02. Biases 0, norms 1.
+        Draw every weight. Matrices and embeddings are normal, standard deviation 0.02, but c_proj's
+        0.02 / sqrt(2 n_layer), which keeps the residual stream's variance over depth (GPT-2).
+        v_down and v_up factorise a value map drawn with 0.02. Biases 0, norms 1.
         """
         from nanomla import surgery
         for module in self.modules():
@@ -929,10 +936,14 @@ class GPT(Costs, nn.Module):
         if pos + T > cfg.block_size:
             raise ValueError(f"{pos + T} tokens do not fit block_size={cfg.block_size}; crop them")
         x, rotation = self.transformer.wte(idx), None  # (B, T, C)
+        at = slice(T) if cache is None else cache.positions(T)
         if cfg.pos_emb == "learned":
-            x = x + self.transformer.wpe.weight[pos : pos + T]
-        elif x.dtype != torch.float64:  # for which the layers make tables of that precision
-            rotation = self.rope_cos[pos : pos + T], self.rope_sin[pos : pos + T]
+            x = x + self.transformer.wpe.weight[at]
+        else:
+            tables = self.rope_cos, self.rope_sin
+            if x.dtype == torch.float64:
+                tables = rope_tables(0, pos + T, cfg, x.dtype)
+            rotation = tuple(t.to(x.device)[at] for t in tables)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.grad_checkpoint and torch.is_grad_enabled():
@@ -949,9 +960,8 @@ class GPT(Costs, nn.Module):
     def make_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Cache:
         """
         An empty cache for max_len tokens of batch_size rows. dtype None: that of the activations,
-        but at least float32 for a state, which every token rounds again.
-        Raises ValueError if max_len is over block_size, or for a dtype that Cache.DTYPES lacks, and
-        UserError if the device has no memory for it.
+        but at least float32 for a state, which every token rounds again. Raises ValueError for a
+        max_len over block_size or a dtype not in Cache.DTYPES, UserError if memory is short.
         """
         limit, weight = self.config.block_size, self.lm_head.weight
         kind = ATTENTION[self.config.attention].Cache
@@ -973,12 +983,11 @@ class GPT(Costs, nn.Module):
 
         temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a row
         that drew one repeats it, and when all have, generation ends. use_cache=False recomputes a
-        sliding window every step. A given cache holds the first cache.pos tokens of idx, and after
-        the call all of the result but its last, or the newest if there are more than it can hold;
-        cache_dtype is that of the cache made otherwise. Raises ValueError for arguments out of
-        range.
+        sliding window every step. A given cache holds the first cache.pos tokens of idx, and then
+        all of the result but its last, or the newest if it cannot hold them; cache_dtype is that of
+        the cache made otherwise. Raises ValueError for arguments out of range.
         """
-        from nanomla.engine import Sampler, stream_tokens
+        from nanomla.sampling import Sampler, stream_tokens
         sampler = Sampler(temperature, top_k, top_p, generator)
         how = (use_cache, cache_dtype, cache, stop)
         return torch.cat([idx, *stream_tokens(self, idx, max_new_tokens, sampler, *how)], dim=1)

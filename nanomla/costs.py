@@ -174,8 +174,8 @@ def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
         weights += sum(p.numel() for p in block.parameters() if p.dim() > 1)
     attns = [block.attn for block in model.transformer.h]
     weights += sum(_beyond_factors(attn, absorbed) for attn in attns if attn.config.use_svd)
-    per_head = sum(attn.numbers_per_key(decoding=absorbed) * context for attn in attns)
-    per_head += sum(attn.numbers_per_token() for attn in attns)
+    phase = "decoding" if absorbed else "training"
+    per_head = sum(a.numbers_per_key[phase] * context + a.numbers_per_token for a in attns)
     return 2 * weights + 2 * model.config.n_head * per_head
 
 

@@ -4,126 +4,30 @@ From prompts to text: streams, batches, stop strings and chats, all decoding on 
     engine = Engine(model, tokenizer, Sampling(max_new_tokens=200, temperature=0.8))
     for text in engine.stream("ROMEO:"):
         print(text, end="")
+
+    batch = Batch(model, tokenizer, rows=16)  # requests join and leave it between its steps
+    batch.submit(Request(tokenizer.encode("ROMEO:"), Sampling(max_new_tokens=200)))
+    while batch.busy:
+        for piece in batch.step():
+            print(piece.text, end="")
 """
 
-import math
-import numbers
-import operator
+import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model import GPT, Cache
 from nanomla.errors import UserError
+from nanomla.sampling import NOT_FINITE, Sampler, draw_rows, stream_tokens
 from nanomla.tokenizer import StreamDecoder, Tokenizer
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """
-    Draws one token per row from logits (B, V), as (B, 1) int64.
-
-    temperature 0 takes the likeliest; top_k None or 0 and top_p None or 1 are off.
-    Raises ValueError for values out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    generator: torch.Generator | None = None
-
-    def __post_init__(self) -> None:
-        t, k, p = self.temperature, self.top_k, self.top_p
-        _require(_finite(t) and t >= 0, "temperature", t, "0 (greedy) or more, and finite")
-        whole = k is None or (isinstance(k, numbers.Integral) and k >= 0)
-        _require(whole, "top_k", k, "a whole number from 1, or None or 0 for off")
-        share = p is None or (_finite(p) and 0 < p <= 1)
-        _require(share, "top_p", p, "above 0 and at most 1, or None for off")
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        if not bool(logits.isfinite().all()):
-            raise UserError("the model's logits are not finite; try --dtype=float32")
-        if self.temperature == 0:
-            return logits.argmax(dim=-1, keepdim=True)
-        tiny = torch.finfo(torch.float32).tiny  # what is below would be rounded to 0
-        logits = logits.float()
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, tiny)
-        if self.top_k:
-            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, float("-inf"))
-        if self.top_p is not None and self.top_p < 1:
-            ordered, order = logits.sort(dim=-1, descending=True)
-            probs = ordered.softmax(dim=-1)
-            before = probs.cumsum(dim=-1) - probs  # the mass of likelier tokens
-            ordered = ordered.masked_fill(before >= max(self.top_p, tiny), float("-inf"))
-            logits = logits.scatter(-1, order, ordered)
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=self.generator)
-
-
-def _require(holds: bool, field: str, value: object, works: str) -> None:
-    if not holds:
-        raise ValueError(f"{field}={value!r} does not work: {field} must be {works}")
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def stop_ids(stop: int | Iterable[int] | None) -> list[int]:
-    """The token ids that end a row: integers of any type, also a tensor's; else ValueError."""
-    if stop is None:
-        return []
-    single = getattr(stop, "ndim", 1) == 0 or not isinstance(stop, Iterable)
-    try:
-        return [operator.index(token) for token in ([stop] if single else stop)]
-    except TypeError:
-        wrong = f"stop={stop!r} does not work"
-        raise ValueError(f"{wrong}: stop must be None, a token id or several") from None
-
-
-@torch.inference_mode()
-def check_prompt(idx: Tensor, cache: Cache | None, block_size: int) -> Tensor:
-    """
-    What a model can look at of a prompt idx (B, T), its last tokens. A cache, which holds the first
-    cache.pos tokens of idx, is made ready to go on with them: it forgets the last one, which is
-    computed again, or all of them if idx does not fit it. ValueError for what cannot be continued.
-    """
-    if idx.dim() != 2 or idx.size(1) == 0:
-        wrong = f"idx of shape {tuple(idx.shape)} does not work"
-        raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
-    if cache is None:
-        return idx[:, -block_size:]
-    if cache.pos > idx.size(1):
-        held = f"the cache holds {cache.pos} tokens, idx {idx.size(1)}"
-        raise ValueError(f"{held}: it must begin with those; truncate the cache")
-    longest = min(cache.max_len, block_size)
-    cache.rewind(idx.size(1) - 1 if idx.size(1) <= longest else 0)
-    return idx[:, -longest:]
-
-
-@torch.inference_mode()
-def crop_context(context: Tensor, cache: Cache | None, block_size: int) -> Tensor:
-    """
-    The last tokens of context (B, T) that a model can look at. A context that has outgrown its
-    cache goes on with half of what that can hold, the newest, and the cache is emptied for them.
-    """
-    if cache is None:
-        return context[:, -block_size:]
-    longest = min(cache.max_len, block_size)
-    if context.size(1) <= longest:
-        return context
-    cache.truncate(0)
-    return context[:, -max(longest // 2, 1) :]
-
-
-@torch.inference_mode()
-def next_token(model: GPT, context: Tensor, cache: Cache | None, sampler: Sampler) -> Tensor:
-    """The next token of context (B, T), (B, 1); a cache holds the first cache.pos tokens of it."""
-    logits, _ = model(context if cache is None else context[:, cache.pos :], cache=cache)
-    return sampler(logits[:, -1])
+ROWS = 64  # samples side by side, unless a caller says otherwise
 
 
 @dataclass
@@ -134,31 +38,37 @@ class Sampling:
     temperature: float = 0.8
     top_k: int | None = 200
     top_p: float | None = None
-    stop: str | None = None  # the text that ends a sample, and is no part of it
+    stop: str | tuple[str, ...] | None = None  # what ends a sample, and is no part of it
     use_cache: bool = True
     cache_dtype: torch.dtype | None = None  # None: that of the weights
+    end: int | None = None  # the token that ends a text in a Batch, and is no part of it
 
 
 class StopText:
-    """Passes text on up to the stop string, and keeps back what may become it."""
+    """Passes text on up to a stop string, and keeps back what may become one."""
 
-    def __init__(self, stop: str | None) -> None:
-        self.stop, self.pending, self.done = stop, "", False
+    def __init__(self, stop: str | tuple[str, ...] | None) -> None:
+        self.stops = (stop,) if isinstance(stop, str) else stop or ()
+        self.pending, self.done = "", False
 
     def push(self, text: str, last: bool = False) -> str:
-        """The text that can be shown now; `done` is True once the stop string has come."""
-        if self.stop is None or self.done:
+        """The text that can be shown now; `done` is True once a stop string has come."""
+        if not self.stops or self.done:
             return "" if self.done else text
         self.pending += text
-        found = self.pending.find(self.stop)
-        if found >= 0:
+        found = [at for stop in self.stops if (at := self.pending.find(stop)) >= 0]
+        if found:
             self.done = True
-            return self.pending[:found]
-        longest = 0 if last else len(self.stop) - 1
-        keep = next((n for n in range(longest, 0, -1) if self.pending.endswith(self.stop[:n])), 0)
+            return self.pending[: min(found)]
+        keep = 0 if last else max(_begun(self.pending, stop) for stop in self.stops)
         end = len(self.pending) - keep
         shown, self.pending = self.pending[:end], self.pending[end:]
         return shown
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the beginning of a stop string."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass
@@ -166,9 +76,10 @@ class Sample:
     """One continuation as it grows: its tokens, and its text up to the stop string."""
 
     tokenizer: Tokenizer
-    stop: str | None
+    stop: str | tuple[str, ...] | None
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    decoded: int = 0  # characters that the tokens have completed, shown or not
     seconds: float = 0.0  # that its batch took
 
     def __post_init__(self) -> None:
@@ -182,11 +93,15 @@ class Sample:
     def push(self, token: int) -> str:
         """Add a token; returns the text that it completes."""
         self.tokens.append(token)
-        return self._show(self._until.push(self._decoder.push(token)))
+        text = self._decoder.push(token)
+        self.decoded += len(text)
+        return self._show(self._until.push(text))
 
     def finish(self) -> str:
         """Returns the text that was kept back in case more came."""
-        return self._show(self._until.push(self._decoder.finish(), last=True))
+        text = self._decoder.finish()
+        self.decoded += len(text)
+        return self._show(self._until.push(text, last=True))
 
     def _show(self, text: str) -> str:
         self.text += text
@@ -215,29 +130,42 @@ class Engine:
         yield from self.extend(sample, self.encode(prompt))
 
     def complete(self, prompts: list[str], num_samples: int = 1) -> list[list[Sample]]:
-        """
-        num_samples continuations of every prompt, drawn side by side: prompts of equal length share
-        their steps.
-        """
+        """num_samples continuations of every prompt, up to ROWS side by side."""
         encoded = [self.encode(prompt) for prompt in prompts]
-        results: list[list[Sample]] = [[] for _ in prompts]
-        for length in dict.fromkeys(map(len, encoded)):
-            group = [i for i, prompt in enumerate(encoded) if len(prompt) == length]
-            rows = [i for i in group for _ in range(num_samples)]
-            samples = [Sample(self.tokenizer, self.sampling.stop) for _ in rows]
-            began = time.perf_counter()
-            for column in self._tokens([encoded[i] for i in rows]):
-                for sample, token in zip(samples, column[:, 0].tolist(), strict=True):
-                    if not sample.done:
-                        sample.push(token)
-                        self.tokens_made += 1
-                if all(sample.done for sample in samples):
-                    break
-            for i, sample in zip(rows, samples, strict=True):
-                sample.finish()
-                sample.seconds = time.perf_counter() - began
-                results[i].append(sample)
-        return results
+        if not self.sampling.use_cache:
+            return [[self._one(prompt) for _ in range(num_samples)] for prompt in encoded]
+        s, block_size = self.sampling, self.model.config.block_size
+        longest = max(map(len, encoded), default=1) + s.max_new_tokens
+        rows = min(max(len(prompts), 1) * num_samples, ROWS)
+        how = {"cache_dtype": s.cache_dtype, "max_len": min(longest, block_size)}
+        batch = Batch(self.model, self.tokenizer, rows, **how)
+        parts = [min(rows, num_samples - i) for i in range(0, num_samples, rows)]
+        many = (len(encoded), len(parts))
+        seeds = torch.randint(2**62, many, device=self.device, generator=self.generator).tolist()
+        requests = [
+            [Request(prompt, s, n, seed) for n, seed in zip(parts, row, strict=True)]
+            for prompt, row in zip(encoded, seeds, strict=True)
+        ]
+        for request in itertools.chain(*requests):
+            batch.submit(request)
+        began = time.perf_counter()
+        while batch.busy:
+            for piece in batch.step():
+                if piece.error:
+                    raise UserError(piece.error)
+                if piece.finish:
+                    seconds = time.perf_counter() - began
+                    piece.request.samples[piece.index].seconds = seconds
+        self.tokens_made += batch.tokens_made
+        return [[sample for part in parts for sample in part.samples] for parts in requests]
+
+    def _one(self, prompt: list[int]) -> Sample:
+        """One continuation, drawn alone."""
+        sample, began = Sample(self.tokenizer, self.sampling.stop), time.perf_counter()
+        for _ in self.extend(sample, prompt):
+            pass
+        sample.seconds = time.perf_counter() - began
+        return sample
 
     def chat(self) -> "Chat":
         """A conversation that keeps its cache from turn to turn."""
@@ -259,19 +187,15 @@ class Engine:
         self, sample: Sample, prompt: list[int], cache: Cache | None = None
     ) -> Iterator[str]:
         """Add tokens to a sample; yields the text that each completes. cache as in generate."""
-        for token in self._tokens([prompt], cache):
+        s, idx = self.sampling, torch.tensor([prompt], device=self.device)
+        sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
+        how = (s.use_cache, s.cache_dtype, cache)
+        for token in stream_tokens(self.model, idx, s.max_new_tokens, sampler, *how):
             self.tokens_made += 1
             yield sample.push(int(token))
             if sample.done:
                 break
         yield sample.finish()
-
-    def _tokens(self, prompts: list[list[int]], cache: Cache | None = None) -> Iterator[Tensor]:
-        """Continue prompts of one length side by side: an iterator over (B, 1)."""
-        s, idx = self.sampling, torch.tensor(prompts, device=self.device)
-        sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
-        where = (s.use_cache, s.cache_dtype, cache)
-        return stream_tokens(self.model, idx, s.max_new_tokens, sampler, *where)
 
 
 class Chat:
@@ -304,54 +228,410 @@ class Chat:
                 self.context = (self.context + sample.tokens)[-(self.cache.pos + 1) :]
 
 
-def stream_tokens(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    sampler: Sampler,
-    use_cache: bool = True,
-    cache_dtype: torch.dtype | None = None,
-    cache: Cache | None = None,
-    stop: int | Iterable[int] | None = None,
-) -> Iterator[Tensor]:
+class Token(NamedTuple):
+    """A token of a request, with what the model thought of it."""
+
+    id: int
+    raw: bytes  # its UTF-8 bytes, which may be a part of a character
+    chars: int  # characters of the text that it completes
+    logprob: float | None = None  # of the model itself, at temperature 1; None: not asked for
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest ids and their logprobs, best first
+
+    @property
+    def text(self) -> str:
+        """The token's own text, with U+FFFD for bytes that are a part of a character."""
+        return self.raw.decode("utf-8", "replace")
+
+
+@dataclass(eq=False)
+class Request:
+    """n continuations of a prompt. The last four fields are set while a Batch serves it."""
+
+    prompt: list[int]
+    sampling: Sampling
+    n: int = 1
+    seed: int = 1337  # of sample 0; sample i draws with seed + i
+    logprobs: int | None = None  # so many likely tokens beside each that is drawn; None: no logprob
+    prompt_logprobs: bool = False  # the same for the tokens of the prompt
+    cache_prompt: bool = False  # go on from what earlier requests with this flag left, and leave it
+    window: int | None = None  # of a prompt that is too long, the last tokens; None: it is refused
+    samples: list[Sample] = field(default_factory=list)  # as they grow
+    prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
+    cached: int = 0  # prompt tokens that the cache had already
+    computed: int = 0  # prompt tokens that it had not
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to sample `index` of a request."""
+
+    request: Request
+    index: int
+    text: str  # "" while a character, or what may be a stop string, is unfinished
+    tokens: tuple[Token, ...]  # those whose text is shown
+    made: int  # tokens drawn so far, those that are not shown too
+    held: int  # tokens in the sample's row of the cache
+    nbytes: int  # that these take there
+    finish: str | None = None  # "stop", "length" or "error"
+    error: str | None = None
+
+
+class Drawn:
+    """A sample that a Batch draws: its request, random numbers, and the tokens not yet shown."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, device: torch.device):
+        s, seed = request.sampling, (request.seed + index) % 2**63
+        generator = torch.Generator(device).manual_seed(seed)
+        self.request, self.index = request, index
+        self.sampler = Sampler(s.temperature, s.top_k, s.top_p, generator)
+        self.sample, self.made = Sample(tokenizer, s.stop), 0
+        request.samples.append(self.sample)
+        self.unshown: list[tuple[int, Token]] = []  # with the character that each begins at
+
+    def push(self, id: int, logprob: float | None, top: tuple) -> tuple[str, str | None]:
+        """Take a token that was drawn; returns the text to show and how the sample ends, if so."""
+        sampling, sample = self.request.sampling, self.sample
+        self.made += 1
+        if id == sampling.end:
+            return sample.finish(), "stop"
+        begin = sample.decoded
+        text = sample.push(id)
+        raw = sample.tokenizer.token_bytes(id)
+        self.unshown.append((begin, Token(id, raw, sample.decoded - begin, logprob, top)))
+        if sample.done:
+            return text, "stop"
+        if self.made >= sampling.max_new_tokens:
+            return text + sample.finish(), "stop" if sample.done else "length"
+        return text, None
+
+    def shown(self, finish: str | None) -> tuple[Token, ...]:
+        """The tokens whose text has been shown since the last call; at a stop also in part."""
+        end, part = len(self.sample.text), finish == "stop"
+        n = sum(begin < end if part else begin + t.chars <= end for begin, t in self.unshown)
+        done, self.unshown = self.unshown[:n], self.unshown[n:]
+        return tuple(token for _, token in done)
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row of a Batch's cache, which holds tokens[start : start + cache.pos] of a text."""
+
+    cache: Cache  # of one row, with its own pos
+    tokens: list[int] = field(default_factory=list)
+    start: int = 0
+    drawn: Drawn | None = None
+    used: int = 0  # the step in which it was last used
+
+
+class Batch:
     """
-    The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout: a model in training
-    mode is in evaluation mode until the last. The other arguments are those of GPT.generate. A
-    prompt that all rows share is prefilled once.
+    Continuous batching: requests join and leave between steps, each sample a row of one cache that
+    is allocated once, at a position, with settings and with random numbers of its own. What a
+    request gets does not depend on the others, but for the rounding of sums.
+
+    The slots of the samples that are being drawn come first, so that a step takes a view of the
+    cache. The request that joins next has its prompt read in one of the others, all but the last
+    token, which is the first that a step takes. What is left in the rest may be gone on from.
+
+    rows: samples at a time. max_len: tokens that a row holds, by default the model's context; a
+    longer text goes on with its newer half. prefill_chunk: prompt tokens read in one step.
+    A Batch is not thread-safe: one thread owns it.
     """
-    whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
-    _require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
-    block_size, stops = model.config.block_size, stop_ids(stop)
-    ends = torch.tensor(stops, device=idx.device)
-    training = [module for module in model.modules() if module.training]
-    context = check_prompt(idx, cache, block_size)
-    if training:
-        model.eval()
-    try:
-        if cache is None and use_cache and max_new_tokens > 0:
-            longest = min(block_size, idx.size(1) + max_new_tokens)
-            cache = model.make_cache(idx.size(0), longest, cache_dtype)
-            prefill_shared(model, context, cache)
-        done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            context = crop_context(context, cache, block_size)
-            token = torch.where(done, context[:, -1:], next_token(model, context, cache, sampler))
-            context = torch.cat([context, token], dim=1)
-            yield token
-            if stops:
-                done = torch.isin(token, ends)
-                if bool(done.all()):
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        rows: int = 16,
+        cache_dtype: torch.dtype | None = None,
+        prefill_chunk: int = 256,
+        max_len: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.rows = model.eval(), tokenizer, rows
+        self.device = model.lm_head.weight.device
+        self.prefill_chunk, self.max_len = prefill_chunk, max_len or model.config.block_size
+        self.cache = model.make_cache(rows + 1, self.max_len, cache_dtype)
+        self.slots = [Slot(self.cache.row(i)) for i in range(rows)]
+        self.spare = self.cache.row(rows)  # to exchange two rows
+        self.waiting: deque[Request] = deque()
+        self.joining: Joining | None = None
+        self.active = 0  # samples being drawn, in the first slots
+        self.tokens_made, self.steps, self.seconds = 0, 0, 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.active or self.joining or self.waiting)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the tokens of the samples being drawn take in the cache."""
+        return sum(slot.cache.nbytes_at(slot.cache.pos) for slot in self.slots[: self.active])
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot be served."""
+        prompt, vocab_size = request.prompt, self.model.config.vocab_size
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise UserError(f"the prompt has the token id {wrong}, the model knows {vocab_size}")
+        if len(prompt) > self.max_len and (request.window is None or request.prompt_logprobs):
+            context = f"the model's context {self.max_len}"
+            raise UserError(f"the prompt has {len(prompt)} tokens, {context}; shorten it")
+        if request.window is not None and not 1 <= request.window <= self.max_len:
+            raise UserError(f"the window must be from 1 to {self.max_len} tokens")
+        if not 1 <= request.n <= self.rows:
+            raise UserError(f"n={request.n} does not work: it must be from 1 to {self.rows}")
+
+    def submit(self, request: Request) -> None:
+        """Serve a request as soon as n rows are free, after those that came before."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Stop serving a request: its rows are free at once. Nothing happens if it has ended."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if self.joining and self.joining.request is request:
+            self._let_go(self.joining.slot, keep=False)
+            self.joining = None
+        for i in reversed(range(self.active)):
+            drawn = self.slots[i].drawn
+            if drawn.request is request:
+                self._leave(i, keep=request.cache_prompt and drawn.made > 0)
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        """Read some of the prompts that wait, then draw one token for every sample."""
+        began, pieces = time.perf_counter(), []
+        self.steps += 1
+        self._read_prompts(pieces)
+        if self.active:
+            self._draw(pieces)
+        self.seconds += time.perf_counter() - began
+        return pieces
+
+    def _read_prompts(self, pieces: list[Piece]) -> None:
+        """Read prompt_chunk tokens of the requests that join, one request after another."""
+        budget = self.prefill_chunk
+        while budget > 0:
+            if self.joining is None:
+                if not self.waiting or self.waiting[0].n > self.rows - self.active:
                     break
-    finally:
-        for module in training:  # a part may have been in evaluation mode before
-            module.training = True
+                self.joining = self._begin(self.waiting.popleft())
+            request, slot, _ = self.joining
+            new = slot.tokens[slot.start + slot.cache.pos : -1][:budget]
+            budget -= max(len(new), 1)
+            try:
+                self._read(new)
+            except (UserError, ValueError) as error:  # a prompt that int8 cannot hold, for one
+                pieces += self._refused(request, slot, "error", str(error))
+                continue
+            if slot.start + slot.cache.pos < len(slot.tokens) - 1:
+                continue
+            if request.sampling.max_new_tokens > 0:
+                self._join(request, slot)
+            else:
+                pieces += self._refused(request, slot, "length")
+
+    def _begin(self, request: Request) -> "Joining":
+        """Take a free slot for a prompt, the one that has the longest start of it if it may."""
+        free, prompt = self.slots[self.active :], request.prompt
+        slot, keep = min(free, key=lambda slot: (bool(slot.tokens), slot.used)), 0
+        if request.cache_prompt and not request.prompt_logprobs:
+            known = [self._in_common(slot, prompt) for slot in free]
+            keep = max(known)
+            slot = free[known.index(keep)] if keep else slot
+        if keep:
+            slot.cache.rewind(min(keep, len(prompt) - slot.start - 1))
+        else:
+            slot.cache.truncate(0)
+            slot.start = len(prompt) - request.window if len(prompt) > self.max_len else 0
+        slot.tokens, request.cached = list(prompt), slot.cache.pos
+        request.computed = len(prompt) - slot.start - slot.cache.pos
+        joining = Joining(request, slot, StreamDecoder(self.tokenizer))
+        if request.prompt_logprobs:
+            request.prompt_tokens.append(self._prompt_token(joining, prompt[0], None, ()))
+        return joining
+
+    def _in_common(self, slot: Slot, prompt: list[int]) -> int:
+        """How many tokens in a slot's cache are those of the prompt, if it can go on from them."""
+        if len(prompt) - slot.start > self.max_len:
+            return 0
+        held = slot.tokens[: slot.start + slot.cache.pos]
+        pairs = enumerate(zip(held, prompt, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(held), len(prompt)))
+        return max(same - slot.start, 0)
+
+    def _read(self, new: list[int]) -> None:
+        """Put more of the joining prompt into its slot's cache."""
+        if not new:
+            return
+        request, slot, _ = self.joining
+        idx, first = torch.tensor([new], device=self.device), slot.start + slot.cache.pos
+        if not request.prompt_logprobs:
+            self.model(idx, cache=slot.cache)
+            return
+        logits = self.model(idx, targets=idx, cache=slot.cache)[0][0]  # (T, V), of all positions
+        following = request.prompt[first + 1 : first + 1 + len(new)]
+        scores = log_probabilities(logits, following, request.logprobs or 0)
+        for token, score in zip(following, scores, strict=True):
+            request.prompt_tokens.append(self._prompt_token(self.joining, token, *score))
+
+    def _prompt_token(
+        self, joining: "Joining", token: int, logprob: float | None, top: tuple
+    ) -> Token:
+        chars = len(joining.decoder.push(token))
+        return Token(token, self.tokenizer.token_bytes(token), chars, logprob, top)
+
+    def _refused(
+        self, request: Request, slot: Slot, finish: str, error: str | None = None
+    ) -> list[Piece]:
+        """The joining request ends without a sample."""
+        held = slot.cache.pos
+        size, self.joining = slot.cache.nbytes_at(held), None
+        self._let_go(slot, keep=False)
+        return [Piece(request, i, "", (), 0, held, size, finish, error) for i in range(request.n)]
+
+    def _join(self, request: Request, slot: Slot) -> None:
+        """The joining request has its prompt in the cache but for the last token: draw from now."""
+        if (at := self.slots.index(slot)) != self.active:
+            self._exchange(at, self.active)
+        for i in range(request.n):
+            row = self.slots[self.active + i]
+            if row is not slot:
+                row.cache.copy_from(slot.cache)
+                row.tokens, row.start = list(slot.tokens), slot.start
+            row.drawn = Drawn(request, i, self.tokenizer, self.device)
+        self.active += request.n
+        self.joining = None
+
+    def _draw(self, pieces: list[Piece]) -> None:
+        """Draw the next token of every sample."""
+        slots = self.slots[: self.active]
+        logits, errors = self._logits(slots)
+        bad = (~logits.isfinite().all(dim=-1)).nonzero()[:, 0].tolist()
+        errors = {**dict.fromkeys(bad, NOT_FINITE), **errors}
+        if errors:
+            logits[[*errors]] = 0  # their rows end here
+        tokens = draw_rows(logits, [slot.drawn.sampler for slot in slots])[:, 0].tolist()
+        scores = self._scores(logits, tokens)
+        ended = []
+        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+            drawn, held = slot.drawn, slot.cache.pos
+            if error := errors.get(i):
+                text, finish = "", "error"
+            else:
+                self.tokens_made += 1
+                slot.tokens.append(token)
+                text, finish = drawn.push(token, *scores.get(i, (None, ())))
+            shown, size = drawn.shown(finish), slot.cache.nbytes_at(held)
+            if text or shown or finish:
+                where = (drawn.request, drawn.index, text, shown, drawn.made, held, size)
+                pieces.append(Piece(*where, finish, error))
+            if finish:
+                ended.append((i, finish))
+        for i, finish in reversed(ended):
+            self._leave(i, keep=slots[i].drawn.request.cache_prompt and finish != "error")
+
+    def _logits(self, slots: list[Slot]) -> tuple[Tensor, dict[int, str]]:
+        """The next token's logits of every slot, (B, V), and what went wrong by slot."""
+        errors: dict[int, str] = {}
+        for i, slot in enumerate(slots):
+            if len(slot.tokens) - slot.start > self.max_len:
+                try:
+                    self._shorten(slot)
+                except ValueError as error:  # numbers that int8 cannot hold
+                    errors[i] = str(error)
+        idx = torch.tensor([[slot.tokens[-1]] for slot in slots], device=self.device)
+        view = self.cache.rows([slot.cache.pos for slot in slots])
+        try:
+            logits = self.model(idx, cache=view)[0][:, -1]
+        except ValueError:  # in one row or several: each alone
+            logits = torch.zeros(len(slots), self.model.config.vocab_size, device=self.device)
+            for i, slot in enumerate(slots):
+                try:
+                    logits[i] = self.model(idx[i : i + 1], cache=slot.cache)[0][0, -1]
+                except ValueError as error:
+                    errors[i] = str(error)
+            return logits, errors
+        for slot in slots:
+            slot.cache.advance(1)
+        return logits, errors
+
+    def _shorten(self, slot: Slot) -> None:
+        """A text that has outgrown its row goes on with the newer half of what that can hold."""
+        slot.start = len(slot.tokens) - max(self.max_len // 2, 1)
+        slot.cache.truncate(0)
+        if rest := slot.tokens[slot.start : -1]:
+            self.model(torch.tensor([rest], device=self.device), cache=slot.cache)
+
+    def _scores(self, logits: Tensor, tokens: list[int]) -> dict[int, tuple[float, tuple]]:
+        """Logprobs of the tokens that were drawn, by slot, where they were asked for."""
+        asked = {i: slot.drawn.request.logprobs for i, slot in enumerate(self.slots[: self.active])}
+        rows = [i for i, k in asked.items() if k is not None]
+        if not rows:
+            return {}
+        k = max(asked[i] for i in rows)
+        found = log_probabilities(logits[rows], [tokens[i] for i in rows], k)
+        return {i: (lp, top[: asked[i]]) for i, (lp, top) in zip(rows, found, strict=True)}
+
+    def _leave(self, i: int, keep: bool) -> None:
+        """The sample in slot i ends; the last of those being drawn takes its place."""
+        self._let_go(self.slots[i], keep)
+        self.active -= 1
+        if i != self.active:
+            self._exchange(self.active, i)
+
+    def _let_go(self, slot: Slot, keep: bool) -> None:
+        """
+        A slot becomes free, and holds what it held or zeros. What is kept is known to be finite, as
+        it led to finite logits: attention over rows of different lengths multiplies what is behind
+        the end of a shorter row by 0, which is no number if that is infinite.
+        """
+        slot.drawn, slot.used = None, self.steps
+        if keep:
+            slot.tokens = slot.tokens[: slot.start + slot.cache.pos]
+            return
+        slot.tokens, slot.start = [], 0
+        slot.cache.truncate(0)
+        for t in slot.cache.tensors:
+            t.zero_()
+
+    def _exchange(self, i: int, j: int) -> None:
+        """Slots i and j take each other's place; the rows of the cache are copied accordingly."""
+        a, b = self.slots[i], self.slots[j]
+        if b.tokens:
+            self.spare.copy_from(b.cache)
+        b.cache.copy_from(a.cache)
+        if b.tokens:
+            a.cache.copy_from(self.spare)
+        else:
+            a.cache.truncate(0)
+        self.slots[i], self.slots[j] = b, a
+        a.cache, b.cache = b.cache, a.cache
 
 
-@torch.inference_mode()
-def prefill_shared(model: GPT, prompt: Tensor, cache: Cache) -> None:
-    """Fill an empty cache with all but the last token of prompt (B, T), if all rows are equal."""
-    B, T = prompt.shape
-    if B > 1 and T > 1 and bool((prompt == prompt[:1]).all()):
-        model(prompt[:1, :-1], cache=cache.row(0))
-        cache.advance(T - 1)
-        cache.broadcast_row(0)
+class Joining(NamedTuple):
+    """A request whose prompt is being read, where, and the decoder of the prompt's tokens."""
+
+    request: Request
+    slot: Slot
+    decoder: StreamDecoder
+
+
+def log_probabilities(
+    logits: Tensor, tokens: list[int], k: int
+) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """
+    By row of logits (B, V): the natural logarithm of the probability of that row's token, and the k
+    likeliest token ids with theirs.
+    """
+    logits = logits.float()
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    own = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None]) - total
+    values, ids = logits.topk(min(k, logits.size(-1)), dim=-1)
+    values = (values - total).tolist()
+    tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values, strict=True)]
+    return [*zip(own[:, 0].tolist(), tops, strict=True)]

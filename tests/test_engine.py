@@ -1,20 +1,15 @@
 """From prompts to text, beside model.generate. Run: python -m pytest tests/test_engine.py"""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model import GPT
-from nanomla.engine import (
-    Engine,
-    Sampler,
-    Sampling,
-    StopText,
-    prefill_shared,
-    stop_ids,
-    stream_tokens,
-)
+from nanomla.engine import Batch, Engine, Request, Sampling, StopText
+from nanomla.sampling import Sampler, draw_rows, prefill_shared, stop_ids, stream_tokens
 from nanomla.settings import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import TINY_MLA, randomise, tiny_config
@@ -258,3 +253,211 @@ def test_logits_that_are_no_numbers_are_one_line(temperature, value):
     logits[1, 3] = value
     with pytest.raises(UserError, match="logits are not finite; try --dtype=float32"):
         Sampler(temperature)(logits)
+
+
+KINDS = [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, LATENT_TOKENS]
+
+
+def batch(settings=TINY_MLA, rows=3, **options):
+    torch.manual_seed(0)
+    return Batch(make(settings), Tokenizer({"kind": "char", "chars": CHARS}), rows, **options)
+
+
+def requests(count, **options):
+    """Requests of every length, sampler and number of samples."""
+    draw = np.random.default_rng(1)
+    made = []
+    for i in range(count):
+        temperature, top_k, top_p = [(1.0, None, None), (0.0, None, None), (1.3, 5, 0.9)][i % 3]
+        sampling = Sampling(int(draw.integers(1, 40)), temperature, top_k, top_p, stop="ab")
+        prompt = draw.integers(23, size=draw.integers(1, 17)).tolist()
+        made.append(Request(prompt, sampling, n=1 + i % 2, seed=i, **options))
+    return made
+
+
+def serve(batch, requests, together=True):
+    """The text, tokens and finish of every sample; the requests come one by one, or each alone."""
+    got = {}
+    todo = list(requests)
+    for _ in range(10_000):
+        if todo and (together or not batch.busy):
+            batch.submit(todo.pop(0))
+        for piece in batch.step():
+            text, tokens, _ = got.get((id(piece.request), piece.index), ("", (), None))
+            key = (id(piece.request), piece.index)
+            got[key] = text + piece.text, tokens + piece.tokens, piece.finish
+        if not todo and not batch.busy:
+            break
+    assert batch.active == 0 and not batch.busy
+    return [[got[id(r), i] for i in range(r.n)] for r in requests]
+
+
+@pytest.mark.parametrize("chunk", [256, 3])
+@pytest.mark.parametrize("settings", KINDS)
+def test_a_request_does_not_depend_on_the_others(settings, chunk):
+    """Rows that join and leave: every text is that of the request alone, and of the generator."""
+    some = requests(12)
+    together = serve(batch(settings, prefill_chunk=chunk), some)
+    alone = serve(batch(settings, prefill_chunk=chunk), requests(12), together=False)
+    model = batch(settings).model
+    for request, got, want in zip(some, together, alone, strict=True):
+        for i, ((text, tokens, finish), other) in enumerate(zip(got, want, strict=True)):
+            ids = [token.id for token in tokens]
+            assert (text, ids, finish) == (other[0], [t.id for t in other[1]], other[2])
+            s, generator = request.sampling, torch.Generator().manual_seed(request.seed + i)
+            sampler = Sampler(s.temperature, s.top_k, s.top_p, generator)
+            idx = torch.tensor([request.prompt])
+            whole = torch.cat(list(stream_tokens(model, idx, s.max_new_tokens, sampler)), 1)[0]
+            letters = "".join(CHARS[token] for token in whole.tolist())
+            assert text == letters.partition("ab")[0]
+            assert finish == ("stop" if "ab" in letters else "length")
+            assert text.startswith("".join(CHARS[token] for token in ids))
+
+
+def test_rows_drawn_together_and_alone():
+    """draw_rows takes what each row's own Sampler takes, whatever the settings beside it."""
+    logits = torch.randn(40, 23) * 3
+    settings = [(1.0, None, None), (0.7, 5, None), (1.5, None, 0.8), (0.0, None, None), (2, 9, 0.5)]
+
+    def samplers():
+        made = [(*settings[i % 5], torch.Generator().manual_seed(i)) for i in range(40)]
+        return [Sampler(*one) for one in made]
+
+    ones, all_of_them = samplers(), samplers()
+    for _ in range(3):
+        alone = torch.cat([s(logits[i : i + 1]) for i, s in enumerate(ones)])
+        assert torch.equal(draw_rows(logits, all_of_them), alone)
+
+
+@pytest.mark.parametrize("chunk", [256, 3])
+@pytest.mark.parametrize("settings", KINDS)
+def test_log_probabilities(settings, chunk):
+    """Of the prompt and of what is drawn: those of the model on the whole text, best first."""
+    served = batch(settings, prefill_chunk=chunk)
+    prompt = [3, 1, 4, 1, 5, 9]
+    how = {"logprobs": 4, "prompt_logprobs": True}
+    request = Request(prompt, Sampling(9, 0.5, 3), n=2, **how)
+    alone = Request([7], Sampling(0), **how)  # which asks for its prompt only
+    samples = serve(served, [request, alone])
+    assert samples[1] == [("", (), "length")] and alone.prompt_tokens[0].logprob is None
+    for _, tokens, _ in samples[0]:
+        text = [*request.prompt_tokens, *tokens]
+        ids = [token.id for token in text]
+        assert ids[:6] == prompt and len(ids) == 15
+        idx = torch.tensor([ids])
+        with torch.no_grad():
+            want = served.model(idx, targets=idx)[0][0].log_softmax(dim=-1)
+        assert text[0].logprob is None and text[0].top == ()
+        for i, token in enumerate(text[1:]):
+            assert token.logprob == pytest.approx(float(want[i, token.id]), abs=1e-4)
+            best = want[i].topk(4)
+            assert [one for one, _ in token.top] == best.indices.tolist()
+            assert [lp for _, lp in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_going_on_from_what_is_cached(settings):
+    """A prompt that repeats an earlier text computes only what is new, and its text is the same."""
+    served, fresh = batch(settings), batch(settings)
+    grows = served.cache.grows
+    first = Request([3, 1, 4], Sampling(8, 0), cache_prompt=True)
+    ((_, tokens, _),) = serve(served, [first])[0]
+    text = [3, 1, 4, *(token.id for token in tokens)]
+    assert first.cached == 0 and first.computed == 3
+    further = [*text, 5]  # 10 of its tokens are held, also by a state
+    other = [*text[:7], (text[7] + 1) % 23]  # a choice other than the model's
+    for prompt, cached in ((further, 10), (other, 7 * grows), ([9, 9], 0), (text, 7 * grows)):
+        again = Request(prompt, Sampling(4, 0), cache_prompt=True)
+        got = serve(served, [again])[0]
+        assert (again.cached, again.computed) == (cached, len(prompt) - cached), prompt
+        assert got[0][0] == serve(fresh, [Request(prompt, Sampling(4, 0))])[0][0][0]
+    private = Request(text, Sampling(6, 0))
+    serve(served, [private])
+    assert private.cached == 0
+
+
+def test_going_on_past_the_context():
+    """A text that outgrew its row is gone on with from the window that the row holds."""
+    served = batch({}, rows=2)  # 16 tokens of context
+    first = Request([3, 1, 4], Sampling(30, 0), cache_prompt=True)
+    ((_, tokens, _),) = serve(served, [first])[0]
+    text = [3, 1, 4, *(token.id for token in tokens)]
+    longer = Request(text[:-1] + [5], Sampling(4, 0), cache_prompt=True, window=8)
+    serve(served, [longer])
+    assert longer.cached > 0 and longer.computed == 1
+    cut = Request([*text, 6, 6, 6], Sampling(4, 0), window=8)
+    got = serve(served, [cut])[0]
+    assert (cut.cached, cut.computed) == (0, 8)
+    want = serve(served, [Request([*text, 6, 6, 6][-8:], Sampling(4, 0))])[0]
+    assert got[0][0] == want[0][0]
+
+
+@pytest.mark.parametrize("settings", [{}, LATENT_TOKENS])
+def test_cancelled_requests(settings):
+    """Waiting, joining or drawn: a cancelled request's rows are free at once, others go on."""
+    served, some = batch(settings, prefill_chunk=4), requests(9)
+    want = serve(batch(settings), requests(9))
+    for request in some:
+        served.submit(request)
+    texts, gone = {}, {some[1]: 0, some[4]: 3, some[8]: 1, some[0]: 5}
+    for step in range(1000):
+        for request, when in gone.items():
+            if when == step:
+                served.cancel(request)
+                served.cancel(request)
+        for piece in served.step():
+            assert gone.get(piece.request, 1000) > step
+            key = piece.request, piece.index
+            texts[key] = texts.get(key, "") + piece.text
+        if not served.busy:
+            break
+    assert served.active == 0 and not served.busy and served.cache_bytes == 0
+    for request, samples in zip(some, want, strict=True):
+        for i, sample in enumerate(samples):
+            if request not in gone:
+                assert texts.get((request, i), "") == sample[0]
+
+
+@pytest.mark.parametrize(
+    ("cache_dtype", "number"), [(None, math.inf), (torch.int8, math.nan), (torch.int8, 1e30)]
+)
+def test_an_error_ends_one_request(cache_dtype, number):
+    """A token that the model cannot take ends the request that has it, and no other."""
+
+    def make_batch():
+        served = batch({"tie_weights": False}, cache_dtype=cache_dtype)
+        served.model.transformer.wte.weight.data[22, 3] = number
+        if number == 1e30:  # over what a scale reaches, which raises for all rows at once
+            served.model.transformer.h[0].ln_1 = torch.nn.Identity()
+        return served
+
+    prompts = [[1, 2, 3], [4, 22, 5], [6, 7], [22], [8, 9]]
+    made = lambda: [Request(prompt, Sampling(5, 0)) for prompt in prompts]
+    together = serve(make_batch(), made())
+    for i, (got, want) in enumerate(zip(together, serve(make_batch(), made(), False), strict=True)):
+        assert got[0][0] == want[0][0] and got[0][2] == want[0][2]
+        assert (got[0][2] == "error") == (22 in prompts[i])
+
+
+def test_refused_requests():
+    """What no row can serve is a UserError before anything is computed."""
+    served, ok = batch({}), Sampling(5)
+    for wrong in (
+        Request([], ok), Request([23], ok), Request([-1], ok), Request([1] * 17, ok),
+        Request([1], ok, n=4), Request([1], ok, n=0), Request([1] * 17, ok, window=17),
+        Request([1] * 17, ok, window=0), Request([1] * 17, ok, window=8, prompt_logprobs=True),
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            served.submit(wrong)
+    assert not served.busy
+
+
+def test_the_end_of_a_text_is_no_part_of_it():
+    """A drawn end token stops its sample; it is counted, and neither shown nor gone on from."""
+    served = batch({})
+    free = serve(served, [Request([3], Sampling(12, 0))])[0][0]
+    end = free[1][5].id
+    first = [token.id for token in free[1]].index(end)
+    text, tokens, finish = serve(served, [Request([3], Sampling(12, 0, end=end))])[0][0]
+    assert finish == "stop" and [t.id for t in tokens] == [t.id for t in free[1][:first]]
+    assert text == free[0][:first]

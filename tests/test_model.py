@@ -741,6 +741,44 @@ def test_rows_of_a_cache(settings):
     assert cache.nbytes_at(5) == 5 * 3 * cache.bytes_per_token == 5 * cache.nbytes // 12
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("settings", KINDS, ids=name)
+def test_rows_of_different_lengths(settings, dtype, T):
+    """The first rows of a cache, each with its own number of tokens: what every row gives alone."""
+    model, lengths = make(settings), [5, 0, 9, 1]
+    model = model.double() if dtype == torch.float64 else model
+    if dtype not in type(model.make_cache(1, 1)).DTYPES:
+        return
+    cache = model.make_cache(6, 16, dtype)
+    idx = torch.randint(23, (4, 16))
+    for i, n in enumerate(lengths):
+        if n:
+            model(idx[i : i + 1, :n], cache=cache.row(i))
+    before = [t.clone() for t in cache.tensors]
+    view, got = cache.rows(lengths), []
+    for step in range(2):
+        new = [idx[i, n + step * T : n + (step + 1) * T] for i, n in enumerate(lengths)]
+        got.append(model(torch.stack(new), cache=view)[0])
+    assert view.pos == 9 + 2 * T and view.lengths.tolist() == [n + 2 * T for n in lengths]
+    exact = dtype in (torch.float64, torch.float32)
+    for i, n in enumerate(lengths):
+        alone = model.make_cache(1, 16, dtype)
+        if n:
+            model(idx[i : i + 1, :n], cache=alone)
+        for step in range(2):
+            new = idx[i : i + 1, n + step * T : n + (step + 1) * T]
+            want = model(new, cache=alone)[0][0]
+            tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-3)
+            if exact or n:  # a row that begins is rounded here, which it is not alone
+                torch.testing.assert_close(got[step][i], want, atol=tolerance, rtol=10 * tolerance)
+    for t, was in zip(cache.tensors, before, strict=True):
+        assert torch.equal(t[:, 4:], was[:, 4:])
+        if cache.grows:
+            assert all(torch.equal(t[:, i, :, :n], was[:, i, :, :n]) for i, n in enumerate(lengths))
+
+
 def test_attention_works_alone():
     """Both blocks used without a GPT make the rotary tables that GPT would give them."""
     for settings in ({"pos_emb": "rope"}, TINY_MLA):

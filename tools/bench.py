@@ -309,7 +309,7 @@ def bench_layer(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limi
     for name, extra in layer_variants(L).items():
         models[name] = model = GPT(GPTConfig(**base, **extra)).to(device, dtype).eval()
         attn, cache = model.transformer.h[0].attn, fill(model.make_cache(1, S), S - 1)
-        flops = 2 * nh * (attn.numbers_per_key(decoding=True) * S + attn.numbers_per_token())
+        flops = 2 * nh * (attn.numbers_per_key["decoding"] * S + attn.numbers_per_token)
         turn = (model.rope_cos[-1:], model.rope_sin[-1:]) if model.config.rotary_dim else None
         run = lambda attn=attn, cache=cache, turn=turn: attn(x, cache, turn)
         entries.append(Timed(name, run, cache=cache, nbytes=cache.nbytes, flops=flops))

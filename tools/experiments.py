@@ -33,7 +33,7 @@ class RotatedKeys(ATTENTION["mla"]):
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__(config, layer)
         heads = dataclasses.replace(config, use_mla=False)  # a rotation for the whole head
-        self.tables = gpt.rope_tables(0, config.block_size, heads)
+        self.tables = gpt.rope_tables(0, config.block_size, heads, torch.float32)
 
     def forward(
         self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None,
@@ -157,8 +157,8 @@ def measure_costs(cfg: Any, device: str, variants: dict[str, GPTConfig], rows: R
         per_layer = sum(p.numel() for p in attns[0].parameters())
         numbers = costs.cached_numbers(config)
         # a query meets half of a context's keys on average
-        per_head = attns[0].numbers_per_key(decoding=False) * context / 2
-        arithmetic = config.n_head * (per_head + attns[0].numbers_per_token())
+        per_head = attns[0].numbers_per_key["training"] * context / 2
+        arithmetic = config.n_head * (per_head + attns[0].numbers_per_token)
         figures = [per_layer, numbers, arithmetic]
         first = first or figures
         row = {"variant": name, "attention parameters a layer": f"{per_layer:,}"}

@@ -27,6 +27,7 @@ def attend(
     scale: float,
     beside: Tensor | Quantized | None = None,
     dropout: float = 0.0,
+    held: Tensor | None = None,
 ) -> Tensor:
     """
     Causal attention of the last T of S tokens.
@@ -34,6 +35,8 @@ def attend(
     q (B, X, T * m, D): m query heads share each of X key heads; row t * m + i is token t's i-th.
     k (B, X, S, D) and v (B, X, S, W); v None: the rows of k are values too, as latents are.
     beside (B, 1, S, r): r more numbers of every key, the same in all X heads; q has them last.
+    held (B,): rows of different lengths. The new tokens of row b come after its first held[b] keys,
+    and what follows has no weight, but must be finite. None: after the first S - T in every row.
     Returns (B, X, T * m, W) in the wider dtype of q and k, in which all is computed, or in q's if k
     is Quantized. Many queries on narrower rows, and a GPU, take them converted as a whole.
     """
@@ -43,9 +46,9 @@ def attend(
     if not (on_cpu and narrow):
         k, v, beside = (t if t is None else dequantise(t, dtype) for t in (k, v, beside))
     if on_cpu:
-        return _few_on_cpu(q, k, v, T, scale, beside)
-    if few and beside is not None:
-        return reference.attend(q, k, v, T, scale, beside)
+        return _few_on_cpu(q, k, v, T, scale, beside, held)
+    if held is not None or (few and beside is not None):
+        return reference.attend(q, k, v, T, scale, beside, held)
     W = (k if v is None else v).size(-1)
     if beside is not None:
         k = torch.cat([k, beside.expand(-1, k.size(1), -1, -1)], dim=-1)
@@ -59,14 +62,15 @@ def _few_on_cpu(
     T: int,
     scale: float,
     beside: Tensor | Quantized | None,
+    held: Tensor | None,
 ) -> Tensor:
     if torch.is_autocast_enabled("cpu"):  # which would round scores and weights
         with torch.autocast("cpu", enabled=False):
-            return _few_on_cpu(q, k, v, T, scale, beside)
+            return _few_on_cpu(q, k, v, T, scale, beside, held)
     if isinstance(k, Quantized) or k.itemsize == 2:
-        return blocks.attend(q, k, v, T, scale, beside)
-    if beside is not None:
-        return reference.attend(q, k, v, T, scale, beside)
+        return blocks.attend(q, k, v, T, scale, beside, held)
+    if beside is not None or held is not None:
+        return reference.attend(q, k, v, T, scale, beside, held)
     out = cpu.attend(q, k, v, T, scale) if T < k.size(2) else None
     return _causal(q, k, k if v is None else v, T, scale, 0.0) if out is None else out
 

@@ -10,6 +10,7 @@ from nanomla.kernels.int8 import Quantized, dequantise
 from nanomla.kernels.reference import causal_mask, scores_beside
 
 BLOCK = 2**19  # numbers of rows per core at a time: 2 MB in float32
+HIDDEN = -1e30  # the score of a key that is not seen; blocks of infinite ones have no maximum
 
 
 def attend(
@@ -19,6 +20,7 @@ def attend(
     T: int,
     scale: float,
     beside: Tensor | Quantized | None = None,
+    held: Tensor | None = None,
 ) -> Tensor:
     """
     nanomla.kernels.attend for a few new tokens, in q's dtype.
@@ -38,6 +40,11 @@ def attend(
     if beside is not None:
         q, q_beside = q.split([D, q.size(-1) - D], dim=-1)
         extra = scores_beside(q_beside.unflatten(0, (B, X)), dequantise(beside, wide)).flatten(0, 1)
+    if held is not None:
+        seen = causal_mask(T, tensors(k)[0].size(2), rows // T, q.device, held)
+        hidden = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, HIDDEN)
+        hidden = hidden.expand(-1, X, -1, -1).flatten(0, 1)  # (B * X, T * m, S)
+        extra = hidden if extra is None else extra + hidden
     kept = [t.flatten(0, 1) for t in (*tensors(k), *tensors(v))]  # (B * X, S, .)
     numbers = max(BLOCK * threads // D, threads)
     cut = (kept[0].size(1) - T) // threads

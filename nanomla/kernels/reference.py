@@ -5,22 +5,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_mask(T: int, S: int, m: int, device: torch.device) -> Tensor:
-    """(T * m, S) bool, True where the t-th of the last T tokens may look; a token has m rows."""
-    last = torch.arange(S - T, S, device=device).repeat_interleave(m)
-    return torch.arange(S, device=device) <= last[:, None]
+def causal_mask(
+    T: int, S: int, m: int, device: torch.device, held: Tensor | None = None
+) -> Tensor:
+    """
+    (T * m, S) bool, True where the t-th of T new tokens may look; a token has m rows. With held
+    (B,), the keys before row b's new ones, which then need not be the last: (B, 1, T * m, S).
+    """
+    if held is None:
+        last = torch.arange(S - T, S, device=device)
+    else:
+        last = held[:, None, None] + torch.arange(T, device=device)  # (B, 1, T)
+    return torch.arange(S, device=device) <= last.repeat_interleave(m, dim=-1).unsqueeze(-1)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float, beside: Tensor | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float, beside: Tensor | None = None,
+    held: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(q [k ; beside]^T scale) v, causal; the shapes are those of nanomla.kernels.attend."""
     q = q * scale  # queries are fewer than keys, so they are scaled
     scores = q[..., : k.size(-1)] @ k.mT  # (..., T * m, S)
     if beside is not None:
         scores = scores + scores_beside(q[..., k.size(-1) :], beside)
-    if T > 1:
-        mask = causal_mask(T, k.size(-2), q.size(-2) // T, q.device)
+    if T > 1 or held is not None:
+        mask = causal_mask(T, k.size(-2), q.size(-2) // T, q.device, held)
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.softmax(scores, dim=-1) @ (k if v is None else v)
 

@@ -1,0 +1,206 @@
+"""
+Tokens out of a model: how one is drawn, and the loop that model.generate and the engine draw with.
+
+    sampler = Sampler(temperature=0.8, top_k=200)
+    for token in stream_tokens(model, idx, 100, sampler):  # (B, 1) each
+        ...
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import GPT, Cache
+from nanomla.errors import UserError
+
+NOT_FINITE = "the model's logits are not finite; try --dtype=float32"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """
+    Draws one token per row from logits (B, V), as (B, 1) int64.
+
+    temperature 0 takes the likeliest; top_k None or 0 and top_p None or 1 are off.
+    Raises ValueError for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        t, k, p = self.temperature, self.top_k, self.top_p
+        _require(_finite(t) and t >= 0, "temperature", t, "0 (greedy) or more, and finite")
+        whole = k is None or (isinstance(k, numbers.Integral) and k >= 0)
+        _require(whole, "top_k", k, "a whole number from 1, or None or 0 for off")
+        share = p is None or (_finite(p) and 0 < p <= 1)
+        _require(share, "top_p", p, "above 0 and at most 1, or None for off")
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if not bool(logits.isfinite().all()):
+            raise UserError(NOT_FINITE)
+        if self.temperature == 0:
+            return logits.argmax(dim=-1, keepdim=True)
+        return torch.multinomial(self.probabilities(logits), 1, generator=self.generator)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn by, (B, V), at a temperature above 0."""
+        tiny = torch.finfo(torch.float32).tiny  # what is below would be rounded to 0
+        logits = logits.float()
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, tiny)
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.size(-1))).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.top_p is not None and self.top_p < 1:
+            ordered, order = logits.sort(dim=-1, descending=True)
+            probs = ordered.softmax(dim=-1)
+            before = probs.cumsum(dim=-1) - probs  # the mass of likelier tokens
+            ordered = ordered.masked_fill(before >= max(self.top_p, tiny), float("-inf"))
+            logits = logits.scatter(-1, order, ordered)
+        return logits.softmax(dim=-1)
+
+
+def draw_rows(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """
+    One token per row of logits (B, V), all finite, each by a sampler of its own, as (B, 1): the
+    tokens that samplers[i](logits[i : i + 1]) would draw. Rows of equal settings are taken at once.
+    """
+    alike: dict[tuple, list[int]] = {}
+    for row, s in enumerate(samplers):
+        alike.setdefault((s.temperature, s.top_k, s.top_p), []).append(row)
+    tokens = logits.new_empty(len(samplers), 1, dtype=torch.int64)
+    for rows in alike.values():
+        some = logits if len(rows) == len(samplers) else logits[rows]
+        if samplers[rows[0]].temperature == 0:
+            tokens[rows] = some.argmax(dim=-1, keepdim=True)
+            continue
+        chance = samplers[rows[0]].probabilities(some)
+        # multinomial draws by a race: the largest probability over an exponential number wins.
+        wait = torch.empty_like(chance)
+        for row, times in zip(rows, wait.split(1), strict=True):
+            times.exponential_(generator=samplers[row].generator)
+        tokens[rows] = (chance / wait).argmax(dim=-1, keepdim=True)
+    return tokens
+
+
+def _require(holds: bool, field: str, value: object, works: str) -> None:
+    if not holds:
+        raise ValueError(f"{field}={value!r} does not work: {field} must be {works}")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def stop_ids(stop: int | Iterable[int] | None) -> list[int]:
+    """The token ids that end a row: integers of any type, also a tensor's; else ValueError."""
+    if stop is None:
+        return []
+    single = getattr(stop, "ndim", 1) == 0 or not isinstance(stop, Iterable)
+    try:
+        return [operator.index(token) for token in ([stop] if single else stop)]
+    except TypeError:
+        wrong = f"stop={stop!r} does not work"
+        raise ValueError(f"{wrong}: stop must be None, a token id or several") from None
+
+
+@torch.inference_mode()
+def check_prompt(idx: Tensor, cache: Cache | None, block_size: int) -> Tensor:
+    """
+    What a model can look at of a prompt idx (B, T), its last tokens. A cache, which holds the first
+    cache.pos tokens of idx, is made ready to go on with them: it forgets the last one, which is
+    computed again, or all of them if idx does not fit it. ValueError for what cannot be continued.
+    """
+    if idx.dim() != 2 or idx.size(1) == 0:
+        wrong = f"idx of shape {tuple(idx.shape)} does not work"
+        raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
+    if cache is None:
+        return idx[:, -block_size:]
+    if cache.pos > idx.size(1):
+        held = f"the cache holds {cache.pos} tokens, idx {idx.size(1)}"
+        raise ValueError(f"{held}: it must begin with those; truncate the cache")
+    longest = min(cache.max_len, block_size)
+    cache.rewind(idx.size(1) - 1 if idx.size(1) <= longest else 0)
+    return idx[:, -longest:]
+
+
+@torch.inference_mode()
+def crop_context(context: Tensor, cache: Cache | None, block_size: int) -> Tensor:
+    """
+    The last tokens of context (B, T) that a model can look at. A context that has outgrown its
+    cache goes on with half of what that can hold, the newest, and the cache is emptied for them.
+    """
+    if cache is None:
+        return context[:, -block_size:]
+    longest = min(cache.max_len, block_size)
+    if context.size(1) <= longest:
+        return context
+    cache.truncate(0)
+    return context[:, -max(longest // 2, 1) :]
+
+
+@torch.inference_mode()
+def next_token(model: GPT, context: Tensor, cache: Cache | None, sampler: Sampler) -> Tensor:
+    """The next token of context (B, T), (B, 1); a cache holds the first cache.pos tokens of it."""
+    logits, _ = model(context if cache is None else context[:, cache.pos :], cache=cache)
+    return sampler(logits[:, -1])
+
+
+def stream_tokens(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    sampler: Sampler,
+    use_cache: bool = True,
+    cache_dtype: torch.dtype | None = None,
+    cache: Cache | None = None,
+    stop: int | Iterable[int] | None = None,
+) -> Iterator[Tensor]:
+    """
+    The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout: a model in training
+    mode is in evaluation mode until the last. The other arguments are those of GPT.generate. A
+    prompt that all rows share is prefilled once.
+    """
+    whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
+    _require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
+    block_size, stops = model.config.block_size, stop_ids(stop)
+    ends = torch.tensor(stops, device=idx.device)
+    training = [module for module in model.modules() if module.training]
+    context = check_prompt(idx, cache, block_size)
+    if training:
+        model.eval()
+    try:
+        if cache is None and use_cache and max_new_tokens > 0:
+            longest = min(block_size, idx.size(1) + max_new_tokens)
+            cache = model.make_cache(idx.size(0), longest, cache_dtype)
+            prefill_shared(model, context, cache)
+        done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            context = crop_context(context, cache, block_size)
+            token = torch.where(done, context[:, -1:], next_token(model, context, cache, sampler))
+            context = torch.cat([context, token], dim=1)
+            yield token
+            if stops:
+                done = torch.isin(token, ends)
+                if bool(done.all()):
+                    break
+    finally:
+        for module in training:  # a part may have been in evaluation mode before
+            module.training = True
+
+
+@torch.inference_mode()
+def prefill_shared(model: GPT, prompt: Tensor, cache: Cache) -> None:
+    """Fill an empty cache with all but the last token of prompt (B, T), if all rows are equal."""
+    B, T = prompt.shape
+    if B > 1 and T > 1 and bool((prompt == prompt[:1]).all()):
+        model(prompt[:1, :-1], cache=cache.row(0))
+        cache.advance(T - 1)
+        cache.broadcast_row(0)
