@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanomla.engine import Piece, Token
-from nanomla.tokenizer import Tokenizer
+from nanomla.tokenizer import StreamDecoder, Tokenizer
 from tools.completions import ApiError, Reply, make_requests, read_params, shown
 
 BYTES = Tokenizer({"kind": "byte"})
@@ -20,14 +20,17 @@ def requests_of(tokenizer=BYTES, most=80, **body):
     return params, *make_requests(params, tokenizer, most)
 
 
-def token(raw, logprob=-0.5, top=()):
-    text = raw.decode("utf-8", "replace")
-    return Token(raw[0], text, raw, logprob, top)
+def tokens_of(raw, logprob=-0.5, top=()):
+    """The tokens of some bytes, one each."""
+    decoder = StreamDecoder(BYTES)
+    chars = [len(decoder.push(byte)) for byte in raw]
+    each = zip(raw, chars, strict=True)
+    return tuple(Token(byte, bytes([byte]), n, logprob, top) for byte, n in each)
 
 
-def piece(request, raw, text, index=0, finish=None, **more):
-    tokens = tuple(token(bytes([byte]), **more) for byte in raw)
-    return Piece(request, index, text, tokens, finish, None, held=9, nbytes=90)
+def piece(request, raw, text, index=0, finish=None, made=0, **more):
+    tokens = tokens_of(raw, **more)
+    return Piece(request, index, text, tokens, made, held=9, nbytes=90, finish=finish)
 
 
 def test_fields_reach_the_engine():
@@ -39,8 +42,8 @@ def test_fields_reach_the_engine():
     assert not plain.prompt_logprobs and plain.logprobs is None and not plain.cache_prompt
     _, (one,), _ = requests_of(
         prompt=[1, 2], max_tokens=0, temperature=0, top_p=0.5, top_k=7, n=3, seed=4,
-        stop=["a", "b"], logprobs=0, echo=True, cache_prompt=True, truncate_prompt_tokens=5, best_of=3, user="me",
-        suffix="", presence_penalty=0, logit_bias={},
+        stop=["a", "b"], logprobs=0, echo=True, cache_prompt=True, truncate_prompt_tokens=5,
+        best_of=3, user="me", suffix="", presence_penalty=0, logit_bias={},
     )  # fmt: skip
     s = one.sampling
     assert (s.max_new_tokens, s.temperature, s.top_p, s.top_k) == (0, 0.0, 0.5, 7)
@@ -141,8 +144,8 @@ def test_streamed_and_whole_replies_agree():
             for request in reversed(requests):  # in any order
                 for index in (1, 0):
                     finish = "length" if text == "y" else None
-                    got = reply.add(piece(request, text.encode(), text, index, finish), 5.0)
-                    deltas.append(got)
+                    one = piece(request, text.encode(), text, index, finish, "xy".index(text) + 1)
+                    deltas.append(reply.add(one, 5.0))
         replies[stream] = (reply, deltas)
     whole = replies[False][0].whole()
     assert [c["index"] for c in whole["choices"]] == [0, 1, 2, 3]
@@ -188,9 +191,10 @@ def test_echo():
     reply = Reply(params, [request], texts, "m", BYTES)
     raw = "hé".encode()
     request.computed = 3
-    request.prompt_tokens = [token(raw[i : i + 1], -1.0 if i else None) for i in range(3)]
+    prompt = tokens_of(raw, -1.0)
+    request.prompt_tokens = [prompt[0]._replace(logprob=None), *prompt[1:]]
     first = reply.add(piece(request, b"x", "x"), 0.0)
-    second = reply.add(piece(request, b"y", "y", finish="length"), 0.0)
+    second = reply.add(piece(request, b"y", "y", finish="length", made=2), 0.0)
     assert first["text"] == "héx" and second["text"] == "y"
     logprobs = first["logprobs"]
     assert logprobs["tokens"] == ["h", "bytes:\\xc3", "bytes:\\xa9", "x"]
@@ -208,7 +212,7 @@ def test_echo_without_the_token_that_begins_a_text():
         decode=lambda ids: b"".join(map(names.get, ids)).decode(),
     )  # fmt: skip
     params, (request,), texts = requests_of(tokenizer, prompt="to be", echo=True, logprobs=0)
-    request.prompt_tokens = [Token(i, names[i].decode(), names[i], -1.0) for i in (1, 2, 3)]
+    request.prompt_tokens = [Token(i, names[i], len(names[i]), -1.0) for i in (1, 2, 3)]
     request.computed = 3
     reply = Reply(params, [request], texts, "m", tokenizer)
     choice = reply.add(piece(request, b"", "", finish="length"), 0.0)

@@ -10,7 +10,6 @@ the engine makes becomes JSON objects.
     reply.whole()                           # the response of a request that does not stream
 """
 
-import codecs
 import contextlib
 import difflib
 import secrets
@@ -224,12 +223,11 @@ class Choice:
         self.index, self.began, self.made = index, False, 0
         self.deltas: list[dict[str, Any]] = []
         self.place = 0  # in the choice's text, of the next token
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def offset(self, raw: bytes) -> int:
-        """Where in the text a token begins that has these bytes and follows the one before."""
+    def offset(self, token: Token) -> int:
+        """Where in the text a token begins that follows the one before."""
         place = self.place
-        self.place += len(self.decoder.decode(raw))
+        self.place += token.chars
         return max(place, 0)
 
 
@@ -261,7 +259,7 @@ class Reply:
         rate: tokens/s of this call's model so far.
         """
         params, choice = self.params, self.choices[self.first[piece.request] + piece.index]
-        choice.made += params.max_tokens > 0
+        choice.made = piece.made
         if not (piece.text or piece.tokens or piece.finish):
             return None
         text, tokens = piece.text, piece.tokens
@@ -332,7 +330,7 @@ class Reply:
             "tokens": [shown(token.raw) for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
             "top_logprobs": likeliest,
-            "text_offset": [choice.offset(token.raw) for token in tokens],
+            "text_offset": [choice.offset(token) for token in tokens],
         }
 
     def _top(self, token: Token) -> list[tuple[str, float]]:

@@ -202,7 +202,7 @@ def describe(config: GPTConfig, batch: Batch) -> dict[str, Any]:
         "numbers_per_token_and_layer": int(numbers) if numbers == int(numbers) else numbers,
         "mha_numbers_per_token_and_layer": heads * config.hs, "cache_dtype": _short(cache.dtype),
         "bytes_per_token": cache.bytes_per_token,
-        "state_bytes": 0 if cache.grows else cache.nbytes // batch.rows,
+        "state_bytes": 0 if cache.grows else cache.nbytes // cache.batch_size,
         "mha_bytes_per_token": mha, "rows": batch.rows,
     }  # fmt: skip
 

@@ -84,12 +84,15 @@ class Call:
         self.gone, self.status = False, 499
         self.began, self.first_token = time.perf_counter(), 0.0
         self.seconds_before, self.made = 0.0, 0
+        self.shown: dict[tuple[Request, int], int] = {}  # tokens made at a sample's last piece
 
     def push(self, piece: Piece, before: float, after: float) -> None:
         """Take a piece of a step; before, after: the batch's seconds in steps around it."""
         if not self.first_token:
             self.first_token, self.seconds_before = time.perf_counter() - self.began, before
-        self.made += piece.request.sampling.max_new_tokens > 0
+        sample = piece.request, piece.index
+        self.made += piece.made - self.shown.get(sample, piece.made - bool(piece.made))
+        self.shown[sample] = piece.made
         self.left -= piece.finish is not None
         if piece.error is not None:
             self.error = ApiError(500, piece.error)
