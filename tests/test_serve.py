@@ -455,7 +455,7 @@ def test_too_many_clients(server):
             stack.enter_context(contextlib.closing(connection))
             assert response.status == 200
         assert server.until(ROWS, "nanomla_active_rows", model="out-mla")
-        assert server.metric("nanomla_waiting_requests", model="out-mla") == QUEUE
+        assert server.until(QUEUE, "nanomla_waiting_requests", model="out-mla")
         status, headers, answer = server.ask("POST", "/v1/completions", QUICK)
         assert status == 503 and headers["Retry-After"] == "1"
         assert answer["error"]["code"] == "overloaded"

@@ -444,7 +444,7 @@ class Site:
                 served.batch.check(one)
             except UserError as error:
                 raise ApiError(400, str(error), "prompt") from None
-        call = Call(served, requests)
+        call = Call(served, requests, paced=params.stream)
         self.stepper.open(call)
         return call, Reply(params, requests, texts, served.name, served.tokenizer)
 

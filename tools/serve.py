@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     with contextlib.closing(listen(cfg)) as sock:
         served = open_models(cfg)
+        if "OMP_NUM_THREADS" not in os.environ and max(m.about["width"] for m in served) < 256:
+            torch.set_num_threads(1)  # tiny matrices gain nothing from more, which wait for others
         number = asyncio.run(serve(cfg, served, sock))
     raise_stopped(number)
 
@@ -254,7 +256,7 @@ async def serve(cfg: ServeConfig, served: list[Any], sock: socket.socket) -> int
 
     stepper = Stepper(served, asyncio.get_running_loop())
     guard = Site(stepper, cfg.max_tokens).app(cfg.host, cfg.token)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # clients that vanish are no news
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that vanish are no news
     server = Server(uvicorn.Config(
         guard, http=Connection, ws="none", lifespan="off", log_config=None, log_level="critical",
         access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,

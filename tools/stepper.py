@@ -2,7 +2,8 @@
 The thread that owns the models of a server, and its ties with the event loop.
 
 All of torch happens in the thread. The loop gives it orders, which it takes between two steps; what
-a step makes comes back in one call_soon_threadsafe. The thread sleeps while there is nothing to do.
+steps have made comes back in one call_soon_threadsafe, unless the loop has yet to take an earlier
+one up. The thread sleeps while there is nothing to do.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from nanomla.tokenizer import Tokenizer
 from tools.completions import ApiError
 
 RATE_SECONDS = 5.0  # that the rate of /metrics looks back
+GATHER = 0.02  # seconds between two writes to a client, as each costs more than a token's JSON
 
 
 class Stats(NamedTuple):
@@ -73,13 +75,15 @@ class Call:
     """
     The requests of one client to one model, and what has come of them; it belongs to the loop.
 
+    paced: take() returns from time to time rather than only at the end.
     left: samples that have not ended. status: of the response, as it stands; 499: the client left.
     """
 
-    def __init__(self, served: Served, requests: list[Request]) -> None:
+    def __init__(self, served: Served, requests: list[Request], paced: bool) -> None:
         self.served, self.requests, self.left = served, requests, sum(r.n for r in requests)
+        self.paced, self.taken = paced, 0.0  # taken: when
         self.arrived: list[tuple[Piece, float]] = []
-        self.news = asyncio.Event()
+        self.news, self.timer = asyncio.Event(), None  # the timer is to set news
         self.error: ApiError | None = None
         self.gone, self.status = False, 499
         self.began, self.first_token = time.perf_counter(), 0.0
@@ -98,7 +102,11 @@ class Call:
             self.error = ApiError(500, piece.error)
         else:
             self.arrived.append((piece, self.made / max(after - self.seconds_before, 1e-6)))
-        self.news.set()
+        if self.error or not self.left:
+            self.news.set()
+        elif self.paced and self.timer is None:
+            wait = self.taken + GATHER - time.perf_counter()
+            self.timer = asyncio.get_running_loop().call_later(max(wait, 0), self.news.set)
 
     def fail(self, error: ApiError) -> None:
         """Let the client have an error after what has arrived."""
@@ -115,9 +123,14 @@ class Call:
         The pieces that have arrived since the last time, each with the call's tokens/s; waits for
         some. [] when all has come or the client is gone. Raises ApiError for what failed.
         """
-        while not self.arrived and self.left and not self.error and not self.gone:
-            self.news.clear()
+        while self.left and not (self.error or self.gone):
             await self.news.wait()
+            self.news.clear()
+            if self.arrived:
+                break
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer, self.taken = None, time.perf_counter()
         pieces, self.arrived = self.arrived, []
         if self.error and not pieces:
             raise self.error
@@ -139,6 +152,7 @@ class Stepper(threading.Thread):
         self.calls: dict[Request, Call] = {}  # that are open
         self.on_step: Callable[[Served, float], None] = lambda served, seconds: None
         self._orders: deque[Callable[[], None]] = deque()
+        self._made: deque[tuple] = deque()  # arguments of _deliver
         self._awake, self._ended = threading.Condition(), False
 
     # ---- in the loop's thread
@@ -202,6 +216,13 @@ class Stepper(threading.Thread):
             self._orders.append(order)
             self._awake.notify()
 
+    def _take_made(self) -> None:
+        while self._made:
+            try:
+                self._deliver(*self._made[0])
+            finally:
+                self._made.popleft()  # only now, so that the thread need not tell of more
+
     def _deliver(self, served: Served, pieces: list[Piece], before: float, stats: Stats) -> None:
         served.note(stats)
         if stats.seconds > before:
@@ -241,8 +262,7 @@ class Stepper(threading.Thread):
         if orders:  # a cancelled row counts no longer
             for served in self.served.values():
                 if not served.batch.busy:
-                    stats = _stats(served.batch)
-                    self.loop.call_soon_threadsafe(self._deliver, served, [], stats.seconds, stats)
+                    self._post(served, [], served.batch.seconds)
         return not self._ended
 
     def _busy(self) -> bool:
@@ -250,8 +270,12 @@ class Stepper(threading.Thread):
 
     def _step(self, served: Served) -> None:
         before = served.batch.seconds
-        pieces, stats = served.batch.step(), _stats(served.batch)
-        self.loop.call_soon_threadsafe(self._deliver, served, pieces, before, stats)
+        self._post(served, served.batch.step(), before)
+
+    def _post(self, served: Served, pieces: list[Piece], before: float) -> None:
+        self._made.append((served, pieces, before, _stats(served.batch)))
+        if len(self._made) == 1:  # else the loop has been told
+            self.loop.call_soon_threadsafe(self._take_made)
 
 
 def _stats(batch: Batch) -> Stats:
