@@ -137,7 +137,7 @@ def test_alternation_and_roofline():
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        ([], 2, ["decode, prefill, train, lengths, svd"]),
+        ([], 2, ["decode, prefill, train, lengths, serve, svd"]),
         (["decode", "train"], 2, ["one of"]),
         (["decode", "--n_layer=3"], 2, ["unknown setting n_layer"]),
         (["decode", "--learning_rate=1"], 2, ["unknown setting learning_rate"]),

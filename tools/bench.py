@@ -5,6 +5,7 @@ Time the attention variants against each other, against this machine's limits an
     python -m tools.bench prefill           time and memory of prompts of 512 to 8,192 tokens
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
     python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
+    python -m tools.bench serve             tokens/s of tools.serve for 1 client and for 16
     python -m tools.bench svd               exact against randomized factors
     python -m tools.bench profile config/train_mla.py
                                             where an iteration of a config's run goes
@@ -40,7 +41,7 @@ from nanomla import checkpoint, costs, formats
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype, warn0
 from nanomla.optim import make_optimizers
-from nanomla.settings import check, configure, declared
+from nanomla.settings import check, configure, declared, run_config_file
 from nanomla.start import padded_vocab
 from nanomla.surgery import factorise
 from train import TrainConfig
@@ -74,6 +75,15 @@ class TimingConfig(RoundsConfig):
     """The settings of `decode` and `train`."""
 
     vs_hf: Annotated[bool, "#bench", "time transformers' GPT-2 and DeepSeek-V3 too"] = False
+
+
+@dataclass
+class LoadConfig(BenchConfig):
+    """The settings of `serve`."""
+
+    clients: Annotated[int, "#bench", "clients at once", ">= 1", "<= 1000"] = 16
+    tokens: Annotated[int, "that each asks for", ">= 1", "<= 4096"] = 128
+    rounds: Annotated[int, "rounds that the medians are taken over", ">= 1", "<= 10000"] = 5
 
 
 @dataclass
@@ -123,13 +133,14 @@ def main(argv: list[str] | None = None) -> None:
         "prefill": (RoundsConfig, bench_prefill),
         "train": (TimingConfig, bench_train),
         "lengths": (RoundsConfig, bench_lengths),
+        "serve": (LoadConfig, bench_serve),
         "svd": (BenchConfig, bench_svd),
         "profile": (ProfileConfig, bench_profile),
         "--report": (ReportConfig, report),
     }
     given = [arg for arg in argv if arg.removesuffix("=True") in commands]
     if len(given) != 1 and not {"--help", "-h"} & set(argv):
-        raise UsageError("say one of: decode, prefill, train, lengths, svd, profile, --report")
+        raise UsageError(f"say one of: {', '.join(commands)}")
     config_class, command = commands[given[0].removesuffix("=True") if given else "decode"]
     rest = [arg for arg in argv if arg not in commands]
     cfg, origins = configure(config_class, rest, ignored_in_files=declared(TrainConfig))
@@ -750,6 +761,28 @@ def bench_training_lengths(cfg: RoundsConfig, device: str, dtype: torch.dtype) -
     rows.append({"T": "16,384 / 1,024"} | {f"{name}, us/token": f"{r:.2f}" for name, r in named})
     what = "Forward and backward of one attention layer, 128 wide, 4 heads, batch 1"
     return table(f"{what}, {name_of(dtype)}", rows)
+
+
+# ---- serve
+
+
+def bench_serve(cfg: LoadConfig, device: str) -> Rows:
+    """A server of train_mla.py's model and one of a 124M model, each for 1 client and for many."""
+    from tools import load
+
+    settings = {**run_config_file(str(load.ROOT / "config/train_mla.py")), "vocab_size": 65}
+    small = {name: value for name, value in settings.items() if name in declared(GPTConfig)}
+    models = {
+        "config/train_mla.py": GPTConfig(bias=False, **small),
+        "a 124M GPT with MLA, L = 160, r = 32": GPTConfig(
+            bias=False, use_mla=True, mla_latent_dim=160, pos_emb="rope", mla_rope_dim=32
+        ),
+    }
+    rows, how = [], (cfg.clients, cfg.tokens, cfg.rounds)
+    for name, config in models.items():
+        title = f"{name}: {cfg.tokens} tokens behind a prompt of 16, {cfg.rounds} rounds"
+        rows += table(title, load.measure(config, device, *how))
+    return rows
 
 
 # ---- svd and --report
