@@ -51,6 +51,7 @@ class Server:
     """A server's process and a client for it."""
 
     def __init__(self, folder, *flags, patch=""):
+        self.headers = {}  # of every request
         command = ["-c", START.format(patch=patch)] if patch else ["-m", "tools.serve"]
         self.errors = folder / f"stderr-{len(list(folder.glob('stderr-*')))}"
         with open(self.errors, "w") as errors:
@@ -78,7 +79,7 @@ class Server:
         with contextlib.closing(self.connect()) as connection:
             if body is not None and not isinstance(body, bytes):
                 body, headers = json.dumps(body).encode(), {**JSON, **(headers or {})}
-            connection.request(method, path, body, headers or {})
+            connection.request(method, path, body, {**self.headers, **(headers or {})})
             response = connection.getresponse()
             return response.status, response.headers, content(response)
 
@@ -100,11 +101,13 @@ class Server:
         with sock:
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
+    @contextlib.contextmanager
     def stream(self, **body):
-        """An open connection whose response has begun, and the response."""
-        connection = self.connect()
-        connection.request("POST", "/v1/completions", json.dumps({**LONG, **body}), JSON)
-        return connection, connection.getresponse()
+        """A stream's response, which has begun; the connection ends with the block."""
+        with contextlib.closing(self.connect()) as connection:
+            headers = {**JSON, **self.headers}
+            connection.request("POST", "/v1/completions", json.dumps({**LONG, **body}), headers)
+            yield connection.getresponse()
 
     def metric(self, name, **labels):
         """The sum of a metric's values that have these labels."""
@@ -256,8 +259,7 @@ def test_a_stream_is_the_whole_in_parts(server):
         "logprobs": 3, "echo": True, "return_token_ids": True, "top_k": 50, "top_p": 0.9,
     }  # fmt: skip
     whole = server.complete(**body)
-    connection, response = server.stream(**body, stream_options={"include_usage": True})
-    with contextlib.closing(connection):
+    with server.stream(**body, stream_options={"include_usage": True}) as response:
         assert response.headers.get_content_type() == "text/event-stream"
         chunks = events(response)
     *chunks, last = chunks
@@ -389,8 +391,7 @@ def test_attention(server):
             assert not any(row[i + 1 :])
     for wrong in ({"layer": 2}, {"tokens": [256]}, {"tokens": []}, {"tokens": [True]}):
         assert server.ask("POST", "/api/attention", {**body, **wrong})[0] == 400
-    connection, response = server.stream()
-    with contextlib.closing(connection):
+    with server.stream() as response:
         response.read(1)
         assert server.ask("POST", "/api/attention", body)[0] == 409
         other = server.ask("POST", "/api/attention", {**body, "model": "out-mha"})
@@ -418,8 +419,7 @@ def test_parallel_clients_get_what_each_gets_alone(server):
     def again(i):
         if i % 2:
             return server.complete(**asked[i])["choices"]
-        connection, response = server.stream(**asked[i])
-        with contextlib.closing(connection):
+        with server.stream(**asked[i]) as response:
             parts = [choice for chunk in events(response) for choice in chunk["choices"]]
         return [{"text": "".join(part["text"] for part in parts)}]
 
@@ -451,8 +451,9 @@ def test_too_many_clients(server):
     """A full queue is refused with the time to wait, at once, and goes on when there is room."""
     with contextlib.ExitStack() as stack:
         for _ in range(ROWS + QUEUE):
-            connection, response = server.stream()
-            stack.enter_context(contextlib.closing(connection))
+            last = contextlib.ExitStack()
+            response = last.enter_context(server.stream())
+            stack.enter_context(last)
             assert response.status == 200
         assert server.until(ROWS, "nanomla_active_rows", model="out-mla")
         assert server.until(QUEUE, "nanomla_waiting_requests", model="out-mla")
@@ -461,10 +462,9 @@ def test_too_many_clients(server):
         assert answer["error"]["code"] == "overloaded"
         other = {**QUICK, "model": "out-mha"}
         assert server.ask("POST", "/v1/completions", other)[0] == 200  # it has its own queue
-        connection.close()
-        time.sleep(0.2)
-        connection, response = server.stream()
-        stack.enter_context(contextlib.closing(connection))
+        last.close()
+        assert server.until(QUEUE - 1, "nanomla_waiting_requests", model="out-mla")
+        response = stack.enter_context(server.stream())
         assert response.status == 200
     assert server.until(0, "nanomla_active_rows") and server.until(0, "nanomla_waiting_requests")
     assert server.text(**QUICK)
@@ -495,7 +495,8 @@ def test_slow_readers_hold_nobody_up(server):
     there when they read at last."""
     memory = server.metric("process_resident_memory_bytes")
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(slow_reader(server, seed=1)) for _ in range(3)]
+        body = {"max_tokens": 600, "seed": 1}
+        socks = [stack.enter_context(slow_reader(server, **body)) for _ in range(3)]
         assert server.until(3, "nanomla_active_rows", model="out-mla")
         began = time.monotonic()
         assert server.complete(**QUICK)["usage"]["completion_tokens"] == 4
@@ -673,8 +674,7 @@ def mixed_request(server, i):
         body = {**QUICK, "model": ("out-mla", "out-mha")[i % 2], "n": 1 + (kind == 2), "seed": i}
         return server.ask("POST", "/v1/completions", body)[0]
     if kind < 6:
-        connection, response = server.stream(max_tokens=6 if kind == 4 else 500)
-        with contextlib.closing(connection):
+        with server.stream(max_tokens=6 if kind == 4 else 500) as response:
             response.read() if kind == 4 else response.read(1)
         return response.status
     if kind == 6:
@@ -704,8 +704,7 @@ def test_nothing_is_lost_in_many_requests(server, count):
     assert server.until(lambda open_files: open_files <= files + 1, "process_open_fds")
     with contextlib.ExitStack() as stack:  # every place in rows and queue can be taken again
         for _ in range(ROWS + QUEUE):
-            connection, response = server.stream()
-            stack.enter_context(contextlib.closing(connection))
+            response = stack.enter_context(server.stream())
             assert response.status == 200
     assert server.until(0, "nanomla_active_rows")
     assert server.stderr() == ""
@@ -716,8 +715,9 @@ def test_nothing_is_lost_in_many_requests(server, count):
 
 def test_a_token_and_the_end(start):
     """Without the token only the page and /health answer. SIGTERM lets a stream come to its end,
-    refuses new requests meanwhile, and ends with a line and status 143."""
-    server = start("--token=secret")
+    refuses new requests meanwhile, gives what is not done in time an error, whether it streams or
+    not, and ends with a line and status 143."""
+    server = start("--token=secret", "--max_tokens=1000000", patch="tools.serve.GRACE = 1.5")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/none")):
             status, given, answer = server.ask(method, path, headers=headers)
@@ -726,46 +726,30 @@ def test_a_token_and_the_end(start):
         assert server.ask("POST", "/v1/completions", QUICK, headers)[0] == 401
         assert server.ask("GET", "/health", headers=headers)[0] == 200
         assert server.ask("GET", "/", headers=headers)[0] in (200, 404)
-    right = {"Authorization": "Bearer secret"}
-    assert server.ask("GET", "/v1/models", headers=right)[0] == 200
-    with contextlib.closing(server.connect()) as connection:
-        body = {**LONG, "max_tokens": 400}
-        connection.request("POST", "/v1/completions", json.dumps(body), {**JSON, **right})
-        response = connection.getresponse()
-        response.peek()
+    server.headers = {"Authorization": "Bearer secret"}
+    assert server.ask("GET", "/v1/models")[0] == 200
+    long = {**LONG, "max_tokens": 1_000_000}
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        whole = pool.submit(server.ask, "POST", "/v1/completions", {**long, "stream": False})
+        endless = stack.enter_context(server.stream(**long))
+        response = stack.enter_context(server.stream(max_tokens=100))
+        assert server.until(lambda rows: rows >= 2, "nanomla_active_rows")
         server.process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + 2
-        while (status := server.ask("POST", "/v1/completions", QUICK, right)[0]) == 200:
+        end = time.monotonic() + 1
+        while (status := server.ask("POST", "/v1/completions", QUICK)[0]) == 200:
             assert time.monotonic() < end
         assert status == 503 and server.ask("GET", "/health")[0] == 503
-        chunks = events(response)
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-    made = server.process.wait(10)
-    assert made == 143 and server.stderr() == "serve.py: terminated\n"
-
-
-def test_what_is_not_done_in_time(start):
-    """Gets an error at the end, streaming or not. A second Ctrl-C does not wait for that."""
-    server = start("--max_tokens=1000000", patch="tools.serve.GRACE = 0.3")
-    body = {**LONG, "max_tokens": 1_000_000}
-    with ThreadPoolExecutor(1) as pool, contextlib.closing(server.connect()) as connection:
-        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
-        response = connection.getresponse()
-        other = {**body, "stream": False}
-        whole = pool.submit(server.ask, "POST", "/v1/completions", other)
-        assert server.until(2, "nanomla_active_rows")
-        server.process.send_signal(signal.SIGINT)
-        chunks = events(response)
-        assert chunks[-1]["error"]["code"] == "shutting_down" and len(chunks) > 2
+        assert events(response)[-1]["choices"][0]["finish_reason"] == "length"
+        assert events(endless)[-1]["error"]["code"] == "shutting_down"
         assert whole.result()[0] == 503
-    assert server.process.wait(10) == 130 and server.stderr() == "serve.py: interrupted\n"
+    assert server.process.wait(10) == 143 and server.stderr() == "serve.py: terminated\n"
 
 
 def test_ctrl_c_twice(start):
     """The second ends the process at once."""
     server = start("--max_tokens=1000000")
-    connection, response = server.stream(max_tokens=1_000_000)
-    with contextlib.closing(connection):
+    with server.stream(max_tokens=1_000_000) as response:
         response.peek()
         server.process.send_signal(signal.SIGINT)
         assert server.until(1, "nanomla_active_rows")  # goes on
@@ -789,20 +773,17 @@ def test_silent_clients_and_a_failing_engine(start):
     """Who reads or sends nothing is dropped after a while. When the engine fails, every waiting
     client gets one line, and the server ends with a traceback instead of hanging."""
     server = start("--max_tokens=1000000", patch=FAILING)
-    with slow_reader(server, max_tokens=1_000_000), socket.create_connection(
+    with slow_reader(server, max_tokens=1_000_000, n=16), socket.create_connection(
         ("127.0.0.1", server.port), timeout=10
     ) as silent:
-        assert server.until(1, "nanomla_active_rows")
+        assert server.until(16, "nanomla_active_rows")
         assert silent.recv(1) == b""
         assert server.until(0, "nanomla_active_rows", seconds=20)
     assert server.stderr() == ""
-    with ThreadPoolExecutor(2) as pool, contextlib.closing(server.connect()) as connection:
-        body = {**LONG, "max_tokens": 1_000_000}
-        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
-        response = connection.getresponse()
+    with server.stream(max_tokens=1_000_000) as response:
         assert server.until(1, "nanomla_active_rows")
         bad = {**QUICK, "seed": 666}
-        status, _, answer = pool.submit(server.ask, "POST", "/v1/completions", bad).result()
+        status, _, answer = server.ask("POST", "/v1/completions", bad)
         message = "the engine has failed (RuntimeError: a mistake)"
         assert (status, answer["error"]["message"]) == (500, message)
         assert events(response)[-1]["error"]["message"] == message

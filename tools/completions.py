@@ -23,7 +23,7 @@ from nanomla.errors import UserError
 from nanomla.files import brief, check_fields, one_line
 from nanomla.tokenizer import Tokenizer, end_of_text, start_of_text
 
-LEAST = -9999.0  # stands for a log probability of minus infinity, which JSON does not have
+LEAST = -9999.0  # stands for log probabilities that JSON does not have: minus infinity, no number
 OBFUSCATION = "include_obfuscation"  # OpenAI's, which adds noise to chunks; has no effect
 MOST_STOPS, LONGEST_STOP = 4, 500  # stop texts, and characters of one
 KINDS = {  # what OpenAI calls a status
@@ -213,7 +213,9 @@ def shown(raw: bytes) -> str:
 
 
 def _number(logprob: float | None) -> float | None:
-    return None if logprob is None else round(max(logprob, LEAST), 6)
+    if logprob is None:
+        return None
+    return round(logprob, 6) if logprob > LEAST else LEAST
 
 
 class Choice:

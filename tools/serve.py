@@ -12,7 +12,7 @@ Ctrl-C lets what is being written come to its end, for up to 10 seconds; a secon
 docs/serve.md has the details.
 """
 
-from nanomla.errors import UsageError, UserError, raise_stopped, run_script, say
+from nanomla.errors import Stopped, UsageError, UserError, explain, raise_stopped, run_script, say
 
 # isort: split
 import asyncio
@@ -281,6 +281,8 @@ async def serve(cfg: ServeConfig, served: list[Any], sock: socket.socket) -> int
     await asyncio.to_thread(stepper.join, GRACE)
     if stepper.failure.done():
         raise stepper.failure.result()
+    if stepper.is_alive():  # a step that takes this long; Python must not end below it
+        end_at_once(signalled.result())
     return signalled.result()
 
 
@@ -292,8 +294,7 @@ def catch_signals() -> asyncio.Future[int]:
 
     def note(number: int, _frame: Any) -> None:
         if seen and number == signal.SIGINT:
-            say(f"{Path(sys.argv[0]).name}: interrupted", sys.stderr)
-            os._exit(128 + number)  # a step of the engine may take long
+            end_at_once(number)
         if not seen:
             seen.append(number)
             loop.call_soon_threadsafe(first.set_result, number)
@@ -302,6 +303,13 @@ def catch_signals() -> asyncio.Future[int]:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return first
+
+
+def end_at_once(number: int) -> None:
+    """End the process as run_script does for a signal, but without waiting for the engine."""
+    line, status = explain(KeyboardInterrupt() if number == signal.SIGINT else Stopped(number))
+    say(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)
+    os._exit(status)
 
 
 def announce(served: list[Any], sock: socket.socket) -> None:
