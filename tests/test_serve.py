@@ -227,6 +227,10 @@ def test_models_and_pages(server):
         assert headers["Referrer-Policy"] == "no-referrer"
         assert headers["Cache-Control"] == "no-store" or path == "/"
         assert not [name for name in headers if name.lower().startswith("access-control")]
+    for path in (ROOT / "tools" / "page").glob("*.*"):
+        status, headers, text = server.ask("GET", f"/{path.name}")
+        assert status == 200 and text == path.read_text(encoding="utf-8"), path
+        assert path.suffix != ".js" or headers.get_content_type() == "text/javascript"
     status, headers, error = server.ask("DELETE", "/v1/models")
     assert (status, error["error"]["type"]) == (405, "invalid_request_error")
     assert "GET" in headers["Allow"]
@@ -717,7 +721,8 @@ def test_a_token_and_the_end(start):
     """Without the token only the page and /health answer. SIGTERM lets a stream come to its end,
     refuses new requests meanwhile, gives what is not done in time an error, whether it streams or
     not, and ends with a line and status 143."""
-    server = start("--token=secret", "--max_tokens=1000000", patch="tools.serve.GRACE = 1.5")
+    flags = "--host=0.0.0.0", "--token=secret", "--max_tokens=1000000"
+    server = start(*flags, patch="tools.serve.GRACE = 1.5")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/none")):
             status, given, answer = server.ask(method, path, headers=headers)
@@ -726,6 +731,8 @@ def test_a_token_and_the_end(start):
         assert server.ask("POST", "/v1/completions", QUICK, headers)[0] == 401
         assert server.ask("GET", "/health", headers=headers)[0] == 200
         assert server.ask("GET", "/", headers=headers)[0] in (200, 404)
+    for host in ("a/health?", "a/#", "a/health;"):  # no part of the path
+        assert server.ask("GET", "/v1/models", headers={"Host": host})[0] == 401
     server.headers = {"Authorization": "Bearer secret"}
     assert server.ask("GET", "/v1/models")[0] == 200
     long = {**LONG, "max_tokens": 1_000_000}
@@ -759,19 +766,24 @@ def test_ctrl_c_twice(start):
 
 
 FAILING = """
+import dataclasses
 tools.app.PATIENCE = 0.5
 step = tools.stepper.Batch.step
 def failing(self):
     if any(request.seed == 666 for request in self.waiting):
         raise RuntimeError("a mistake")
-    return step(self)
+    bad = {"finish": "error", "error": "not finite"}
+    pieces = step(self)
+    return [dataclasses.replace(p, **bad) if p.request.seed == p.made + 99 else p for p in pieces]
 tools.stepper.Batch.step = failing
+tools.app.encode = None
 """
 
 
 def test_silent_clients_and_a_failing_engine(start):
-    """Who reads or sends nothing is dropped after a while. When the engine fails, every waiting
-    client gets one line, and the server ends with a traceback instead of hanging."""
+    """Who reads or sends nothing is dropped after a while. A sample that fails and a mistake in a
+    route are errors of their own request. When the engine fails, every waiting client gets one
+    line, and the server ends with a traceback instead of hanging."""
     server = start("--max_tokens=1000000", patch=FAILING)
     with slow_reader(server, max_tokens=1_000_000, n=16), socket.create_connection(
         ("127.0.0.1", server.port), timeout=10
@@ -780,6 +792,15 @@ def test_silent_clients_and_a_failing_engine(start):
         assert silent.recv(1) == b""
         assert server.until(0, "nanomla_active_rows", seconds=20)
     assert server.stderr() == ""
+    with server.stream(seed=102, max_tokens=3, logprobs=0) as response:
+        chunks = events(response)
+    assert chunks[-1]["error"]["message"] == "not finite" and len(chunks) <= 3
+    status, _, answer = server.ask("POST", "/v1/completions", {**QUICK, "seed": 102})
+    assert status == 500 and answer["error"]["type"] == "server_error"
+    assert server.metric("nanomla_requests_total", status="500") == 2
+    status, _, answer = server.ask("POST", "/api/tokenize", {"text": "a"})
+    assert status == 500 and "an error of the server" in answer["error"]["message"]
+    assert "'NoneType' object is not callable" in server.stderr()
     with server.stream(max_tokens=1_000_000) as response:
         assert server.until(1, "nanomla_active_rows")
         bad = {**QUICK, "seed": 666}
@@ -789,8 +810,8 @@ def test_silent_clients_and_a_failing_engine(start):
         assert events(response)[-1]["error"]["message"] == message
     assert server.process.wait(10) == 1
     said = server.stderr().splitlines()
-    assert "error: not expected, please report it" in said[0] and "a mistake" in said[-1]
-    assert sum("Traceback" in line for line in said) == 1
+    assert "serve.py: error: not expected, please report it" in said and "a mistake" in said[-1]
+    assert sum("Traceback" in line for line in said) == 2
 
 
 # ---- what fails before anything is served

@@ -85,8 +85,8 @@ def as_error(error: ApiError, headers: dict[str, str] | None = None) -> Response
 
 class Guard:
     """
-    The outermost layer: adds the headers of every response, refuses requests that come from web
-    pages elsewhere or without the token, and lets no exception out.
+    The outermost layer: adds the headers of every response, and refuses requests that come from web
+    pages elsewhere or without the token.
 
     public: paths that need no token. draining: the server is shutting down.
     """
@@ -97,29 +97,20 @@ class Guard:
         self.token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message["headers"] = [*message.get("headers", ()), *RAW_HEADERS]
             await send(message)
 
+        app = self.app
         try:
             self._check(Request(scope))
-            await self.app(scope, receive, send_with_headers)
         except ApiError as error:
-            await as_error(error)(scope, receive, send_with_headers)
-        except Exception:  # a mistake of ours: one request fails, and the server goes on
-            traceback.print_exc(file=sys.stderr)
-            if started:
-                raise  # uvicorn closes the connection, so that the client notices
-            error = ApiError(500, "an error of the server, which it has printed")
-            await as_error(error)(scope, receive, send_with_headers)
+            app = as_error(error)
+        await app(scope, receive, send_with_headers)
 
     def _check(self, request: Request) -> None:
-        host, path = request.headers.get("host", ""), request.url.path
+        host, path = request.headers.get("host", ""), request.scope["path"]
         if self.loopback and not LOOPBACK.fullmatch(host):
             raise ApiError(403, f"the Host header {brief(host)} is not this server's")
         for origin in request.headers.getlist("origin"):
@@ -367,7 +358,8 @@ class Site:
         return Response(status_code=LEFT)
 
     async def server_error(self, request: Request, error: Exception) -> Response:
-        """What the client sees of a mistake of ours, which the guard prints."""
+        """A mistake of ours: it is printed, the request fails, and the server goes on."""
+        traceback.print_exception(error, file=sys.stderr)
         return as_error(ApiError(500, "an error of the server, which it has printed"))
 
     async def http_error(self, request: Request, error: HTTPException) -> Response:
