@@ -153,7 +153,7 @@ def save_run(folder, spec, **settings):
     torch.manual_seed(1)
     shape = {"block_size": CONTEXT, "vocab_size": tokenizer.vocab_size, **settings}
     model = randomise(GPT(tiny_config(**shape)))
-    config = {"dataset": "x", "learning_rate": float("inf")}
+    config = {"dataset": "x", "learning_rate": float("inf"), "vocab_size": None}
     stored = Checkpoint(
         model.state_dict(), dataclasses.asdict(model.config), iter_num=7, best_val_loss=1.5,
         config=config, tokenizer=spec,
@@ -355,7 +355,9 @@ def test_pieces_of_the_page(server, models):
     path = "/api/log?model=out-mha"
     empty = server.ask("GET", path)[2]
     assert empty["entries"] == [] and empty["next"] == empty["total"] == 0
-    assert empty["settings"]["n_head"] == 4 and empty["settings"]["learning_rate"] is None
+    settings = empty["settings"]
+    assert settings["n_head"] == 4 and settings["learning_rate"] is None
+    assert settings["vocab_size"] == len(CHARS) and settings["dataset"] == "x"
     log.write_text('{"iter": 0, "loss": NaN}\n{"iter": 1, "loss": 2.5}\n{"iter": 2, "lo')
     answer = server.ask("GET", path)[2]
     assert answer["entries"] == [{"iter": 0, "loss": None}, {"iter": 1, "loss": 2.5}]

@@ -186,7 +186,8 @@ def open_model(cfg: ServeConfig, stored: Checkpoint, name: str, folder: Path) ->
         "val_loss": stored.best_val_loss if stored.best_val_loss < float("inf") else None,
         "has_log": log.is_file(), "max_tokens": cfg.max_tokens,
     }  # fmt: skip
-    settings = {**dataclasses.asdict(model.config), **stored.config}
+    shape = dataclasses.asdict(model.config)  # where a run says None, what that stands for
+    settings = shape | {k: v for k, v in stored.config.items() if v is not None or k not in shape}
     most = cfg.rows + cfg.queue
     return Served(name, model, tokenizer, batch, about, settings, log, most)
 
