@@ -60,13 +60,15 @@ class Server:
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
         self.said = []
+
+    def ready(self):
+        """Wait until it takes requests."""
         for line in self.process.stdout:
             self.said.append(line.strip())
             if line.startswith("http://"):
-                break
-        else:
-            raise AssertionError(f"the server did not start: {self.stderr()}")
-        self.port = int(self.said[-1].rpartition(":")[2])
+                self.port = int(line.rpartition(":")[2])
+                return self
+        raise AssertionError(f"the server did not start: {self.stderr()}")
 
     def stderr(self):
         return self.errors.read_text()
@@ -178,7 +180,7 @@ def models(tmp_path_factory):
 def server(models):
     """One server of both runs for most tests. At its end it has printed nothing on stderr."""
     flags = [f"--compare={models.folder}/out-mha", f"--rows={ROWS}", f"--queue={QUEUE}"]
-    server = Server(models.folder, *flags)
+    server = Server(models.folder, *flags).ready()
     yield server
     still_well = server.process.poll() is None
     status = server.end()
@@ -186,17 +188,23 @@ def server(models):
     assert server.stderr() == "serve.py: terminated\n"
 
 
-@pytest.fixture
-def start(models):
-    """Starts servers of their own; none is left behind."""
-    started = []
+@pytest.fixture(scope="module")
+def own(models):
+    """
+    The server of OWN that a test may end. All start with the first that is asked for, side by side;
+    none is left behind.
+    """
+    started = {}
 
-    def start(*flags, patch=""):
-        started.append(Server(models.folder, *flags, patch=patch))
-        return started[-1]
+    def get(name):
+        for other, (flags, patch) in OWN.items():
+            if other not in started:
+                flags = ("--max_tokens=1000000", *flags)
+                started[other] = Server(models.folder, *flags, patch=patch)
+        return started[name].ready()
 
-    yield start
-    for one in started:
+    yield get
+    for one in started.values():
         one.process.kill()
         one.process.wait()
 
@@ -719,12 +727,32 @@ def test_nothing_is_lost_in_many_requests(server, count):
 # ---- servers of their own
 
 
-def test_a_token_and_the_end(start):
+FAILING = """
+import dataclasses
+tools.app.PATIENCE = 0.5
+step = tools.stepper.Batch.step
+def failing(self):
+    if any(request.seed == 666 for request in self.waiting):
+        raise RuntimeError("a mistake")
+    bad = {"finish": "error", "error": "not finite"}
+    pieces = step(self)
+    return [dataclasses.replace(p, **bad) if p.request.seed == p.made + 99 else p for p in pieces]
+tools.stepper.Batch.step = failing
+tools.app.encode = None
+"""
+
+OWN = {  # flags, and what is changed in the modules
+    "guarded": (["--host=0.0.0.0", "--token=secret"], "tools.serve.GRACE = 1.5"),
+    "plain": ([], ""),
+    "failing": ([], FAILING),
+}
+
+
+def test_a_token_and_the_end(own):
     """Without the token only the page and /health answer. SIGTERM lets a stream come to its end,
     refuses new requests meanwhile, gives what is not done in time an error, whether it streams or
     not, and ends with a line and status 143."""
-    flags = "--host=0.0.0.0", "--token=secret", "--max_tokens=1000000"
-    server = start(*flags, patch="tools.serve.GRACE = 1.5")
+    server = own("guarded")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("GET", "/none")):
             status, given, answer = server.ask(method, path, headers=headers)
@@ -755,9 +783,9 @@ def test_a_token_and_the_end(start):
     assert server.process.wait(10) == 143 and server.stderr() == "serve.py: terminated\n"
 
 
-def test_ctrl_c_twice(start):
+def test_ctrl_c_twice(own):
     """The second ends the process at once."""
-    server = start("--max_tokens=1000000")
+    server = own("plain")
     with server.stream(max_tokens=1_000_000) as response:
         response.peek()
         server.process.send_signal(signal.SIGINT)
@@ -767,26 +795,11 @@ def test_ctrl_c_twice(start):
     assert server.stderr() == "serve.py: interrupted\n"
 
 
-FAILING = """
-import dataclasses
-tools.app.PATIENCE = 0.5
-step = tools.stepper.Batch.step
-def failing(self):
-    if any(request.seed == 666 for request in self.waiting):
-        raise RuntimeError("a mistake")
-    bad = {"finish": "error", "error": "not finite"}
-    pieces = step(self)
-    return [dataclasses.replace(p, **bad) if p.request.seed == p.made + 99 else p for p in pieces]
-tools.stepper.Batch.step = failing
-tools.app.encode = None
-"""
-
-
-def test_silent_clients_and_a_failing_engine(start):
+def test_silent_clients_and_a_failing_engine(own):
     """Who reads or sends nothing is dropped after a while. A sample that fails and a mistake in a
     route are errors of their own request. When the engine fails, every waiting client gets one
     line, and the server ends with a traceback instead of hanging."""
-    server = start("--max_tokens=1000000", patch=FAILING)
+    server = own("failing")
     with slow_reader(server, max_tokens=1_000_000, n=16), socket.create_connection(
         ("127.0.0.1", server.port), timeout=10
     ) as silent:
