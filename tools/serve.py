@@ -41,6 +41,8 @@ from nanomla.engine import Batch
 from nanomla.settings import check, configure
 from nanomla.tokenizer import Tokenizer
 from sample import CacheDtype, Dtype
+from tools.completions import ApiError
+from tools.stepper import Served, Stepper
 
 GRACE = 10.0  # seconds that running requests get at the end
 FLUSH = 3  # seconds that clients get to read the rest
@@ -121,7 +123,7 @@ def listen(cfg: ServeConfig) -> socket.socket:
     family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     sock = socket.socket(family, kind, protocol)  # asyncio turns Nagle's delay off for TCP by name
     try:
-        if os.name == "posix":  # else others could take the port of a server that runs
+        if os.name == "posix":  # on Windows it would let other programs take the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
@@ -138,7 +140,7 @@ def listen(cfg: ServeConfig) -> socket.socket:
 # ---- models
 
 
-def open_models(cfg: ServeConfig) -> list[Any]:
+def open_models(cfg: ServeConfig) -> list[Served]:
     """The models to serve, each with its batch, under different names."""
     if cfg.init_from:
         stored = [formats.open_weights(cfg.init_from, True, cfg.verify)]
@@ -148,7 +150,7 @@ def open_models(cfg: ServeConfig) -> list[Any]:
     if cfg.compare:
         stored.append(formats.open_weights(cfg.compare, True, cfg.verify))
     sources = [cfg.init_from or cfg.ckpt or cfg.out_dir, cfg.compare]
-    served: list[Any] = []
+    served: list[Served] = []
     for one, source in zip(stored, sources, strict=False):
         path = Path(source)
         folder = path.parent if path.is_file() else path
@@ -161,10 +163,8 @@ def open_models(cfg: ServeConfig) -> list[Any]:
     return served
 
 
-def open_model(cfg: ServeConfig, stored: Checkpoint, name: str, folder: Path) -> Any:
-    """One model on its device, as tools.stepper's Served."""
-    from tools.stepper import Served
-
+def open_model(cfg: ServeConfig, stored: Checkpoint, name: str, folder: Path) -> Served:
+    """One model on its device, with its batch."""
     device = resolve_device(cfg.device)
     model, note = checkpoint.build(stored, dropout=0.0)
     if note:
@@ -239,7 +239,7 @@ def _short(dtype: torch.dtype) -> str:
 # ---- the process
 
 
-async def serve(cfg: ServeConfig, served: list[Any], sock: socket.socket) -> int:
+async def serve(cfg: ServeConfig, served: list[Served], sock: socket.socket) -> int:
     """
     Serve until a signal comes, and let what is running come to its end; returns the signal's
     number. Raises what the engine's thread has ended with.
@@ -247,8 +247,6 @@ async def serve(cfg: ServeConfig, served: list[Any], sock: socket.socket) -> int
     import uvicorn
 
     from tools.app import Connection, Site
-    from tools.completions import ApiError
-    from tools.stepper import Stepper
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager
@@ -268,7 +266,8 @@ async def serve(cfg: ServeConfig, served: list[Any], sock: socket.socket) -> int
     running = asyncio.create_task(server.serve([sock]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
-    announce(served, sock)
+    if server.started:
+        announce(served, sock)
     await asyncio.wait([running, signalled, stepper.failure], return_when="FIRST_COMPLETED")
     if signalled.done() and not stepper.failure.done():
         guard.draining = True
@@ -313,7 +312,7 @@ def end_at_once(number: int) -> None:
     os._exit(status)
 
 
-def announce(served: list[Any], sock: socket.socket) -> None:
+def announce(served: list[Served], sock: socket.socket) -> None:
     """Say what is served, and where."""
     for one in served:
         about = one.about
