@@ -71,7 +71,7 @@ function caption() {
     if (!forgot) continue;
     const fell = `the cache went from ${number(forgot.from)} to ${plural(forgot.to, "token")}`;
     const size = `(${number(about.context)} tokens)`;
-    const what = `${size} at token ${number(forgot.x)}: its older half was forgotten, ${fell}`;
+    const what = `${size}, last at token ${number(forgot.x)}: its older half was forgotten, ${fell}`;
     events.set(what, [...(events.get(what) ?? []), name]);
   }
   for (const [what, names] of events) {

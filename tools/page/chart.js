@@ -36,7 +36,9 @@ export function lineChart(svg, series, axes) {
   const [x0, x1] = extent(0, axes.xMin ?? 0, axes.xMax ?? 1);
   let [y0, y1] = extent(1, axes.yMin ?? Infinity, axes.yMax ?? -Infinity);
   if (!(y1 > y0)) [y0, y1] = Number.isFinite(y0) ? [y0 - 0.5, y0 + 0.5] : [0, 1];
-  y1 += (y1 - y0) * 0.05;
+  const beyond = (y1 - y0) * 0.05;
+  y1 += beyond;
+  if (axes.yMin === undefined) y0 -= beyond;
   const right = width - MARGIN.right;
   const bottom = HEIGHT - MARGIN.bottom;
   const x = (v) => MARGIN.left + ((v - x0) / (x1 - x0)) * (right - MARGIN.left);

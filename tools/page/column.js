@@ -59,7 +59,7 @@ export class Column {
     this.rateView = element("p", { className: "rate" });
     this.note = element("p", { className: "hint note" });
     const size = `${number(about.parameters / 1e6, 2)} M parameters, ${about.layers} layers, `;
-    const words = `${about.attention_name}; ${size}context ${number(about.context)} tokens`;
+    const words = `${about.attention_name}; ${size}context ${number(about.context)}`;
     const heading = element("div", {}, element("h2", {}, name), this.rateView);
     this.node = element(
       "article",
@@ -240,7 +240,8 @@ export class Column {
     const index = this.pieces.findIndex((piece) => piece.node === node);
     const token = this.pieces[index]?.tokens[0];
     if (!token) return;
-    const options = (token.top ?? []).map(([id, text, logprob]) => ({ id, text, logprob }));
+    const top = token.top ?? [];
+    const options = top.map(([id, text, logprob]) => ({ id, text, logprob: logprob ?? -Infinity }));
     if (!options.some((option) => option.id === token.id)) options.push({ ...token });
     for (const option of options) option.current = option.id === token.id;
     options.sort((a, b) => b.logprob - a.logprob);
