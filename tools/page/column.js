@@ -132,6 +132,7 @@ export class Column {
   async generate(how, prompt, { signal }) {
     let begun = false; // whether the server has taken the request
     this.made = 0;
+    this.waiting = []; // tokens that have no text yet
     this.follow = true;
     this.view.classList.add("busy");
     this.view.setAttribute("aria-busy", "true");
@@ -152,6 +153,7 @@ export class Column {
     }
     if (this.controller?.signal !== signal) return; // another request follows this one
     this.controller = null;
+    if (this.waiting.length) this.show("\uFFFD"); // half a character
     this.view.classList.remove("busy");
     this.view.removeAttribute("aria-busy");
     this.ended = done ? "Done" : "Stopped";
@@ -169,12 +171,19 @@ export class Column {
     const tokens = extra.tokens ?? [];
     this.count += tokens.length;
     this.made += tokens.length;
-    for (const piece of piecesOf(choice.text, tokens)) this.append(piece);
+    this.waiting.push(...tokens);
+    if (choice.text !== "") this.show(choice.text);
     if (extra.tokens_per_s) this.rate = extra.tokens_per_s;
     if (extra.cache) this.takeCache(extra.cache);
     this.finish = choice.finish_reason;
     this.showRate();
     this.scroll();
+  }
+
+  // Shows text, and what waits for it: the tokens of a character come before the character.
+  show(text) {
+    for (const piece of piecesOf(text, this.waiting)) this.append(piece);
+    this.waiting = [];
   }
 
   takePrompt({ ids, cached, computed }, how) {
