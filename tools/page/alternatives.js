@@ -24,7 +24,7 @@ function item(option) {
   bar.style.width = `${100 * p}%`;
   const made = element(
     "li",
-    { role: "option", tabIndex: -1, ariaLabel: `${spoken(option.text)}, ${percent(p)}` },
+    { role: "option", tabIndex: -1, "aria-label": `${spoken(option.text)}, ${percent(p)}` },
     bar,
     element("span", { className: "name" }, visible(option.text)),
     element("span", { className: "share" }, percent(p)),

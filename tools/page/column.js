@@ -55,7 +55,8 @@ export class Column {
   build() {
     const { about, name } = this;
     const title = `Text of ${name}. Left and right arrow go from token to token.`;
-    this.view = element("div", { className: "text", role: "group", tabIndex: 0, ariaLabel: title });
+    const role = { role: "group", tabIndex: 0, "aria-label": title };
+    this.view = element("div", { className: "text", ...role });
     this.rateView = element("p", { className: "rate" });
     this.note = element("p", { className: "hint note" });
     const size = `${number(about.parameters / 1e6, 2)} M parameters, ${about.layers} layers, `;
@@ -63,7 +64,7 @@ export class Column {
     const heading = element("div", {}, element("h2", {}, name), this.rateView);
     this.node = element(
       "article",
-      { className: `panel column ${this.style}`, ariaLabel: name },
+      { className: `panel column ${this.style}`, "aria-label": name },
       heading,
       element("p", { className: "hint" }, words),
       this.view,
@@ -219,9 +220,9 @@ export class Column {
       if (piece.chosen) node.classList.add("chosen");
       if (piece.text.includes("\n")) node.classList.add("newline");
       node.tabIndex = -1;
-      node.role = "button";
       node.title = `${spoken(piece.text)}: ${percent(p)}${several}`;
-      node.ariaLabel = `${spoken(piece.text)}, ${percent(p)}${piece.chosen ? ", chosen" : ""}`;
+      node.setAttribute("role", "button");
+      node.setAttribute("aria-label", node.title + (piece.chosen ? ", chosen" : ""));
       node.setAttribute("aria-haspopup", "listbox");
     }
     piece.node = node;
