@@ -1,7 +1,7 @@
 // The chart and the table of what the caches take, beside MHA of the same width.
 
 import { legend, lineChart } from "./chart.js";
-import { $, bytes, element, number, oncePerFrame, plural } from "./util.js";
+import { $, bytes, element, number, oncePerFrame } from "./util.js";
 
 const CONTEXTS = 8; // how many contexts of tokens the chart shows; of a longer text the last ones
 const FEWEST = 8; // tokens that it shows at least
@@ -66,16 +66,16 @@ function caption() {
   const from = firstShown();
   const since = from ? `, from token ${number(from)} on` : "";
   const lines = [`Bytes of cache against the tokens of the text${since}.`];
-  const events = new Map(); // what happened -> the models to which it did
+  const forgetting = new Map(); // where -> the models that forgot there
   for (const { name, forgot, about } of columns) {
     if (!forgot) continue;
-    const fell = `the cache went from ${number(forgot.from)} to ${plural(forgot.to, "token")}`;
     const size = `(${number(about.context)} tokens)`;
-    const what = `${size}, last at token ${number(forgot.x)}: its older half was forgotten, ${fell}`;
-    events.set(what, [...(events.get(what) ?? []), name]);
+    const what = `${size}, last at about token ${number(forgot)}`;
+    forgetting.set(what, [...(forgetting.get(what) ?? []), name]);
   }
-  for (const [what, names] of events) {
-    lines.push(`The text outgrew the context of ${names.join(" and ")} ${what}.`);
+  for (const [what, names] of forgetting) {
+    const whose = names.join(" and ");
+    lines.push(`The text outgrew the context of ${whose} ${what}: the older half was forgotten.`);
   }
   return lines.join(" ");
 }

@@ -91,7 +91,7 @@ export class Column {
     this.pieces = [];
     this.count = 0; // tokens of the text, with the prompt
     this.points = [{ x: 0, held: 0, bytes: this.about.state_bytes || 0 }];
-    this.forgot = null; // where the text last outgrew the context
+    this.forgot = null; // the token at which the text last outgrew the context
     this.made = 0;
     this.rate = null; // tokens per second
     this.finish = null; // why the last request ended, as the server says
@@ -206,7 +206,9 @@ export class Column {
 
   takeCache({ tokens: held, bytes }) {
     const last = this.points.at(-1);
-    if (held < last.held) this.forgot = { x: this.count, from: last.held, to: held };
+    // A chunk may have many tokens, so that the cache has emptied and grown again meanwhile.
+    const fewer = this.count - held - (last.x - last.held);
+    if (fewer > 1) this.forgot = this.count;
     if (last.x === this.count) this.points.pop();
     this.points.push({ x: this.count, held, bytes });
   }
@@ -265,7 +267,7 @@ export class Column {
     this.append({ text, tokens: [{ id, text, logprob, top: token.top }], chosen: true });
     this.count = this.ids.length;
     this.points = this.points.filter((point) => point.x < this.count);
-    if (this.forgot?.x >= this.count) this.forgot = null;
+    if (this.forgot >= this.count) this.forgot = null;
     this.pieces.at(-1).node.focus({ preventScroll: true });
     this.start("rewound");
   }
