@@ -1,17 +1,22 @@
 # make demo   set up, prepare Shakespeare, train config/train_mla.py (under a minute on 2 cores), sample
+# make serve  set up, train the demo run if it is missing, open its page on http://127.0.0.1:8000
 # make test   set up, run the tests, then ruff on the tracked files
-# Both skip what is done already.
+# All skip what is done already.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo serve test test-slow lint clean
 
 demo: .venv/ready data/shakespeare_char/meta.json
 	@if [ -f out-demo/ckpt.pt ]; then from=resume; else from=scratch; fi; \
 	 $(PY) train.py config/train_mla.py --out_dir=out-demo --init_from=$$from
 	$(PY) sample.py --out_dir=out-demo --start="ROMEO:" --max_new_tokens=400
+
+serve: .venv/ready-serve data/shakespeare_char/meta.json
+	@test -f out-demo/ckpt.pt || $(PY) train.py config/train_mla.py --out_dir=out-demo
+	$(PY) -m tools.serve --out_dir=out-demo
 
 test: .venv/ready-dev
 	$(PY) -m pytest
@@ -30,7 +35,11 @@ lint: .venv/ready-dev
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/ready-dev: .venv/ready requirements-dev.txt
+.venv/ready-serve: .venv/ready requirements-serve.txt
+	$(PIP) -r requirements-serve.txt
+	@touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt requirements-serve.txt
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

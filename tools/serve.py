@@ -1,0 +1,326 @@
+"""
+Serve one model or two: a page to write with, and the completions protocol that other programs know.
+
+    python -m tools.serve --out_dir=out-mla
+    python -m tools.serve --out_dir=out-mla --compare=out-mha --port=8001
+    python -m tools.serve --out_dir=out-mla --host=0.0.0.0 --token=SECRET
+
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "ROMEO:", "max_tokens": 100}'
+
+Ctrl-C lets what is being written come to its end, for up to 10 seconds; a second one ends at once.
+docs/serve.md has the details.
+"""
+
+from nanomla.errors import Stopped, UsageError, UserError, explain, raise_stopped, run_script, say
+
+# isort: split
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+from model import ATTENTION, GPTConfig
+from nanomla import checkpoint, formats
+from nanomla.checkpoint import Checkpoint
+from nanomla.costs import cache_in_words, cached_numbers
+from nanomla.distributed import resolve_device
+from nanomla.engine import Batch
+from nanomla.settings import check, configure
+from nanomla.tokenizer import Tokenizer
+from sample import CacheDtype, Dtype
+
+GRACE = 10.0  # seconds that running requests get at the end
+FLUSH = 3  # seconds that clients get to read the rest
+PACKAGES = ("starlette", "uvicorn", "prometheus_client", "h11", "anyio")
+
+
+@dataclass
+class ServeConfig:
+    """Raises ValueError for a value that cannot work."""
+
+    out_dir: Annotated[str, "#model", "the run's folder: its best.pt, else its ckpt.pt"] = "out"
+    compare: Annotated[
+        str | None, "a second run to serve beside it: its folder, or a folder of weights"
+    ] = None
+    ckpt: Annotated[str | None, "a checkpoint file instead of out_dir"] = None
+    init_from: Annotated[
+        str | None, "weights instead: gpt2[-medium|-large|-xl], a folder of safetensors, a run"
+    ] = None
+    dataset: Annotated[
+        str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
+    ] = None
+    verify: Annotated[bool, "compare the checkpoint with its checksums; False: sooner"] = True
+
+    host: Annotated[str, "#server", "the address to listen on; 0.0.0.0: all, with a token"] = (
+        "127.0.0.1"
+    )
+    port: Annotated[int, "0: any that is free", ">= 0", "<= 65535"] = 8000
+    token: Annotated[str | None, "clients must send Authorization: Bearer TOKEN"] = None
+    rows: Annotated[int, "texts that are written at a time", ">= 1", "<= 4096"] = 16
+    queue: Annotated[int, "texts that may wait for a row, of each model", ">= 0", "<= 1e6"] = 64
+    max_tokens: Annotated[int, "the most tokens of one text", ">= 1", "<= 1e9"] = 4096
+
+    device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[Dtype, "of the weights; auto: bfloat16 on CUDA, else float32"] = "auto"
+    cache_dtype: Annotated[CacheDtype, "of the cache; auto: that of the weights"] = "auto"
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.ckpt and self.init_from:
+            raise ValueError("ckpt and init_from both say what to read; give one of them")
+        token = self.token
+        if token is not None and not (token and token.isascii() and token.isprintable()):
+            raise ValueError("token must be visible ASCII characters, at least one")
+        if token is not None and token != "".join(token.split()):
+            raise ValueError("token must have no spaces")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Open the models and serve them until a signal comes."""
+    cfg, _ = configure(ServeConfig, sys.argv[1:] if argv is None else argv)
+    try:
+        from tools.app import is_loopback
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in PACKAGES:
+            raise
+        remedy = "pip install -r requirements-serve.txt, or run make serve"
+        raise UserError(f"the server needs the package {package}: {remedy}") from None
+    if cfg.token is None and not is_loopback(cfg.host):
+        raise UsageError(
+            f"--host={cfg.host}: others can reach this address; give a secret with --token=..."
+        )
+    with contextlib.closing(listen(cfg)) as sock:
+        served = open_models(cfg)
+        if "OMP_NUM_THREADS" not in os.environ and max(m.about["width"] for m in served) < 256:
+            torch.set_num_threads(1)  # tiny matrices gain nothing from more, which wait for others
+        number = asyncio.run(serve(cfg, served, sock))
+    raise_stopped(number)
+
+
+def listen(cfg: ServeConfig) -> socket.socket:
+    """A socket on the server's address, which takes no connections yet. Raises UserError."""
+    try:
+        found = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--host={cfg.host}: no address of this machine ({reason})") from None
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, protocol)  # asyncio turns Nagle's delay off for TCP by name
+    try:
+        if os.name == "posix":  # else others could take the port of a server that runs
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            other = "give another, or 0 for any that is free"
+            raise UserError(f"--port={cfg.port}: another program uses it; {other}") from None
+        flag = "port" if error.errno == errno.EACCES else "host"
+        reason = f"--{flag}={getattr(cfg, flag)}: cannot listen there"
+        raise UserError(f"{reason} ({error.strerror})") from None
+    return sock
+
+
+# ---- models
+
+
+def open_models(cfg: ServeConfig) -> list[Any]:
+    """The models to serve, each with its batch, under different names."""
+    if cfg.init_from:
+        stored = [formats.open_weights(cfg.init_from, True, cfg.verify)]
+    else:
+        file = cfg.ckpt or checkpoint.find(cfg.out_dir, prefer_best=True)
+        stored = [checkpoint.load(file, cfg.verify)]
+    if cfg.compare:
+        stored.append(formats.open_weights(cfg.compare, True, cfg.verify))
+    sources = [cfg.init_from or cfg.ckpt or cfg.out_dir, cfg.compare]
+    served: list[Any] = []
+    for one, source in zip(stored, sources, strict=False):
+        path = Path(source)
+        folder = path.parent if path.is_file() else path
+        name = base = (folder.resolve() if folder.exists() else path).name or "model"
+        number = 1
+        while name in [other.name for other in served]:
+            number += 1
+            name = f"{base}-{number}"
+        served.append(open_model(cfg, one, name, folder))
+    return served
+
+
+def open_model(cfg: ServeConfig, stored: Checkpoint, name: str, folder: Path) -> Any:
+    """One model on its device, as tools.stepper's Served."""
+    from tools.stepper import Served
+
+    device = resolve_device(cfg.device)
+    model, note = checkpoint.build(stored, dropout=0.0)
+    if note:
+        say(note, sys.stderr)
+    tokenizer = Tokenizer(checkpoint.tokenizer_spec(stored, cfg.dataset), stored.source)
+    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    auto = "bfloat16" if bf16 else "float32"
+    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+    cache_dtype = None if cfg.cache_dtype == "auto" else getattr(torch, cfg.cache_dtype)
+    model.to(device, dtype).eval()
+    try:
+        batch = Batch(model, tokenizer, cfg.rows, cache_dtype)
+    except ValueError as error:
+        raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
+    log = folder / "log.jsonl"
+    about = {
+        **describe(model.config, batch), "device": device, "dtype": _short(dtype),
+        "parameters": model.get_num_params(non_embedding=False), "iteration": stored.iter_num,
+        "val_loss": stored.best_val_loss if stored.best_val_loss < float("inf") else None,
+        "has_log": log.is_file(), "max_tokens": cfg.max_tokens,
+    }  # fmt: skip
+    shape = dataclasses.asdict(model.config)  # where a run says None, what that stands for
+    settings = shape | {k: v for k, v in stored.config.items() if v is not None or k not in shape}
+    most = cfg.rows + cfg.queue
+    return Served(name, model, tokenizer, batch, about, settings, log, most)
+
+
+def describe(config: GPTConfig, batch: Batch) -> dict[str, Any]:
+    """What a model and its cache are, for /v1/models; sizes of the cache are those of one row."""
+    cache, numbers, heads = batch.cache, cached_numbers(config), 2 * config.n_head
+    scale = torch.float16.itemsize if cache.dtype == torch.int8 else 0  # of every token and head
+    mha = config.n_layer * heads * (config.hs * cache.dtype.itemsize + scale)
+    return {
+        "attention": config.attention, "attention_name": attention_name(config),
+        "cache_in_words": cache_in_words(config), "layers": config.n_layer,
+        "heads": config.n_head, "width": config.n_embd, "context": config.block_size,
+        "vocabulary": config.vocab_size,
+        "numbers_per_token_and_layer": int(numbers) if numbers == int(numbers) else numbers,
+        "mha_numbers_per_token_and_layer": heads * config.hs, "cache_dtype": _short(cache.dtype),
+        "bytes_per_token": cache.bytes_per_token,
+        "state_bytes": 0 if cache.grows else cache.nbytes // cache.batch_size,
+        "mha_bytes_per_token": mha, "rows": batch.rows,
+    }  # fmt: skip
+
+
+def attention_name(config: GPTConfig) -> str:
+    """An attention with its sizes, for people to read."""
+    L, r, G = config.mla_latent_dim, config.mla_rope_dim, config.mla_groups
+    L = "/".join(map(str, L)) if isinstance(L, tuple) else L
+    groups = f", {G} groups" if G > 1 else ""
+    kind = config.attention
+    if kind == "mla":
+        name = f"MLA, L = {L}{f', r = {r}' if r else ''}{groups}"
+    elif kind == "rotary_latent":
+        name = f"MLA with a rotary latent, L = {L}{groups}"
+    elif kind == "latent_tokens":
+        name = f"latent tokens, m = {config.n_latent_tokens}"
+    elif config.nkv == 1 < config.n_head:
+        name = f"MQA, {config.n_head} heads of {config.hs} on 1"
+    elif config.nkv < config.n_head:
+        name = f"GQA, {config.n_head} heads of {config.hs} on {config.nkv}"
+    else:
+        name = f"MHA, {config.n_head} heads of {config.hs}"
+    assert kind in ATTENTION
+    return f"{name}, values of rank {config.svd_rank}" if config.use_svd else name
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- the process
+
+
+async def serve(cfg: ServeConfig, served: list[Any], sock: socket.socket) -> int:
+    """
+    Serve until a signal comes, and let what is running come to its end; returns the signal's
+    number. Raises what the engine's thread has ended with.
+    """
+    import uvicorn
+
+    from tools.app import Connection, Site
+    from tools.completions import ApiError
+    from tools.stepper import Stepper
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # they are handled below
+
+    stepper = Stepper(served, asyncio.get_running_loop())
+    guard = Site(stepper, cfg.max_tokens).app(cfg.host, cfg.token)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that vanish are no news
+    server = Server(uvicorn.Config(
+        guard, http=Connection, ws="none", lifespan="off", log_config=None, log_level="critical",
+        access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
+        timeout_graceful_shutdown=FLUSH,
+    ))  # fmt: skip
+    signalled = catch_signals()
+    stepper.start()
+    running = asyncio.create_task(server.serve([sock]))
+    while not server.started and not running.done():
+        await asyncio.sleep(0.01)
+    announce(served, sock)
+    await asyncio.wait([running, signalled, stepper.failure], return_when="FIRST_COMPLETED")
+    if signalled.done() and not stepper.failure.done():
+        guard.draining = True
+        until = time.monotonic() + GRACE
+        while stepper.calls and time.monotonic() < until and not stepper.failure.done():
+            await asyncio.sleep(0.05)
+        stepper.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+    server.should_exit = True
+    await running
+    stepper.end()
+    await asyncio.to_thread(stepper.join, GRACE)
+    if stepper.failure.done():
+        raise stepper.failure.result()
+    if stepper.is_alive():  # a step that takes this long; Python must not end below it
+        end_at_once(signalled.result())
+    return signalled.result()
+
+
+def catch_signals() -> asyncio.Future[int]:
+    """A future that gets the number of the first signal; a second Ctrl-C ends the process."""
+    loop = asyncio.get_running_loop()
+    first: asyncio.Future[int] = loop.create_future()
+    seen: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if seen and number == signal.SIGINT:
+            end_at_once(number)
+        if not seen:
+            seen.append(number)
+            loop.call_soon_threadsafe(first.set_result, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+    return first
+
+
+def end_at_once(number: int) -> None:
+    """End the process as run_script does for a signal, but without waiting for the engine."""
+    line, status = explain(KeyboardInterrupt() if number == signal.SIGINT else Stopped(number))
+    say(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)
+    os._exit(status)
+
+
+def announce(served: list[Any], sock: socket.socket) -> None:
+    """Say what is served, and where."""
+    for one in served:
+        about = one.about
+        say(f"{one.name}: {about['attention_name']}; {about['cache_in_words']}")
+    host, port, *_ = sock.getsockname()
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+if __name__ == "__main__":
+    run_script(main)
