@@ -7,7 +7,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo serve test test-slow lint clean
+.PHONY: demo serve test test-slow test-browser lint clean
 
 demo: .venv/ready data/shakespeare_char/meta.json
 	@if [ -f out-demo/ckpt.pt ]; then from=resume; else from=scratch; fi; \
@@ -24,6 +24,11 @@ test: .venv/ready-dev
 
 test-slow: .venv/ready-dev
 	$(PY) -m pytest -m slow
+
+# The page in a real browser; where there is none, the reason of the skips says how to get one.
+test-browser: .venv/ready-dev
+	$(PIP) "playwright>=1.50"
+	$(PY) -m pytest -m browser -rs
 
 lint: .venv/ready-dev
 	git ls-files -z '*.py' | xargs -0 .venv/bin/ruff check

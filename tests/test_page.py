@@ -1,0 +1,194 @@
+"""
+The page of tools.serve in a real browser: what a person does on it, with two trained models.
+Run: make test-browser
+"""
+
+import os
+import re
+import shutil
+
+import pytest
+
+from tests.conftest import QUICK, run
+from tools.load import server
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs playwright: make test-browser installs it"
+)
+expect = playwright.expect
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, NAMES)), None)
+REFUSED = "Failed to load resource: the server responded with a status of 400"  # Chromium's note
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        BROWSER is None,
+        reason="needs Chromium: apt install chromium, or BROWSER_PATH=/path/to/chrome",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(dataset, tmp_path_factory):
+    """Two small runs, MLA and MHA, with logs."""
+    folder = tmp_path_factory.mktemp("runs")
+    shape = ["--n_embd=32", "--n_head=4", "--block_size=32", f"--dataset={dataset}"]
+    mla = ["--use_mla=True", "--mla_latent_dim=8", "--pos_emb=rope", "--mla_rope_dim=4"]
+    for name, flags in (("out-mla", mla), ("out-mha", [])):
+        how = [*QUICK, *shape, *flags, "--max_iters=40", f"--out_dir={folder / name}"]
+        assert run("train.py", *how).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    with server(runs / "out-mla", f"--compare={runs / 'out-mha'}") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page, in a context of its own. A warning or an error in the console fails the test."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    page, said, elsewhere = context.new_page(), [], []
+    page.on("console", lambda message: said.append((message.type, message.text)))
+    page.on("pageerror", lambda error: said.append(("error", str(error))))
+    page.on("request", lambda request: elsewhere.append(request.url))
+    page.goto(f"http://{address}/")
+    page.get_by_label("Prompt").fill("to be")
+    yield page
+    wrong = [text for kind, text in said if kind in ("error", "warning")]
+    assert not [text for text in wrong if not text.startswith(REFUSED)]
+    assert all(url.startswith(f"http://{address}/") for url in elsewhere)
+    context.close()
+
+
+def write(page, tokens):
+    page.get_by_label("Length").fill(str(tokens))
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+
+
+def test_a_text_streams_in_and_stops(page):
+    """Tokens arrive one after another, shaded by probability; Stop keeps what is there."""
+    page.get_by_label("Length").fill("4000")
+    page.get_by_label("Prompt").press("Control+Enter")
+    column = page.locator("article").first
+    seen = []
+    for _ in range(3):
+        expect(column.locator(".token")).not_to_have_count(seen[-1] if seen else 0)
+        seen.append(column.locator(".token").count())
+    assert 0 < seen[0] < seen[1] < seen[2] < 4000
+    expect(page.get_by_role("button", name="Generate")).to_have_attribute("aria-disabled", "true")
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_contain_text("Stopped")
+    kept = column.locator(".token").count()
+    assert seen[2] <= kept < 4000
+    assert column.locator(".text").inner_text().startswith("to be")
+    shades = {column.locator(f".shade-{i}").count() > 0 for i in range(5)}
+    assert True in shades
+    page.get_by_label("Length").fill("5")
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("#status")).to_contain_text("Done")
+    assert column.locator(".token").count() == kept + 5
+
+
+def test_a_click_goes_on_from_another_token(page):
+    """The alternatives of a token with their probabilities; a choice rewinds the cache."""
+    write(page, 20)
+    column = page.locator("article").first
+    before = column.locator(".text").inner_text()
+    column.locator(".token").nth(12).click()
+    options = page.get_by_role("option")
+    expect(options).to_have_count(8)
+    texts = options.locator(".share").all_inner_texts()
+    shares = [float(text.rstrip(" %")) for text in texts if not text.startswith("<")]
+    assert shares == sorted(shares, reverse=True) and 0 < shares[0] <= 100
+    page.keyboard.press("Escape")
+    expect(options).to_have_count(0)
+    column.locator(".token").nth(12).press("Enter")
+    other = page.locator("[role=option][aria-selected=false]").first
+    other.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text("Done")
+    note = column.locator(".note")
+    expect(note).to_have_text("cache rewound: 1 of 18 tokens recomputed")
+    after = column.locator(".text").inner_text()
+    assert after[:17] == before[:17] and after[17] != before[17]
+    assert column.locator(".token").count() == 13 + 20
+
+
+def test_two_models_side_by_side(page):
+    """One prompt and seed: two texts with rates, the same again; bytes of both caches and MHA's."""
+    write(page, 60)
+    columns = page.locator("article")
+    expect(columns).to_have_count(2)
+    texts = columns.locator(".text").all_inner_texts()
+    assert texts[0] != texts[1] and all(len(text) >= 60 for text in texts)
+    for rate in columns.locator(".rate").all_inner_texts():
+        assert re.fullmatch(r"60 tokens, [\d,.]+ tokens/s", rate)
+    table = page.locator("#cache-table").inner_text()
+    numbers = re.search(r"token and layer\s+(\d+)\s+(\d+)\s+(\d+)", table)
+    assert numbers.groups() == ("12", "64", "64")
+    assert page.locator("#cache-chart path, #cache-chart polyline").count() >= 3
+    expect(page.locator("#cache-caption")).to_contain_text("outgrew the context")
+    write(page, 60)
+    assert columns.locator(".text").all_inner_texts() == texts
+    for viewport in ({"width": 390, "height": 844}, {"width": 360, "height": 640}):
+        page.set_viewport_size(viewport)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_attention_and_the_run(page, runs):
+    """The heat map of a text, by keyboard; the loss curve, and settings that can be filtered."""
+    write(page, 10)
+    page.get_by_role("tab", name="Write").press("ArrowRight")
+    expect(page.get_by_role("tab", name="Attention")).to_have_attribute("aria-selected", "true")
+    page.get_by_role("button", name="Show").click()
+    expect(page.locator("#attention-top li").first).to_be_visible()
+    shares = page.locator("#attention-top li").all_inner_texts()
+    assert len(shares) == 5 and all("%" in share for share in shares)
+    colours = page.evaluate(
+        "() => { const c = document.getElementById('attention-canvas');"
+        " const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        " return new Set(Array.from({length: d.length / 4}, (_, i) => d[4 * i])).size; }"
+    )
+    assert colours > 10
+    page.get_by_role("tab", name="Run").click()
+    expect(page.locator("#run-status")).to_contain_text("val loss")
+    page.get_by_label("Filter").fill("mla_latent")
+    expect(page.locator("#settings-table tbody tr:visible")).to_have_count(1)
+    log = runs / "out-mla" / "log.jsonl"
+    with open(log, "a", encoding="utf-8") as file:
+        file.write('{"iter": 99999, "loss": 1.25}\n')
+    expect(page.locator("#run-status")).to_contain_text("99,999", timeout=15_000)
+
+
+def test_errors_are_read_in_the_page(page, browser, runs):
+    """A prompt that is too long, a character that is not known, and a server that has gone."""
+    for prompt, words in (("to be or not to be, that is the question", "context"), ("Z", "'Z'")):
+        page.get_by_label("Prompt").fill(prompt)
+        page.get_by_role("button", name="Generate").click()
+        expect(page.get_by_role("alert")).to_contain_text(words)
+    with server(runs / "out-mla", "--token=secret") as other:
+        context = browser.new_context()
+        locked = context.new_page()
+        locked.goto(f"http://{other}/#token=secret")
+        expect(locked).to_have_url(f"http://{other}/")
+        locked.get_by_label("Prompt").fill("to be")
+        write(locked, 5)
+        locked.goto(f"http://{other}/")
+        expect(locked.locator("article")).to_be_visible()
+    locked.get_by_role("button", name="Generate").click()
+    expect(locked.get_by_role("alert")).to_contain_text("does not answer")
+    context.close()
