@@ -26,6 +26,7 @@ SHORTER = {  # flags that follow what is printed
 NOT_HERE = {  # what a command must not have, and why it is not run
     r"^make": "the two commands themselves",
     r"^torchrun": "tests/test_distributed.py",
+    r"tools\.serve": "tests/test_serve.py",
     r"tools\.(compare|bench)|\.\.\.": "minutes; tests of their own",
     r"init_from=gpt2|_gpt2|finetune_shakespeare|gpt2-latent": "needs the network",
     r"openwebtext|--tiny|data/shakespeare/|--data_files": "needs the network",
