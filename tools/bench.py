@@ -82,7 +82,7 @@ class LoadConfig(BenchConfig):
     """The settings of `serve`."""
 
     clients: Annotated[int, "#bench", "clients at once", ">= 1", "<= 1000"] = 16
-    tokens: Annotated[int, "that each asks for", ">= 1", "<= 4096"] = 128
+    tokens: Annotated[int, "that each asks for; the 124M's a quarter", ">= 1", "<= 4096"] = 128
     rounds: Annotated[int, "rounds that the medians are taken over", ">= 1", "<= 10000"] = 5
 
 
@@ -778,10 +778,11 @@ def bench_serve(cfg: LoadConfig, device: str) -> Rows:
             bias=False, use_mla=True, mla_latent_dim=160, pos_emb="rope", mla_rope_dim=32
         ),
     }
-    rows, how = [], (cfg.clients, cfg.tokens, cfg.rounds)
+    rows = []
     for name, config in models.items():
-        title = f"{name}: {cfg.tokens} tokens behind a prompt of 16, {cfg.rounds} rounds"
-        rows += table(title, load.measure(config, device, *how))
+        tokens = cfg.tokens if config.n_embd < 256 else max(cfg.tokens // 4, 1)
+        title = f"{name}: {tokens} tokens behind a prompt of 16, {cfg.rounds} rounds"
+        rows += table(title, load.measure(config, device, cfg.clients, tokens, cfg.rounds))
     return rows
 
 
