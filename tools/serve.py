@@ -26,6 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,11 +106,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(
             f"--host={cfg.host}: others can reach this address; give a secret with --token=..."
         )
-    with contextlib.closing(listen(cfg)) as sock:
-        served = open_models(cfg)
-        if "OMP_NUM_THREADS" not in os.environ and max(m.about["width"] for m in served) < 256:
-            torch.set_num_threads(1)  # tiny matrices gain nothing from more, which wait for others
-        number = asyncio.run(serve(cfg, served, sock))
+    # One thread does all of torch. OpenMP gives every thread that computes helpers of its own, and
+    # lets them sleep if there are more than cores: then a step takes 1.5 times as long.
+    with contextlib.closing(listen(cfg)) as sock, ThreadPoolExecutor(1, "engine") as engine:
+        served = engine.submit(open_models, cfg).result()
+        number = asyncio.run(serve(cfg, served, sock, engine))
     raise_stopped(number)
 
 
@@ -160,6 +161,8 @@ def open_models(cfg: ServeConfig) -> list[Served]:
             number += 1
             name = f"{base}-{number}"
         served.append(open_model(cfg, one, name, folder))
+    if "OMP_NUM_THREADS" not in os.environ and max(m.about["width"] for m in served) < 256:
+        torch.set_num_threads(1)  # tiny matrices gain nothing from more, which wait for others
     return served
 
 
@@ -239,7 +242,9 @@ def _short(dtype: torch.dtype) -> str:
 # ---- the process
 
 
-async def serve(cfg: ServeConfig, served: list[Served], sock: socket.socket) -> int:
+async def serve(
+    cfg: ServeConfig, served: list[Served], sock: socket.socket, engine: ThreadPoolExecutor
+) -> int:
     """
     Serve until a signal comes, and let what is running come to its end; returns the signal's
     number. Raises what the engine's thread has ended with.
@@ -262,7 +267,7 @@ async def serve(cfg: ServeConfig, served: list[Served], sock: socket.socket) -> 
         timeout_graceful_shutdown=FLUSH,
     ))  # fmt: skip
     signalled = catch_signals()
-    stepper.start()
+    stepping = asyncio.get_running_loop().run_in_executor(engine, stepper.run)
     running = asyncio.create_task(server.serve([sock]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)
@@ -278,10 +283,10 @@ async def serve(cfg: ServeConfig, served: list[Served], sock: socket.socket) -> 
     server.should_exit = True
     await running
     stepper.end()
-    await asyncio.to_thread(stepper.join, GRACE)
+    await asyncio.wait([stepping], timeout=GRACE)
     if stepper.failure.done():
         raise stepper.failure.result()
-    if stepper.is_alive():  # a step that takes this long; Python must not end below it
+    if not stepping.done():  # a step that takes this long; Python must not end below it
         end_at_once(signalled.result())
     return signalled.result()
 

@@ -137,7 +137,7 @@ class Call:
         return [] if self.gone else pieces
 
 
-class Stepper(threading.Thread):
+class Stepper:
     """
     Steps every model that has something to do, one after the other.
 
@@ -146,7 +146,6 @@ class Stepper(threading.Thread):
     """
 
     def __init__(self, served: list[Served], loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(name="stepper", daemon=True)  # a second Ctrl-C does not wait for it
         self.served, self.loop = {one.name: one for one in served}, loop
         self.failure: asyncio.Future[BaseException] = loop.create_future()
         self.calls: dict[Request, Call] = {}  # that are open
