@@ -417,6 +417,7 @@ class Batch:
         budget = self.prefill_chunk
         while budget > 0:
             if self.joining is None:
+                budget -= self._read_together(budget)
                 if not self.waiting or self.waiting[0].n > self.rows - self.active:
                     break
                 self.joining = self._begin(self.waiting.popleft())
@@ -434,6 +435,44 @@ class Batch:
                 self._join(request, slot)
             else:
                 pieces += self._refused(request, slot, "length")
+
+    def _read_together(self, budget: int) -> int:
+        """
+        Read the short prompts that wait in one pass, if there are several that need no more than
+        that; returns the tokens that it took.
+        """
+        group, rows, width = [], self.rows - self.active, 0
+        for request in self.waiting:
+            plain = not (request.cache_prompt or request.prompt_logprobs)
+            plain = plain and 1 < len(request.prompt) <= self.max_len
+            longest = max(width, len(request.prompt) - 1)
+            fits = request.n <= rows and (len(group) + 1) * longest <= budget
+            if not (plain and fits and request.sampling.max_new_tokens):
+                break
+            group.append(request)
+            rows, width = rows - request.n, longest
+        if len(group) < 2 or not self.cache.grows:
+            return 0
+        try:
+            caches = self._computed([request.prompt[:-1] for request in group])
+        except ValueError:  # a prompt that int8 cannot hold; read alone, it is found
+            return 0
+        for request, cache in zip(group, caches, strict=True):
+            slot = self._begin(self.waiting.popleft()).slot
+            slot.cache.copy_from(cache)
+            self._join(request, slot)
+        return len(group) * width
+
+    def _computed(self, texts: list[list[int]]) -> list[Cache]:
+        """Caches, one of one row for every text, that hold all its tokens, in one pass."""
+        width = max(map(len, texts))
+        cache = self.model.make_cache(len(texts), width, self.cache.dtype)
+        idx = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        self.model(idx.to(self.device), cache=cache)
+        rows = [cache.row(i) for i in range(len(texts))]
+        for row, text in zip(rows, texts, strict=True):
+            row.truncate(len(text))  # what fills the shorter ones up came after them
+        return rows
 
     def _begin(self, request: Request) -> "Joining":
         """Take a free slot for a prompt, the one that has the longest start of it if it may."""
@@ -537,13 +576,7 @@ class Batch:
 
     def _logits(self, slots: list[Slot]) -> tuple[Tensor, dict[int, str]]:
         """The next token's logits of every slot, (B, V), and what went wrong by slot."""
-        errors: dict[int, str] = {}
-        for i, slot in enumerate(slots):
-            if len(slot.tokens) - slot.start > self.max_len:
-                try:
-                    self._shorten(slot)
-                except ValueError as error:  # numbers that int8 cannot hold
-                    errors[i] = str(error)
+        errors = self._shorten(slots)
         idx = torch.tensor([[slot.tokens[-1]] for slot in slots], device=self.device)
         view = self.cache.rows([slot.cache.pos for slot in slots])
         try:
@@ -560,12 +593,31 @@ class Batch:
             slot.cache.advance(1)
         return logits, errors
 
-    def _shorten(self, slot: Slot) -> None:
-        """A text that has outgrown its row goes on with the newer half of what that can hold."""
-        slot.start = len(slot.tokens) - max(self.max_len // 2, 1)
-        slot.cache.truncate(0)
-        if rest := slot.tokens[slot.start : -1]:
-            self.model(torch.tensor([rest], device=self.device), cache=slot.cache)
+    def _shorten(self, slots: list[Slot]) -> dict[int, str]:
+        """
+        Texts that have outgrown their rows go on with the newer half of what those can hold.
+        Returns what went wrong by slot.
+        """
+        half, errors = max(self.max_len // 2, 1), {}
+        full = [i for i, s in enumerate(slots) if len(s.tokens) - s.start > self.max_len]
+        for i in full:
+            slots[i].start = len(slots[i].tokens) - half
+            slots[i].cache.truncate(0)
+        size = max(self.prefill_chunk // half, 1) if self.cache.grows else 1
+        groups = [full[i : i + size] for i in range(0, len(full), size)] if half > 1 else []
+        while groups:
+            group = groups.pop()
+            try:
+                caches = self._computed([slots[i].tokens[slots[i].start : -1] for i in group])
+            except ValueError as error:  # numbers that int8 cannot hold
+                if len(group) > 1:  # in one of them or several: each alone
+                    groups += [[i] for i in group]
+                else:
+                    errors[group[0]] = str(error)
+                continue
+            for i, cache in zip(group, caches, strict=True):
+                slots[i].cache.copy_from(cache)
+        return errors
 
     def _scores(self, logits: Tensor, tokens: list[int]) -> dict[int, tuple[float, tuple]]:
         """Logprobs of the tokens that were drawn, by slot, where they were asked for."""

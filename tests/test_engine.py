@@ -276,12 +276,13 @@ def requests(count, **options):
 
 
 def serve(batch, requests, together=True):
-    """The text, tokens and finish of every sample; the requests come one by one, or each alone."""
+    """The text, tokens and finish of every sample; requests come by threes, or each alone."""
     got = {}
     todo = list(requests)
-    for _ in range(10_000):
-        if todo and (together or not batch.busy):
-            batch.submit(todo.pop(0))
+    for step in range(10_000):
+        if todo and (step % 2 == 0 if together else not batch.busy):
+            for _ in range(min(3, len(todo)) if together else 1):
+                batch.submit(todo.pop(0))
         for piece in batch.step():
             text, tokens, _ = got.get((id(piece.request), piece.index), ("", (), None))
             key = (id(piece.request), piece.index)
@@ -312,6 +313,22 @@ def test_a_request_does_not_depend_on_the_others(settings, chunk):
             assert text == letters.partition("ab")[0]
             assert finish == ("stop" if "ab" in letters else "length")
             assert text.startswith("".join(CHARS[token] for token in ids))
+
+
+@torch.no_grad()
+def test_short_prompts_are_read_in_one_pass():
+    """Prompts that arrive together cost one pass, and so do texts that outgrow their rows."""
+    served, passes = batch({}, rows=4), []
+    served.model.register_forward_pre_hook(lambda _, args: passes.append(tuple(args[0].shape)))
+    some = [Request(list(range(n)), Sampling(20, 0)) for n in (5, 9, 3, 5)]
+    for request in some:
+        served.submit(request)
+    served.step()
+    assert passes == [(4, 8), (4, 1)] and served.active == 4
+    while served.busy:
+        served.step()
+    assert (2, 7) in passes  # the two prompts of 5 tokens outgrow 16 at the same time
+    assert sum(shape[1] > 1 for shape in passes) == 5  # the prompt of 9 does so twice, that of 3
 
 
 def test_rows_drawn_together_and_alone():
