@@ -10,8 +10,8 @@ import torch
 from model import GPT, GPTConfig
 from nanomla import costs
 from nanomla.dataset import Dataset
-from tests.conftest import QUICK, fails_with_one_line, run
-from tools import bench
+from tests.conftest import QUICK, fails_with_one_line, run, tiny_config
+from tools import bench, load
 
 
 def test_report_counts_a_config(tmp_path):
@@ -217,3 +217,13 @@ def test_profile_adds_up(tmp_path, dataset):
     assert list(rows) == [*parts, "all"] and "2 x 4 x 16 tokens, float32" in done.stdout
     ms = {part: float(row["ms"]) for part, row in rows.items()}
     assert sum(ms[p] for p in parts) == pytest.approx(ms["all"], abs=0.05) and min(ms.values()) > 0
+
+
+@pytest.mark.slow
+def test_load_of_a_server():
+    """Real servers and clients: rows of figures for one client, several, and one text at a time."""
+    rows = load.measure(tiny_config(), "cpu", clients=3, tokens=5, rounds=1)
+    names = ["1 client", "3 clients", "3 clients, one text at a time"]
+    assert [row["server"] for row in rows] == names
+    assert all(float(row["tokens/s"].replace(",", "")) > 0 for row in rows)
+    assert rows[0]["of 1 client's"] == "1.0x"

@@ -85,14 +85,14 @@ def ask(address: str, prompt: list[int], tokens: int, seed: int) -> tuple[int, f
     return usage["completion_tokens"], first
 
 
-def load(address: str, clients: int, each: int, prompt: list[int], tokens: int) -> Load:
-    """`clients` at once, each with `each` requests after another."""
+def load(address: str, clients: int, each: int, prompts: list[list[int]], tokens: int) -> Load:
+    """`clients` at once, each with `each` requests after another, no two with one prompt."""
     total, lock, failures = Load(), threading.Lock(), []
 
     def client(number: int) -> None:
         try:
-            for i in range(each):
-                made, first = ask(address, prompt, tokens, seed=number * each + i)
+            for i in range(number, clients * each, clients):
+                made, first = ask(address, prompts[i], tokens, seed=i)
                 with lock:
                     total.tokens += made
                     total.first.append(first)
@@ -115,7 +115,7 @@ def measure(
     config: GPTConfig, device: str, clients: int, tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Rows of figures of a model of random weights: medians over rounds, taken in turn."""
-    prompt = torch.randint(config.vocab_size, (min(16, config.block_size),)).tolist()
+    prompts = torch.randint(config.vocab_size, (4 * clients, min(16, config.block_size))).tolist()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         run = random_run(Path(folder) / "run", config)
         flags = (f"--device={device}", "--queue=1000")
@@ -129,7 +129,7 @@ def measure(
         got: dict[str, list[Load]] = {name: [] for name in cases}
         for i in range(-1, rounds):  # the first round warms up
             for name, (address, n, each) in cases.items():
-                taken = load(address, n, each, prompt, tokens)
+                taken = load(address, n, each, prompts, tokens)
                 if i >= 0:
                     got[name].append(taken)
     rows, base = [], 0.0
