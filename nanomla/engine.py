@@ -413,7 +413,10 @@ class Batch:
         return pieces
 
     def _read_prompts(self, pieces: list[Piece]) -> None:
-        """Read prompt_chunk tokens of the requests that join, one request after another."""
+        """
+        Read about prefill_chunk tokens of the requests that join, one request after another. Where
+        a prompt is cut does not depend on the others: a cache of int8 makes a difference there.
+        """
         budget = self.prefill_chunk
         while budget > 0:
             if self.joining is None:
@@ -422,7 +425,7 @@ class Batch:
                     break
                 self.joining = self._begin(self.waiting.popleft())
             request, slot, _ = self.joining
-            new = slot.tokens[slot.start + slot.cache.pos : -1][:budget]
+            new = slot.tokens[slot.start + slot.cache.pos : -1][: self.prefill_chunk]
             budget -= max(len(new), 1)
             try:
                 self._read(new)
@@ -455,7 +458,7 @@ class Batch:
             return 0
         try:
             caches = self._computed([request.prompt[:-1] for request in group])
-        except ValueError:  # a prompt that int8 cannot hold; read alone, it is found
+        except (UserError, ValueError):  # a prompt that int8 cannot hold is found when read alone
             return 0
         for request, cache in zip(group, caches, strict=True):
             slot = self._begin(self.waiting.popleft()).slot
@@ -513,6 +516,8 @@ class Batch:
             self.model(idx, cache=slot.cache)
             return
         logits = self.model(idx, targets=idx, cache=slot.cache)[0][0]  # (T, V), of all positions
+        if not bool(logits.isfinite().all()):
+            raise UserError(NOT_FINITE)
         following = request.prompt[first + 1 : first + 1 + len(new)]
         scores = log_probabilities(logits, following, request.logprobs or 0)
         for token, score in zip(following, scores, strict=True):
@@ -609,7 +614,7 @@ class Batch:
             group = groups.pop()
             try:
                 caches = self._computed([slots[i].tokens[slots[i].start : -1] for i in group])
-            except ValueError as error:  # numbers that int8 cannot hold
+            except (UserError, ValueError) as error:  # numbers that int8 cannot hold, no memory
                 if len(group) > 1:  # in one of them or several: each alone
                     groups += [[i] for i in group]
                 else:

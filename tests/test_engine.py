@@ -448,6 +448,8 @@ def test_an_error_ends_one_request(cache_dtype, number):
             served.model.transformer.h[0].ln_1 = torch.nn.Identity()
         return served
 
+    scored = Request([1, 22, 3], Sampling(0), prompt_logprobs=True)
+    assert serve(make_batch(), [scored])[0][0][2] == "error"
     prompts = [[1, 2, 3], [4, 22, 5], [6, 7], [22], [8, 9]]
     made = lambda: [Request(prompt, Sampling(5, 0)) for prompt in prompts]
     together = serve(make_batch(), made())
@@ -478,3 +480,24 @@ def test_the_end_of_a_text_is_no_part_of_it():
     text, tokens, finish = serve(served, [Request([3], Sampling(12, 0, end=end))])[0][0]
     assert finish == "stop" and [t.id for t in tokens] == [t.id for t in free[1][:first]]
     assert text == free[0][:first]
+
+
+@pytest.mark.parametrize("settings", [{}, TINY_MLA])
+def test_a_long_prompt_is_cut_alike_beside_others(settings):
+    """In int8, where the later part of a prompt reads rounded rows of the earlier one."""
+    settings = {**settings, "block_size": 64}
+    texts = []
+    for others in (0, 1, 2):
+        served = batch(settings, rows=3, prefill_chunk=8, cache_dtype=torch.int8)
+        some = [Request([i, 5, 6, 7], Sampling(9, 0)) for i in range(others)]
+        long = Request([n % 23 for n in range(1, 50)], Sampling(9, 0), logprobs=0)
+        for request in (*some, long):
+            served.submit(request)
+        pieces = []
+        while served.busy:
+            pieces += [piece for piece in served.step() if piece.request is long]
+        texts.append([token for piece in pieces for token in piece.tokens])
+    for text in texts[1:]:
+        assert [token.id for token in text] == [token.id for token in texts[0]]
+        want = [token.logprob for token in texts[0]]
+        assert [token.logprob for token in text] == pytest.approx(want, abs=1e-5)
