@@ -376,11 +376,12 @@ class Batch:
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < vocab_size)
             raise UserError(f"the prompt has the token id {wrong}, the model knows {vocab_size}")
-        if len(prompt) > self.max_len and (request.window is None or request.prompt_logprobs):
+        if len(prompt) > self.max_len and request.window is None:
             context = f"the model's context {self.max_len}"
             raise UserError(f"the prompt has {len(prompt)} tokens, {context}; shorten it")
         if request.window is not None and not 1 <= request.window <= self.max_len:
-            raise UserError(f"the window must be from 1 to {self.max_len} tokens")
+            works = f"it must be from 1 to {self.max_len} tokens"
+            raise UserError(f"window={request.window} does not work: {works}")
         if not 1 <= request.n <= self.rows:
             raise UserError(f"n={request.n} does not work: it must be from 1 to {self.rows}")
 
@@ -494,7 +495,8 @@ class Batch:
         request.computed = len(prompt) - slot.start - slot.cache.pos
         joining = Joining(request, slot, StreamDecoder(self.tokenizer))
         if request.prompt_logprobs:
-            request.prompt_tokens.append(self._prompt_token(joining, prompt[0], None, ()))
+            first = prompt[slot.start]
+            request.prompt_tokens.append(self._prompt_token(joining, first, None, ()))
         return joining
 
     def _in_common(self, slot: Slot, prompt: list[int]) -> int:

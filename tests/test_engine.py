@@ -464,7 +464,7 @@ def test_refused_requests():
     for wrong in (
         Request([], ok), Request([23], ok), Request([-1], ok), Request([1] * 17, ok),
         Request([1], ok, n=4), Request([1], ok, n=0), Request([1] * 17, ok, window=17),
-        Request([1] * 17, ok, window=0), Request([1] * 17, ok, window=8, prompt_logprobs=True),
+        Request([1] * 17, ok, window=0),
     ):  # fmt: skip
         with pytest.raises(UserError):
             served.submit(wrong)

@@ -7,6 +7,7 @@ at the start, models are looked up by name, and a log is that of a model that wa
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -32,7 +33,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from nanomla.errors import UserError
 from nanomla.files import brief, check_fields, parse_json
 from nanomla.runlog import read_log
-from tools.completions import ApiError, Params, Reply, encode, make_requests, read_params
+from tools.completions import (
+    ApiError,
+    Params,
+    Reply,
+    check_names,
+    encode,
+    make_requests,
+    read_params,
+)
 from tools.stepper import Call, Served, Stepper
 
 PAGE = Path(__file__).resolve().parent / "page"
@@ -48,7 +57,7 @@ HEADERS = {  # of every response
     "Referrer-Policy": "no-referrer",
 }
 RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+NOTHING = "there is nothing here"
 JSON = "application/json"
 LARGEST_BODY = 2**20  # bytes
 LONG_BODY = 2**16  # from here on a text is turned into tokens beside the loop
@@ -93,7 +102,9 @@ class Guard:
 
     def __init__(self, app: ASGIApp, host: str, token: str | None, public: set[str]) -> None:
         self.app, self.public, self.draining = app, public, False
-        self.loopback = is_loopback(host)
+        own = re.escape(f"[{host}]" if ":" in host else host)
+        known = rf"(localhost|127\.0\.0\.1|\[::1\]|{own})(:[0-9]{{1,5}})?"
+        self.hosts = re.compile(known, re.IGNORECASE) if is_loopback(host) else None
         self.token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +122,9 @@ class Guard:
 
     def _check(self, request: Request) -> None:
         host, path = request.headers.get("host", ""), request.scope["path"]
-        if self.loopback and not LOOPBACK.fullmatch(host):
+        if not path.isprintable():  # routes would take a path that ends in a new line
+            raise ApiError(404, NOTHING)
+        if self.hosts is not None and not self.hosts.fullmatch(host):
             raise ApiError(403, f"the Host header {brief(host)} is not this server's")
         for origin in request.headers.getlist("origin"):
             if origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
@@ -200,6 +213,8 @@ async def read_body(request: Request) -> dict[str, Any]:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, "the request took too long to arrive") from None
+    except asyncio.CancelledError:  # uvicorn ends what still arrives when the server does
+        raise ApiError(503, "the server is shutting down", code="shutting_down") from None
     try:
         return parse_json(bytes(body), "the request")
     except UserError as error:
@@ -208,11 +223,11 @@ async def read_body(request: Request) -> dict[str, Any]:
 
 def read_fields(kind: type, body: dict[str, Any]) -> Any:
     """An instance of a dataclass from a JSON object. Raises ApiError."""
+    check_names(body, kind)
     try:
         return kind(**body)
     except (TypeError, ValueError) as error:
-        text = str(error).removeprefix(f"{kind.__name__}.__init__() ")
-        raise ApiError(400, text) from None
+        raise ApiError(400, str(error).removeprefix(f"{kind.__name__}.__init__() ")) from None
 
 
 @dataclass
@@ -317,6 +332,7 @@ class Site:
     max_tokens: int
     page: Path = PAGE
     logs: dict[Path, tuple[Any, list]] = field(default_factory=dict)  # read: stamp and entries
+    drawing: bool = False  # a picture of attention
 
     def __post_init__(self) -> None:
         self.served = self.stepper.served
@@ -364,7 +380,7 @@ class Site:
 
     async def http_error(self, request: Request, error: HTTPException) -> Response:
         """Starlette's 404 and 405 as OpenAI's errors."""
-        words = {404: "there is nothing here", 405: "another method is needed here"}
+        words = {404: NOTHING, 405: "another method is needed here"}
         said = ApiError(error.status_code, words.get(error.status_code, error.detail))
         return as_error(said, dict(error.headers or {}))
 
@@ -382,7 +398,7 @@ class Site:
 
     async def file(self, request: Request) -> Response:
         """A file of the page."""
-        content, kind = self.files[request.scope["path"]]
+        content, kind = self.files[request.scope["path"]]  # a route is made of every one of them
         return Response(content, headers={"Cache-Control": "no-cache"}, media_type=kind)
 
     async def health(self, request: Request) -> Response:
@@ -435,7 +451,9 @@ class Site:
             try:
                 served.batch.check(one)
             except UserError as error:
-                raise ApiError(400, str(error), "prompt") from None
+                text = str(error).replace("window=", "truncate_prompt_tokens=")
+                named = text.partition("=")[0] if "=" in text else "prompt"
+                raise ApiError(400, text, named) from None
         call = Call(served, requests, paced=params.stream)
         self.stepper.open(call)
         return call, Reply(params, requests, texts, served.name, served.tokenizer)
@@ -520,7 +538,7 @@ class Site:
         found = path.stat()
         stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
         if self.logs.get(path, (None,))[0] != stamp:
-            self.logs[path] = (stamp, plain(read_log(path)))
+            self.logs[path] = (stamp, [*plain_entries(read_log(path))])
         return self.logs[path][1]
 
     async def attention(self, request: Request) -> Response:
@@ -548,7 +566,13 @@ class Site:
                 raise ApiError(400, str(error)) from None
             return heads.double().mul(1e4).round().div(1e4).tolist()
 
-        heads = await self.stepper.run_between_steps(weights)
+        if self.drawing:  # completions wait for a picture, so there is never more than one
+            raise ApiError(503, "another picture is being computed; ask again", code="busy")
+        self.drawing = True
+        try:
+            heads = await self.stepper.run_between_steps(weights)
+        finally:
+            self.drawing = False
         texts = [served.tokenizer.decode([token]) for token in tokens]
         body = await asyncio.to_thread(_picture, texts, heads)
         return Response(body, headers={"Cache-Control": "no-store"}, media_type=JSON)
@@ -559,7 +583,7 @@ class Site:
         tokenizer = self.find(given.model).tokenizer
 
         def tokens() -> dict[str, list]:
-            ids = encode(given.text, tokenizer)
+            ids = encode(given.text, tokenizer, "text")
             return {"ids": ids, "tokens": [tokenizer.decode([token]) for token in ids]}
 
         long = len(given.text) > LONG_BODY
@@ -581,6 +605,13 @@ def _picture(texts: list[str], heads: list) -> bytes:
     rows = (",".join(json.dumps(row, separators=(",", ":")) for row in head) for head in heads)
     inner = ",".join(f"[{head}]" for head in rows)
     return f'{{"tokens":{json.dumps(texts)},"heads":[{inner}]}}'.encode()
+
+
+def plain_entries(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The entries of a log as JSON has them, without those that are nested too deeply."""
+    for entry in entries:
+        with contextlib.suppress(RecursionError):
+            yield plain(entry)
 
 
 def plain(value: Any) -> Any:

@@ -109,14 +109,10 @@ class Params:
 
 def read_params(body: dict[str, Any], limit: int) -> Params:
     """The checked fields of a request. limit: its largest max_tokens. Raises ApiError."""
-    known = [f.name for f in fields(Params)]
-    for name in body:
-        if name not in known:
-            close = difflib.get_close_matches(name[:60], known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ApiError(400, f"there is no field {brief(name)}{hint}", name[:60])
+    known = check_names(body, Params)
+    given = {name: value for name, value in body.items() if value is not None}
     try:
-        params = Params(**{name: value for name, value in body.items() if value is not None})
+        params = Params(**{"max_tokens": min(Params.max_tokens, limit), **given})
         if params.max_tokens > limit:
             asked = brief(params.max_tokens)
             raise ValueError(f"max_tokens={asked} is more than this server makes, {limit}")
@@ -124,6 +120,17 @@ def read_params(body: dict[str, Any], limit: int) -> Params:
         named = [name for name in known if str(error).startswith(name)]
         raise ApiError(400, str(error), max(named, key=len, default=None)) from None
     return params
+
+
+def check_names(body: dict[str, Any], kind: type) -> list[str]:
+    """The fields of a dataclass. Raises ApiError for a name in a JSON object that is none."""
+    known = [f.name for f in fields(kind)]
+    for name in body:
+        if name not in known:
+            close = difflib.get_close_matches(name[:60], known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ApiError(400, f"there is no field {brief(name)}{hint}", name[:60])
+    return known
 
 
 # ---- prompts
@@ -143,7 +150,8 @@ def make_requests(
         several = [several]
     if len(several) * params.n > most:
         count = f"{len(several)} prompts with n={brief(params.n)}"
-        raise ApiError(400, f"{count} are more than {most} samples, the most of a request", "n")
+        field = "prompt" if len(several) > most else "n"
+        raise ApiError(400, f"{count} are more than {most} samples, the most of a request", field)
     prompts = _read_prompts(several, tokenizer)
     seed = secrets.randbits(62) if params.seed is None else params.seed
     end = None if params.ignore_eos else end_of_text(tokenizer.spec)
@@ -182,12 +190,12 @@ def _is_ids(value: list) -> bool:
     return bool(value) and all(type(token) is int for token in value)
 
 
-def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+def encode(text: str, tokenizer: Tokenizer, field: str = "prompt") -> list[int]:
     """A text's ids. Raises ApiError for one that the tokenizer cannot spell."""
     try:
         return tokenizer.encode(text)
     except UserError as error:
-        raise ApiError(400, str(error), "prompt") from None
+        raise ApiError(400, str(error), field) from None
 
 
 def _start(tokenizer: Tokenizer) -> list[int]:
@@ -230,7 +238,8 @@ class Choice:
         """Where in the text a token begins that follows the one before."""
         place = self.place
         self.place += token.chars
-        return max(place, 0)
+        broken = token.chars - len(token.text)  # U+FFFD for bytes before it that are no character
+        return max(place + max(broken, 0), 0)
 
 
 class Reply:

@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     # One thread does all of torch. OpenMP gives every thread that computes helpers of its own, and
     # lets them sleep if there are more than cores: then a step takes 1.5 times as long.
     with contextlib.closing(listen(cfg)) as sock, ThreadPoolExecutor(1, "engine") as engine:
-        served = engine.submit(open_models, cfg).result()
+        try:
+            served = engine.submit(open_models, cfg).result()
+        except (KeyboardInterrupt, Stopped) as stop:  # the thread may read for seconds more
+            end_at_once(getattr(stop, "number", signal.SIGINT))
         number = asyncio.run(serve(cfg, served, sock, engine))
     raise_stopped(number)
 
