@@ -16,7 +16,7 @@ demo: .venv/ready data/shakespeare_char/meta.json
 
 serve: .venv/ready-serve data/shakespeare_char/meta.json
 	@test -f out-demo/ckpt.pt || $(PY) train.py config/train_mla.py --out_dir=out-demo
-	$(PY) -m tools.serve --out_dir=out-demo
+	$(PY) -m tools.serve --out_dir=out-demo || test $$? -eq 130  # Ctrl-C
 
 test: .venv/ready-dev
 	$(PY) -m pytest

@@ -390,8 +390,9 @@ class Cache:
         return view
 
     def rows(self, lengths: list[int]) -> "Cache":
-        """A cache for the first rows that shares this one's memory; row i holds lengths[i]."""
+        """The first rows, in the same memory, row i with lengths[i] tokens: for passes only."""
         view, n = copy.copy(self), len(lengths)
+        _require(0 < n <= self.batch_size, "lengths", lengths, f"1 to {self.batch_size} numbers")
         view.batch_size, view.tensors = n, [t[:, :n] for t in self.tensors]
         view._pos, same = max(lengths), len(set(lengths)) == 1
         view.lengths = None if same else torch.tensor(lengths, device=self.tensors[0].device)

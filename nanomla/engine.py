@@ -133,7 +133,7 @@ class Engine:
         """num_samples continuations of every prompt, up to ROWS side by side."""
         encoded = [self.encode(prompt) for prompt in prompts]
         if not self.sampling.use_cache:
-            return [[self._one(prompt) for _ in range(num_samples)] for prompt in encoded]
+            return [self._uncached(prompt, num_samples) for prompt in encoded]
         s, block_size = self.sampling, self.model.config.block_size
         longest = max(map(len, encoded), default=1) + s.max_new_tokens
         rows = min(max(len(prompts), 1) * num_samples, ROWS)
@@ -159,13 +159,28 @@ class Engine:
         self.tokens_made += batch.tokens_made
         return [[sample for part in parts for sample in part.samples] for parts in requests]
 
-    def _one(self, prompt: list[int]) -> Sample:
-        """One continuation, drawn alone."""
-        sample, began = Sample(self.tokenizer, self.sampling.stop), time.perf_counter()
-        for _ in self.extend(sample, prompt):
-            pass
-        sample.seconds = time.perf_counter() - began
-        return sample
+    def _uncached(self, prompt: list[int], n: int) -> list[Sample]:
+        """n continuations of a prompt, side by side, without a cache."""
+        samples = [Sample(self.tokenizer, self.sampling.stop) for _ in range(n)]
+        began = time.perf_counter()
+        for column in self._columns([prompt] * n):
+            for sample, token in zip(samples, column[:, 0].tolist(), strict=True):
+                if not sample.done:
+                    sample.push(token)
+                    self.tokens_made += 1
+            if all(sample.done for sample in samples):
+                break
+        for sample in samples:
+            sample.finish()
+            sample.seconds = time.perf_counter() - began
+        return samples
+
+    def _columns(self, prompts: list[list[int]], cache: Cache | None = None) -> Iterator[Tensor]:
+        """Continue prompts of one length side by side: an iterator over (B, 1)."""
+        s, idx = self.sampling, torch.tensor(prompts, device=self.device)
+        sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
+        how = (s.use_cache, s.cache_dtype, cache)
+        return stream_tokens(self.model, idx, s.max_new_tokens, sampler, *how)
 
     def chat(self) -> "Chat":
         """A conversation that keeps its cache from turn to turn."""
@@ -187,10 +202,7 @@ class Engine:
         self, sample: Sample, prompt: list[int], cache: Cache | None = None
     ) -> Iterator[str]:
         """Add tokens to a sample; yields the text that each completes. cache as in generate."""
-        s, idx = self.sampling, torch.tensor([prompt], device=self.device)
-        sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
-        how = (s.use_cache, s.cache_dtype, cache)
-        for token in stream_tokens(self.model, idx, s.max_new_tokens, sampler, *how):
+        for token in self._columns([prompt], cache):
             self.tokens_made += 1
             yield sample.push(int(token))
             if sample.done:
@@ -375,7 +387,8 @@ class Batch:
             raise UserError("the prompt is empty; give at least one token")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             wrong = next(token for token in prompt if not 0 <= token < vocab_size)
-            raise UserError(f"the prompt has the token id {wrong}, the model knows {vocab_size}")
+            known = f"the model knows {vocab_size} token ids"
+            raise UserError(f"the prompt has the token id {wrong}, {known}")
         if len(prompt) > self.max_len and request.window is None:
             context = f"the model's context {self.max_len}"
             raise UserError(f"the prompt has {len(prompt)} tokens, {context}; shorten it")
@@ -384,6 +397,10 @@ class Batch:
             raise UserError(f"window={request.window} does not work: {works}")
         if not 1 <= request.n <= self.rows:
             raise UserError(f"n={request.n} does not work: it must be from 1 to {self.rows}")
+        try:
+            Sampler(request.sampling.temperature, request.sampling.top_k, request.sampling.top_p)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def submit(self, request: Request) -> None:
         """Serve a request as soon as n rows are free, after those that came before."""
@@ -501,11 +518,13 @@ class Batch:
 
     def _in_common(self, slot: Slot, prompt: list[int]) -> int:
         """How many tokens in a slot's cache are those of the prompt, if it can go on from them."""
-        if len(prompt) - slot.start > self.max_len:
-            return 0
+        if len(prompt) - slot.start > self.max_len or (slot.start and len(prompt) <= self.max_len):
+            return 0  # it needs another window of the text, or all of it
         held = slot.tokens[: slot.start + slot.cache.pos]
         pairs = enumerate(zip(held, prompt, strict=False))
         same = next((i for i, (a, b) in pairs if a != b), min(len(held), len(prompt)))
+        if not slot.cache.grows and not same == len(held) < len(prompt):
+            return 0  # a state cannot go back
         return max(same - slot.start, 0)
 
     def _read(self, new: list[int]) -> None:

@@ -53,6 +53,12 @@ def test_fields_reach_the_engine():
     assert len(seeds) == 5  # without a seed every call draws its own
 
 
+def test_the_default_length_is_one_that_the_server_makes():
+    """max_tokens left out is 16, or the most that this server makes."""
+    assert read_params({"prompt": "a"}, limit=8).max_tokens == 8
+    assert read_params({"prompt": "a", "max_tokens": None}, limit=100).max_tokens == 16
+
+
 def test_ends_and_starts_of_texts():
     """GPT-2's end of text ends a sample and begins an empty prompt; a char model begins a line."""
     gpt2 = SimpleNamespace(spec={"kind": "tiktoken", "name": "gpt2"})

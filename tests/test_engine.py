@@ -402,6 +402,13 @@ def test_going_on_past_the_context():
     longer = Request(text[:-1] + [5], Sampling(4, 0), cache_prompt=True, window=8)
     serve(served, [longer])
     assert longer.cached > 0 and longer.computed == 1
+    serve(served, [Request(text, Sampling(1, 0), cache_prompt=True, window=8)])
+    fits = Request(text[:14], Sampling(2, 0), cache_prompt=True, logprobs=2)
+    whole = Request(text[:14], Sampling(2, 0), logprobs=2)  # not what is left of it in a window
+    again = [serve(served, [request])[0][0] for request in (fits, whole)]
+    assert (fits.cached, fits.computed) == (0, 14)
+    for a, b in zip(again[0][1], again[1][1], strict=True):
+        assert a.id == b.id and a.logprob == pytest.approx(b.logprob, abs=1e-5)
     cut = Request([*text, 6, 6, 6], Sampling(4, 0), window=8)
     got = serve(served, [cut])[0]
     assert (cut.cached, cut.computed) == (0, 8)
@@ -464,7 +471,8 @@ def test_refused_requests():
     for wrong in (
         Request([], ok), Request([23], ok), Request([-1], ok), Request([1] * 17, ok),
         Request([1], ok, n=4), Request([1], ok, n=0), Request([1] * 17, ok, window=17),
-        Request([1] * 17, ok, window=0),
+        Request([1] * 17, ok, window=0), Request([1], Sampling(5, float("nan"))),
+        Request([1], Sampling(5, 1.0, -3)), Request([1], Sampling(5, 1.0, None, 2.0)),
     ):  # fmt: skip
         with pytest.raises(UserError):
             served.submit(wrong)

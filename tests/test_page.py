@@ -183,6 +183,11 @@ def test_errors_are_read_in_the_page(page, browser, runs):
     with server(runs / "out-mla", "--token=secret") as other:
         context = browser.new_context()
         locked = context.new_page()
+        locked.goto(f"http://{other}/")
+        for given in ("wrong", "wrong too"):
+            locked.get_by_label("The server wants its token").fill(given.replace(" ", "-"))
+            locked.get_by_role("button", name="Use it").click()
+            expect(locked.locator("#token-wrong")).to_be_visible()
         locked.goto(f"http://{other}/#token=secret")
         expect(locked).to_have_url(f"http://{other}/")
         locked.get_by_label("Prompt").fill("to be")

@@ -376,6 +376,10 @@ def test_pieces_of_the_page(server, models):
     log.write_text('{"iter": 0, "loss": 9}\n')
     answer = server.ask("GET", f"{path}&after=3")[2]
     assert answer["restarted"] and answer["entries"] == [{"iter": 0, "loss": 9}]
+    deep = "[" * 900 + "]" * 900
+    damaged = f'{{"iter": 0, "a": {deep}}}\n{{"a": {"[" * 100_000}\n'
+    log.write_text(damaged + '{"iter": 1, "loss": 3}\n')
+    assert server.ask("GET", path)[2]["entries"] == [{"iter": 1, "loss": 3}]
     assert server.ask("GET", f"{path}&after=-1")[0] == 400
     assert server.ask("GET", "/api/log?model=../out-mha")[0] == 404
 
@@ -405,6 +409,10 @@ def test_attention(server):
             assert not any(row[i + 1 :])
     for wrong in ({"layer": 2}, {"tokens": [256]}, {"tokens": []}, {"tokens": [True]}):
         assert server.ask("POST", "/api/attention", {**body, **wrong})[0] == 400
+    with ThreadPoolExecutor(6) as pool:  # one at a time, the others are told so
+        asked = [pool.submit(server.ask, "POST", "/api/attention", body) for _ in range(12)]
+        statuses = {one.result()[0] for one in asked}
+    assert 200 in statuses <= {200, 503}
     with server.stream() as response:
         response.read(1)
         assert server.ask("POST", "/api/attention", body)[0] == 409
@@ -577,6 +585,7 @@ def test_other_web_pages_are_refused(server):
         "/../pyproject.toml", "/..%2fpyproject.toml", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd",
         "/page.js/../../serve.py", "/serve.py", "/page/index.html", "/.env", "/v1/models/../../x",
         "/v1/models/..%2f..%2fout-mla", "/%00", "/index.html%00.js", "/v1/models/%2fetc%2fpasswd",
+        "/%0a", "/style.css%0a", "/health%0A",
     ],
 )  # fmt: skip
 def test_no_path_reaches_the_files(server, path):
@@ -871,6 +880,26 @@ def test_a_missing_package_is_one_line(models, monkeypatch, package):
     done = run("tools.serve", f"--out_dir={models.folder}/out-mla", "--port=0")
     words = [package, "pip install -r requirements-serve.txt", "make serve"]
     assert fails_with_one_line(done, 1, *words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_end_while_a_model_is_opened(models, number):
+    """The signal's line and status at once, however long the opening takes."""
+    slow = "lambda cfg: print('http://opening:1', flush=True) or time.sleep(30)"
+    patch = f"import time; tools.serve.open_models = {slow}"
+    server = Server(models.folder, patch=patch).ready()
+    began = time.monotonic()
+    assert server.end(number) == 128 + number and time.monotonic() - began < 3
+    assert server.stderr() in ("serve.py: interrupted\n", "serve.py: terminated\n")
+
+
+def test_the_address_it_listens_on_is_its_own():
+    """Any loopback address that was asked for is a Host that is taken, and no other name."""
+    from tools.app import Guard
+
+    hosts = Guard(None, "127.0.0.2", None, set()).hosts
+    assert hosts.fullmatch("127.0.0.2:80") and hosts.fullmatch("localhost")
+    assert not hosts.fullmatch("127.0.0.3") and not hosts.fullmatch("127a0.0.2")
 
 
 def test_names_of_models(models):

@@ -196,7 +196,7 @@ export class Column {
     const recomputed = `${number(computed)} of ${plural(total, "token")} recomputed`;
     this.note.textContent = {
       new: `prompt: ${plural(total, "token")}` + (cached ? `, ${number(cached)} in the cache` : ""),
-      rewound: `cache rewound: ${recomputed}`,
+      rewound: cached ? `cache rewound: ${recomputed}` : `not in the cache: ${recomputed}`,
       kept: `cache kept: ${recomputed}`,
     }[how];
     if (total < this.count) {

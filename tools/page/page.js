@@ -1,6 +1,6 @@
 // The page: its tabs, the settings of a text, errors, and the columns of the models.
 
-import { askJson, setToken, takeTokenFromAddress } from "./server.js";
+import { askJson, hasToken, setToken, takeTokenFromAddress } from "./server.js";
 import { attentionChanged, setUpAttention } from "./attention.js";
 import { redrawCache, showCache } from "./cache.js";
 import { Column } from "./column.js";
@@ -94,6 +94,7 @@ function showProblem(what, error, again) {
   $("retry").hidden = retries.size === 0;
   if (error.status === 401) {
     $("token-form").hidden = false;
+    $("token-wrong").hidden = !hasToken();
     $("token").focus();
     return;
   }

@@ -35,6 +35,8 @@ export function setToken(value) {
   return true;
 }
 
+export const hasToken = () => Boolean(token);
+
 // The answer to GET, or to POST if there is a body. Raises ServerError, or AbortError on signal.
 async function ask(path, body, signal) {
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
