@@ -114,7 +114,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         not torch.is_grad_enabled()
         and x.device.type == "cpu"
         and x.numel() <= 16 * weight.size(1)  # at most 16 rows
-        and weight.numel() >= 2**16
+        and weight.numel() >= 2**17
         and weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
     ):
