@@ -130,6 +130,11 @@ $("token-form").addEventListener("submit", (event) => {
   $("token-form").hidden = true;
   retry();
 });
+addEventListener("hashchange", () => {
+  if (!takeTokenFromAddress()) return;
+  $("token-form").hidden = true;
+  retry();
+});
 $("token").addEventListener("input", () => $("token").setCustomValidity(""));
 
 // ---- writing

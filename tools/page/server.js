@@ -14,14 +14,15 @@ export class ServerError extends Error {
 const NO_ANSWER = "The server does not answer. Is it still running?";
 
 // A token comes once in the address (#token=...), where it does not stay, or from the form.
+// Returns whether there was one.
 export function takeTokenFromAddress() {
   const found = /^#token=(.*)$/.exec(location.hash);
-  if (!found) return;
+  if (!found) return false;
   history.replaceState(null, "", location.pathname + location.search);
   try {
-    setToken(decodeURIComponent(found[1]));
+    return setToken(decodeURIComponent(found[1]));
   } catch {
-    // not a text; the server will ask for a token
+    return false; // not a text; the server will ask for a token
   }
 }
 
