@@ -3,7 +3,7 @@ Tokens out of a model: how one is drawn, and the loop that model.generate and th
 
     sampler = Sampler(temperature=0.8, top_k=200)
     for token in stream_tokens(model, idx, 100, sampler):  # (B, 1) each
-        ...
+        print(tokenizer.decode(token[0].tolist()), end="")
 """
 
 import math

@@ -196,4 +196,5 @@ def test_errors_are_read_in_the_page(page, browser, runs):
         expect(locked.locator("article")).to_be_visible()
     locked.get_by_role("button", name="Generate").click()
     expect(locked.get_by_role("alert")).to_contain_text("does not answer")
+    assert locked.get_by_label("Prompt").input_value() == "to be"
     context.close()
