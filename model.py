@@ -300,7 +300,7 @@ class Cache:
 
     DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
     grows = True  # with every token; else it is a state of n_latent_tokens rows
-    lengths: Tensor | None = None  # (B,) tokens held of every row, where they differ; pos is most
+    lengths: Tensor | None = None  # (B,) tokens held of every row, where they differ; pos: the most
     layout: Callable[[GPTConfig], list[tuple[int, int]]]  # (heads, width) of a layer's tensors
 
     def __init__(
