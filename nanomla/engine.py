@@ -347,7 +347,7 @@ class Batch:
 
     rows: samples at a time. max_len: tokens that a row holds, by default the model's context; a
     longer text goes on with its newer half. prefill_chunk: prompt tokens read in one step.
-    A Batch is not thread-safe: one thread owns it.
+    The model is put into evaluation mode. A Batch is not thread-safe: one thread owns it.
     """
 
     def __init__(
