@@ -18,8 +18,11 @@ from nanomla.dataset import Meta, write_dataset
 from nanomla.prepare import encode_chars
 from nanomla.settings import run_script
 
-# Processes that the tests start would inherit an ignored SIGINT, as a shell gives to `... &`.
+# Processes that the tests start would inherit an ignored SIGINT or SIGHUP, as a shell gives to
+# `... &` and nohup to all.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # tiny matrices gain nothing from more, and a busy machine loses much
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -88,9 +88,21 @@ def test_control_characters_forge_nothing():
     assert all(not line.startswith("train.py: done") for line in done.stdout.splitlines())
 
 
+STARTED = []
+
+
 def popen(*args, **how):
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | how
-    return subprocess.Popen([sys.executable, *map(str, args)], **how)
+    STARTED.append(subprocess.Popen([sys.executable, *map(str, args)], **how))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """A test that fails leaves no process running."""
+    yield
+    while STARTED:
+        STARTED.pop().kill()
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "tools.bench"])
