@@ -389,13 +389,14 @@ class Cache:
         view.batch_size, view.tensors = 1, [t[:, i : i + 1] for t in self.tensors]
         return view
 
-    def rows(self, lengths: list[int]) -> "Cache":
+    def rows(self, lengths: list[int] | Tensor) -> "Cache":
         """The first rows, in the same memory, row i with lengths[i] tokens: for passes only."""
         view, n = copy.copy(self), len(lengths)
         _require(0 < n <= self.batch_size, "lengths", lengths, f"1 to {self.batch_size} numbers")
         view.batch_size, view.tensors = n, [t[:, :n] for t in self.tensors]
-        view._pos, same = max(lengths), len(set(lengths)) == 1
-        view.lengths = None if same else torch.tensor(lengths, device=self.tensors[0].device)
+        known = lengths if isinstance(lengths, list) else [-1, self.max_len - 1]  # not asked
+        view._pos, same = max(known), len(set(known)) == 1
+        view.lengths = None if same else torch.as_tensor(lengths, device=self.tensors[0].device)
         return view
 
     def copy_from(self, row: "Cache") -> None:
@@ -941,9 +942,8 @@ class GPT(Costs, nn.Module):
         if cfg.pos_emb == "learned":
             x = x + self.transformer.wpe.weight[at]
         else:
-            tables = self.rope_cos, self.rope_sin
-            if x.dtype == torch.float64:
-                tables = rope_tables(0, pos + T, cfg, x.dtype)
+            kept = self.rope_cos, self.rope_sin
+            tables = kept if x.dtype != torch.float64 else rope_tables(0, pos + T, cfg, x.dtype)
             rotation = tuple(t.to(x.device)[at] for t in tables)
         x = self.transformer.drop(x)
         for block in self.transformer.h:

@@ -32,6 +32,7 @@ from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.distributed import resolve_device
 from nanomla.engine import Chat, Engine, Sampling
+from nanomla.sampling import PREFILL_CHUNK
 from nanomla.settings import check, configure
 from nanomla.surgery import SVD_SETTINGS
 from nanomla.tokenizer import Tokenizer
@@ -78,6 +79,9 @@ class SampleConfig:
     dtype: Annotated[Dtype, "of the weights; auto: bfloat16 on CUDA, else float32"] = "auto"
     use_cache: Annotated[bool, "False: recompute the context every step instead"] = True
     cache_dtype: Annotated[CacheDtype, "of the cache; auto: that of the weights"] = "auto"
+    prefill_chunk: Annotated[
+        int | None, "tokens of a prompt read at a time, which bounds memory; None: all", ">= 1"
+    ] = PREFILL_CHUNK
     compile: Annotated[bool, "torch.compile the MLPs: slow to start, then faster"] = False
 
     def __post_init__(self) -> None:
@@ -118,8 +122,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
     stop = cfg.stop.replace("\\n", "\n") if cfg.stop else None
     sampling = Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop, cfg.use_cache, cache_dtype
-    )
+        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop, cfg.use_cache, cache_dtype,
+        prefill_chunk=cfg.prefill_chunk,
+    )  # fmt: skip
     engine = Engine(model, tokenizer, sampling, cfg.seed)
     if cfg.interactive:
         seconds = converse(engine)

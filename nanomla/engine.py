@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model import GPT, Cache
 from nanomla.errors import UserError
-from nanomla.sampling import NOT_FINITE, Sampler, draw_rows, stream_tokens
+from nanomla.sampling import NOT_FINITE, PREFILL_CHUNK, Sampler, draw_rows, stream_tokens
 from nanomla.tokenizer import StreamDecoder, Tokenizer
 
 ROWS = 64  # samples side by side, unless a caller says otherwise
@@ -42,6 +42,7 @@ class Sampling:
     use_cache: bool = True
     cache_dtype: torch.dtype | None = None  # None: that of the weights
     end: int | None = None  # the token that ends a text in a Batch, and is no part of it
+    prefill_chunk: int | None = PREFILL_CHUNK  # tokens of a prompt that a pass reads; None: all
 
 
 class StopText:
@@ -137,8 +138,8 @@ class Engine:
         s, block_size = self.sampling, self.model.config.block_size
         longest = max(map(len, encoded), default=1) + s.max_new_tokens
         rows = min(max(len(prompts), 1) * num_samples, ROWS)
-        how = {"cache_dtype": s.cache_dtype, "max_len": min(longest, block_size)}
-        batch = Batch(self.model, self.tokenizer, rows, **how)
+        how = s.cache_dtype, s.prefill_chunk or block_size, min(longest, block_size)
+        batch = Batch(self.model, self.tokenizer, rows, *how)
         parts = [min(rows, num_samples - i) for i in range(0, num_samples, rows)]
         many = (len(encoded), len(parts))
         seeds = torch.randint(2**62, many, device=self.device, generator=self.generator).tolist()
@@ -179,7 +180,7 @@ class Engine:
         """Continue prompts of one length side by side: an iterator over (B, 1)."""
         s, idx = self.sampling, torch.tensor(prompts, device=self.device)
         sampler = Sampler(s.temperature, s.top_k, s.top_p, self.generator)
-        how = (s.use_cache, s.cache_dtype, cache)
+        how = (s.use_cache, s.cache_dtype, cache, None, s.prefill_chunk)
         return stream_tokens(self.model, idx, s.max_new_tokens, sampler, *how)
 
     def chat(self) -> "Chat":

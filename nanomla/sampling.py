@@ -17,8 +17,10 @@ from torch import Tensor
 
 from model import GPT, Cache
 from nanomla.errors import UserError
+from nanomla.graph import DecodingStep
 
 NOT_FINITE = "the model's logits are not finite; try --dtype=float32"
+PREFILL_CHUNK = 2048  # tokens of a prompt that a pass reads, unless a caller says otherwise
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,21 @@ def crop_context(context: Tensor, cache: Cache | None, block_size: int) -> Tenso
 
 
 @torch.inference_mode()
-def next_token(model: GPT, context: Tensor, cache: Cache | None, sampler: Sampler) -> Tensor:
-    """The next token of context (B, T), (B, 1); a cache holds the first cache.pos tokens of it."""
-    logits, _ = model(context if cache is None else context[:, cache.pos :], cache=cache)
-    return sampler(logits[:, -1])
+def next_logits(
+    model: GPT, context: Tensor, cache: Cache | None, chunk: int | None, step: DecodingStep | None
+) -> Tensor:
+    """
+    The logits of the token after context (B, T), (B, V). A cache holds the first cache.pos tokens
+    of it and then all; the others are read in chunks. step takes a single one.
+    """
+    if cache is None:
+        return model(context)[0][:, -1]
+    new = context[:, cache.pos :]
+    if step is not None and new.size(1) == 1:
+        return step(new)[:, -1]
+    for part in new.split(chunk or new.size(1), dim=1):
+        logits, _ = model(part, cache=cache)
+    return logits[:, -1]
 
 
 def stream_tokens(
@@ -162,29 +175,36 @@ def stream_tokens(
     cache_dtype: torch.dtype | None = None,
     cache: Cache | None = None,
     stop: int | Iterable[int] | None = None,
+    prefill_chunk: int | None = PREFILL_CHUNK,
 ) -> Iterator[Tensor]:
     """
     The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout: a model in training
-    mode is in evaluation mode until the last. The other arguments are those of GPT.generate. A
-    prompt that all rows share is prefilled once.
+    mode is in evaluation mode until the last. prefill_chunk: how many tokens of a prompt a pass
+    reads into a cache, which bounds its memory; None: all. The other arguments are those of
+    GPT.generate. A prompt that all rows share is read once.
     """
     whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
     _require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
+    some = prefill_chunk is None or prefill_chunk >= 1
+    _require(some, "prefill_chunk", prefill_chunk, "a whole number from 1, or None for all")
     block_size, stops = model.config.block_size, stop_ids(stop)
     ends = torch.tensor(stops, device=idx.device)
     training = [module for module in model.modules() if module.training]
-    context = check_prompt(idx, cache, block_size)
+    context, step = check_prompt(idx, cache, block_size), None
     if training:
         model.eval()
     try:
         if cache is None and use_cache and max_new_tokens > 0:
             longest = min(block_size, idx.size(1) + max_new_tokens)
             cache = model.make_cache(idx.size(0), longest, cache_dtype)
-            prefill_shared(model, context, cache)
+            prefill_shared(model, context, cache, prefill_chunk)
+        if cache is not None and DecodingStep.helps(model, cache):
+            step = DecodingStep(model, cache)
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             context = crop_context(context, cache, block_size)
-            token = torch.where(done, context[:, -1:], next_token(model, context, cache, sampler))
+            token = sampler(next_logits(model, context, cache, prefill_chunk, step))
+            token = torch.where(done, context[:, -1:], token)
             context = torch.cat([context, token], dim=1)
             yield token
             if stops:
@@ -197,10 +217,12 @@ def stream_tokens(
 
 
 @torch.inference_mode()
-def prefill_shared(model: GPT, prompt: Tensor, cache: Cache) -> None:
+def prefill_shared(
+    model: GPT, prompt: Tensor, cache: Cache, chunk: int | None = None
+) -> None:
     """Fill an empty cache with all but the last token of prompt (B, T), if all rows are equal."""
     B, T = prompt.shape
     if B > 1 and T > 1 and bool((prompt == prompt[:1]).all()):
-        model(prompt[:1, :-1], cache=cache.row(0))
+        next_logits(model, prompt[:1, :-1], cache.row(0), chunk, None)
         cache.advance(T - 1)
         cache.broadcast_row(0)

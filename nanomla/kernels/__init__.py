@@ -2,10 +2,12 @@
 The two functions that model.py spends its time in, computed the fastest way that a device has.
 
 reference.py defines each in a few lines; cpu.py holds what is faster on a CPU, blocks.py what takes
-narrow rows, int8.py rows of 8-bit integers. This module chooses. slots.py computes latent tokens,
-which have no keys.
+narrow rows, int8.py rows of 8-bit integers, triton.py what is faster on a GPU. This module chooses.
+slots.py computes latent tokens, which have no keys.
 """
 
+import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,21 +40,36 @@ def attend(
     held (B,): rows of different lengths. The new tokens of row b come after its first held[b] keys,
     and what follows has no weight, but must be finite. None: after the first S - T in every row.
     Returns (B, X, T * m, W) in the wider dtype of q and k, in which all is computed, or in q's if k
-    is Quantized. Many queries on narrower rows, and a GPU, take them converted as a whole.
+    is Quantized. Many queries on narrower rows take them converted as a whole.
     """
     dtype = q.dtype if isinstance(k, Quantized) else torch.promote_types(q.dtype, k.dtype)
     few, q = T <= 8 and not torch.is_grad_enabled() and dropout == 0, q.to(dtype)
+    gpu = on_gpu(q.device) if few else None
+    if gpu is not None and gpu.supports(q, k, v, beside):
+        return gpu.attend(q, k, v, T, scale, beside, held)
     on_cpu, narrow = few and q.device.type == "cpu", isinstance(k, Quantized) or k.itemsize == 2
     if not (on_cpu and narrow):
         k, v, beside = (t if t is None else dequantise(t, dtype) for t in (k, v, beside))
     if on_cpu:
         return _few_on_cpu(q, k, v, T, scale, beside, held)
-    if held is not None or (few and beside is not None):
+    if few and beside is not None:
         return reference.attend(q, k, v, T, scale, beside, held)
     W = (k if v is None else v).size(-1)
     if beside is not None:
         k = torch.cat([k, beside.expand(-1, k.size(1), -1, -1)], dim=-1)
-    return _causal(q, k, k if v is None else v, T, scale, dropout)[..., :W]
+    return _causal(q, k, k if v is None else v, T, scale, dropout, held)[..., :W]
+
+
+@functools.cache
+def on_gpu(device: torch.device) -> ModuleType | None:
+    """nanomla.kernels.triton, on a GPU that it is written for and where Triton is installed."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from nanomla.kernels import triton
+    except ImportError:
+        return None
+    return triton
 
 
 def _few_on_cpu(
@@ -72,25 +89,31 @@ def _few_on_cpu(
     if beside is not None or held is not None:
         return reference.attend(q, k, v, T, scale, beside, held)
     out = cpu.attend(q, k, v, T, scale) if T < k.size(2) else None
-    return _causal(q, k, k if v is None else v, T, scale, 0.0) if out is None else out
+    return _causal(q, k, k if v is None else v, T, scale, 0.0, None) if out is None else out
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, T: int, scale: float, dropout: float) -> Tensor:
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, T: int, scale: float, dropout: float, held: Tensor | None
+) -> Tensor:
     """nanomla.kernels.attend by torch's attention, with no T x S mask or scores for large T."""
     (B, X, rows, _), S = q.shape, k.size(2)
-    if T < S and T <= 8:
-        mask = None if T == 1 else reference.causal_mask(T, S, rows // T, q.device)
+    if T <= 8 and (T < S or held is not None):
+        last = T == 1 and held is None
+        mask = None if last else reference.causal_mask(T, S, rows // T, q.device, held)
         return _sdpa(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     if (m := rows // T) > 1:  # the m query heads become heads, for which keys are not copied
         q = q.reshape(B * X, T, m, -1).transpose(1, 2)  # (B * X, m, T, D)
         k, v = (t.flatten(0, 1).unsqueeze(1).expand(-1, m, -1, -1) for t in (k, v))
-    if T == S:
+        held = None if held is None else held.repeat_interleave(X)
+    if T == S and held is None:
         out = _sdpa(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
     else:
         n, outs = min(max(2**21 // S, 32), 256), []  # queries at a time, for a small mask
-        for part in q.split(n, dim=2):
-            end = S - T + len(outs) * n + part.size(2)  # what follows is masked for all of them
-            mask = reference.causal_mask(part.size(2), end, 1, q.device)
+        for i, part in zip(range(0, T, n), q.split(n, dim=2), strict=True):
+            new = part.size(2)
+            end = S if held is not None else S - T + i + new  # what follows is masked for all
+            before = None if held is None else held + i
+            mask = reference.causal_mask(new, end, 1, q.device, before)
             how = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
             outs.append(_sdpa(part, k[:, :, :end], v[:, :, :end], **how))
         out = torch.cat(outs, dim=2)

@@ -4,7 +4,8 @@ Rows kept as 8-bit integers with one float16 scale each. blocks.py computes atte
 A row x is kept as round(x / scale) with scale = max|x| / 127, rounded to float16. Every number
 comes back within half a scale or 127 * 2^-25 = 4e-6, whichever is larger: below float16's smallest
 number a scale becomes 0, and its row zeros. A row with a number over 127 * 65,504 has no float16
-scale and is refused; NaN makes the scale, and with it the whole row, NaN.
+scale: on a CPU it is refused, elsewhere it becomes NaN, as asking would wait for the device. NaN
+makes the scale, and with it the whole row, NaN.
 """
 
 from typing import NamedTuple
@@ -23,11 +24,11 @@ class Quantized(NamedTuple):
 
 
 def quantise(x: Tensor) -> Quantized:
-    """x (..., S, W) rounded to nearest. Raises ValueError for a number that no scale reaches."""
+    """x (..., S, W) rounded to nearest. On a CPU, ValueError for a number that no scale reaches."""
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True)
     scale = (largest / 127).half()
-    if bool(scale.isinf().any()):
+    if x.device.type == "cpu" and bool(scale.isinf().any()):
         raise ValueError(
             f"dtype=torch.int8 does not work: a number to cache is {largest.max():.3g}, over the "
             f"{LARGEST:.3g} that a float16 scale reaches, so dtype must be torch.float32"
