@@ -63,8 +63,8 @@ class DecodingStep:
         return self.model(self.token, cache=self.cache.rows(self.lengths))[0]
 
     def _try_to_capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.device(self.device), torch.cuda.graph(graph):
                 self.logits = self._step()
         except RuntimeError as error:
