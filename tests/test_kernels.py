@@ -190,3 +190,31 @@ def test_prompts_of_a_model_make_no_scores(settings, absorb):
             cache.advance(300)
             assert largest.numbers < 300 * cache.pos
     torch.testing.assert_close(torch.cat(got, dim=1), want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("X", "m", "r"), [(1, 3, 0), (2, 1, 4), (2, 2, 0)])
+@pytest.mark.parametrize("T", [1, 5, 9, 300])
+def test_rows_of_unequal_lengths(T, X, m, r):
+    """Few new tokens and many: what every row gives alone, and no scores of many."""
+    B, S = 3, 700
+    q, k, beside = torch.randn(B, X, T * m, 8 + r), torch.randn(B, X, S, 8), torch.randn(B, 1, S, r)
+    held, beside = torch.tensor([0, 400, 123]), beside if r else None
+    with torch.no_grad(), Largest() as largest:
+        got = kernels.attend(q, k, None, T, 0.3, beside, held=held)
+    assert T < 300 or largest.numbers < B * X * T * m * S / 2
+    for b, n in enumerate(held.tolist()):
+        row = slice(b, b + 1)
+        keys, more = k[row, :, : n + T], None if beside is None else beside[row, :, : n + T]
+        want = reference.attend(q[row], keys, None, T, 0.3, more)
+        torch.testing.assert_close(got[row], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "S"), [(9, 10), (9, 3000), (600, 601), (600, 1500)])
+def test_many_tokens_behind_old_ones(T, S, dtype, threads):
+    """The old keys and the new ones, each by torch's kernel, merged: scores of up to 30."""
+    q, k, v = (torch.randn(1, 2, n, 8).to(dtype) * 2 for n in (T, S, S))
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3}.get(dtype, 2e-2)
+    want = reference.attend(q.double(), k.double(), v.double(), T, 1.0)
+    got = cpu.go_on(q, k, v, 1.0)
+    assert got.dtype == dtype and float((got.double() - want).norm() / want.norm()) < limit

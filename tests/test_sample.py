@@ -114,6 +114,7 @@ def test_sampling_options_change_what_is_drawn(trained):
         (["--temperature=-1"], 2, ["temperature=-1"]),
         (["--top_p=2"], 2, ["top_p=2"]),
         (["--num_samples=0"], 2, ["num_samples=0"]),
+        (["--prefill_chunk=0"], 2, ["prefill_chunk=0"]),
         (["--svd_rank=2"], 2, ["use_svd"]),
         (["--use_svd=True", "--svd_rank=99"], 1, ["svd_rank=99", "1 to the head size 8"]),
         (["--stop="], 2, ["stop=''"]),
@@ -181,10 +182,15 @@ def test_stop_strings(trained):
 
 
 def test_cache_settings(trained):
-    """Without a cache the greedy text is the same; a bfloat16 cache takes half the bytes."""
-    args = [f"--out_dir={trained}", "--start=to", "--max_new_tokens=12", "--temperature=0"]
+    """Without a cache, and with a prompt read in parts, the greedy text is the same; a bfloat16
+    cache takes half the bytes."""
+    args = [f"--out_dir={trained}", "--start=to be or", "--max_new_tokens=12", "--temperature=0"]
     plain, without = run("sample.py", *args), run("sample.py", *args, "--use_cache=False")
     assert plain.stdout == without.stdout and "no cache" in without.stderr
+    for chunk in (1, 3, None):
+        assert run("sample.py", *args, f"--prefill_chunk={chunk}").stdout == plain.stdout
+    several = [run("sample.py", *args, "--num_samples=2", f"--prefill_chunk={c}") for c in (3, None)]
+    assert several[0].stdout == several[1].stdout
     assert "cache: 48 bytes" in run("sample.py", *args, "--cache_dtype=bfloat16").stderr
 
 

@@ -105,10 +105,14 @@ def _causal(
         q = q.reshape(B * X, T, m, -1).transpose(1, 2)  # (B * X, m, T, D)
         k, v = (t.flatten(0, 1).unsqueeze(1).expand(-1, m, -1, -1) for t in (k, v))
         held = None if held is None else held.repeat_interleave(X)
+    on_cpu = q.device.type == "cpu" and not torch.is_grad_enabled() and dropout == 0
     if T == S and held is None:
         out = _sdpa(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+    elif on_cpu and held is None and k.size(-1) == v.size(-1):
+        out = cpu.go_on(q, k, v, scale)
     else:
-        n, outs = min(max(2**21 // S, 32), 256), []  # queries at a time, for a small mask
+        masks = 1 if held is None else held.numel()
+        n, outs = min(max(2**21 // (S * masks), 32), 256), []  # queries at a time, for small masks
         for i, part in zip(range(0, T, n), q.split(n, dim=2), strict=True):
             new = part.size(2)
             end = S if held is not None else S - T + i + new  # what follows is masked for all

@@ -66,6 +66,19 @@ def split_keys(q: Tensor, rows: Tensor, T: int, scale: float, chunks: int) -> Te
     return (out * share.unsqueeze(-1).to(q.dtype)).sum(dim=1, keepdim=True)
 
 
+def go_on(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """
+    The last T of S tokens, q (B, X, T, D) against k (B, X, S, D) and v (B, X, S, D).
+
+    The S - T keys before them need no mask, and their own are those of a prompt, of which torch's
+    kernel leaves out the half that is not seen. Averages over both are merged by their log-sum-exp.
+    """
+    flash, old = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, k.size(2) - q.size(2)
+    before, lse = flash(q, k[:, :, :old], v[:, :, :old], scale=scale)
+    own, own_lse = flash(q, k[:, :, old:], v[:, :, old:], is_causal=True, scale=scale)
+    return own.lerp_(before, (lse - own_lse).sigmoid_().unsqueeze(-1).to(own.dtype))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     A few rows x (..., in) through a large weight (out, in), which all cores read together.
