@@ -360,6 +360,17 @@ def test_compiled_decoding_takes_every_step(monkeypatch):
     assert calls == [(16, "cpu"), 6, 7, 8, 9, 6, 7, 8, 9]
 
 
+def test_the_step_is_one_graph(monkeypatch):
+    """torch.compile takes it as a whole, and once for all tokens."""
+    whole = lambda step, device: torch.compile(step, fullgraph=True, backend="eager")
+    monkeypatch.setattr(bench, "compiled", whole)
+    with torch.inference_mode():
+        run = bench.compiled_decode(randomise(GPT(tiny_config())), torch.randint(23, (1, 7)), 4)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            run()
+            run()
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 def test_compiled_step_is_the_step():

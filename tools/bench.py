@@ -577,8 +577,10 @@ def compiled_decode(model: GPT, idx: Tensor, n: int) -> Callable[[], None]:
     static.cache.normal_()
     step = compiled(static.next_token, idx.device.type)
 
+    last = idx[:, -1:].clone(memory_format=torch.contiguous_format)  # other strides: one more graph
+
     def run() -> None:
-        token, pos = idx[:, -1:].clone(), torch.tensor([first], device=idx.device)
+        token, pos = last, torch.tensor([first], device=idx.device)
         for _ in range(n):
             token = step(token, pos).clone()  # the next step overwrites what a CUDA graph returns
             pos += 1
