@@ -331,7 +331,8 @@ def test_static_model_is_our_mha():
     config = tiny_config(gelu="tanh", tie_weights=False)
     model, ids = randomise(GPT(config)), torch.randint(23, (1, 9))
     static, cache = bench.StaticMHA(model, 16), model.make_cache(1, 16)
-    static.cache.normal_()
+    for rows in static.buffers(recurse=False):
+        rows.normal_()
     for i, token in enumerate(ids.split(1, dim=1)):
         want, _ = model(token, cache=cache)
         got = static(token, torch.tensor([i]))
@@ -348,8 +349,7 @@ def test_compiled_decoding_takes_every_step(monkeypatch):
     calls = []
 
     def uncompiled(step, device):
-        cache = step.__self__.cache
-        calls.append((cache.size(4), device))
+        calls.append((step.__self__.max_len, device))
         return lambda token, pos: calls.append(int(pos)) or step(token, pos)
 
     monkeypatch.setattr(bench, "compiled", uncompiled)

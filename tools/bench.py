@@ -217,7 +217,7 @@ def alternate(entries: list[Timed], rounds: int, device: str) -> dict[str, Timed
             began = time.perf_counter()
             entry.run()
             if device.startswith("cuda"):
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             if i >= 0:
                 times[entry.name].append(time.perf_counter() - began)
     for entry in entries:
@@ -531,16 +531,19 @@ class StaticMHA(nn.Module):
 
     def __init__(self, model: GPT, max_len: int) -> None:
         super().__init__()
-        self.model, like = model, model.lm_head.weight
-        shape = model.config.n_layer, 2, 1, model.config.n_head, max_len, model.config.hs
-        self.register_buffer("cache", torch.zeros(shape, device=like.device, dtype=like.dtype))
+        self.model, self.max_len = model, max_len
+        shape = 1, model.config.n_head, max_len, model.config.hs
+        for i in range(model.config.n_layer):  # each a buffer of its own, which is written in place
+            self.register_buffer(f"keys{i}", model.lm_head.weight.new_zeros(shape))
+            self.register_buffer(f"values{i}", model.lm_head.weight.new_zeros(shape))
 
     def forward(self, token: Tensor, pos: Tensor) -> Tensor:
         """The logits (1, 1, V) after token (1, 1), which is number pos (1,)."""
         parts, act = self.model.transformer, self.model.transformer.h[0].mlp.approximate
-        seen = torch.arange(self.cache.size(4), device=pos.device) <= pos  # (S,)
+        seen = torch.arange(self.max_len, device=pos.device) <= pos  # (S,)
         x = F.embedding(token, parts.wte.weight) + F.embedding(pos, parts.wpe.weight)
-        for block, (keys, values) in zip(parts.h, self.cache, strict=True):
+        for i, block in enumerate(parts.h):
+            keys, values = getattr(self, f"keys{i}"), getattr(self, f"values{i}")
             y = dense(normed(x, block.ln_1), block.attn.c_attn)
             q, k, v = y.view(1, 1, 3, block.attn.nh, -1).permute(2, 0, 3, 1, 4)  # (1, nh, 1, hs)
             keys.index_copy_(2, pos, k)
@@ -574,7 +577,8 @@ def compiled_decode(model: GPT, idx: Tensor, n: int) -> Callable[[], None]:
     """n greedy tokens after idx (1, S) by a compiled StaticMHA, its cache no longer than needed."""
     first = idx.size(1) - 1
     static = StaticMHA(model, -(-(first + n) // 8) * 8)
-    static.cache.normal_()
+    for rows in static.buffers(recurse=False):
+        rows.normal_()
     step = compiled(static.next_token, idx.device.type)
 
     last = idx[:, -1:].clone(memory_format=torch.contiguous_format)  # other strides: one more graph
@@ -869,7 +873,7 @@ def bench_profile(cfg: ProfileConfig, device: str) -> Rows:
         began = time.perf_counter()
         result = run()
         if kind == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times[part][-1] += time.perf_counter() - began
         return result
 
