@@ -10,8 +10,16 @@ import torch
 from model import GPT, GPTConfig
 from nanomla import costs
 from nanomla.dataset import Dataset
-from tests.conftest import QUICK, fails_with_one_line, run, tiny_config
-from tools import bench, load
+from nanomla.graph import DecodingStep
+from tests.conftest import (
+    QUICK,
+    TINY_MLA,
+    fails_with_one_line,
+    randomise,
+    run,
+    tiny_config,
+)
+from tools import bench, kernel, load
 
 
 def test_report_counts_a_config(tmp_path):
@@ -137,12 +145,14 @@ def test_alternation_and_roofline():
 @pytest.mark.parametrize(
     ("args", "status", "words"),
     [
-        ([], 2, ["decode, prefill, train, lengths, serve, svd"]),
+        ([], 2, ["decode, kernel, prefill, train, lengths, serve, svd"]),
         (["decode", "train"], 2, ["one of"]),
         (["decode", "--n_layer=3"], 2, ["unknown setting n_layer"]),
         (["decode", "--learning_rate=1"], 2, ["unknown setting learning_rate"]),
         (["svd", "--rounds=3"], 2, ["unknown setting rounds"]),
         (["prefill", "--vs_hf"], 2, ["unknown setting vs_hf"]),
+        (["kernel", "--vs_hf"], 2, ["unknown setting vs_hf"]),
+        (["train", "--vs_compiled"], 2, ["unknown setting vs_compiled"]),
         (["lengths", "--vs_hf"], 2, ["unknown setting vs_hf"]),
         (["decode", "--rounds=0"], 2, ["rounds", "at least 1"]),
         (["lengths", "--rounds=100000000"], 2, ["rounds", "at most 10000"]),
@@ -191,7 +201,8 @@ def test_peak_bytes():
 @pytest.mark.parametrize(
     ("command", "flags", "count"),
     [
-        ("decode", ["--vs_hf", "--rounds=1"], 5),
+        ("decode", ["--vs_hf", "--vs_compiled", "--rounds=1"], 5),
+        ("kernel", ["--rounds=1"], 2),
         ("prefill", ["--rounds=1"], 5),
         ("train", ["--vs_hf", "--rounds=1"], 3),
         ("lengths", ["--rounds=1"], 2),
@@ -227,3 +238,196 @@ def test_load_of_a_server():
     assert [row["server"] for row in rows] == names
     assert all(float(row["tokens/s"].replace(",", "")) > 0 for row in rows)
     assert rows[0]["of 1 client's"] == "1.0x"
+
+
+@pytest.mark.parametrize("B", [1, 2])
+def test_ways_of_the_kernel_are_one_function(B, monkeypatch):
+    """Ours and torch's average the same rows; keys and values expanded from them give what the
+    average does through W_UV."""
+    case = kernel.Case(3, 20, 6, 33, B, torch.float32)
+    monkeypatch.setattr(kernel, "BEYOND_CACHES", 3 * case.nbytes)
+    rows, *copies = case.rows("cpu")
+    assert rows.nbytes == case.nbytes and len(copies) == 2
+    torch.manual_seed(1)
+    ways = kernel.ways(case, "cpu")
+    torch.manual_seed(1)
+    torch.randn(B, 3, 1, kernel.HS + 6), torch.randn(3, kernel.HS, 20)  # q and W_UK
+    W_UV = torch.randn(3, kernel.HS, 20) / 20**0.5
+    with torch.inference_mode():
+        got = {name: way(rows) for name, way in ways.items()}
+    assert list(got) == ["this", "SDPA", "expanding"]
+    average = got["this"].transpose(1, 2)  # (B, nh, 1, L + r)
+    torch.testing.assert_close(got["SDPA"], average, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got["expanding"], average[..., :20] @ W_UV.mT, atol=1e-5, rtol=1e-4)
+
+
+def test_kernel_takes_what_fits(monkeypatch):
+    """Half of a GPU's free memory, for the cached rows alone; bytes are those of the rows."""
+    sizes = {}
+    for free in (80 * 10**9, 10**9):
+        monkeypatch.setattr(costs, "free_memory", lambda device, free=free: free)
+        found = kernel.cases("cuda")
+        sizes[free] = len(found)
+        assert {case.dtype for case in found} == {torch.bfloat16}
+        assert max(case.nbytes for case in found) <= free / 2
+        assert {case.heads for case in found} == {12, 24, 128}
+    assert sizes[80 * 10**9] == 3 * 2 * 5 * 3 > sizes[10**9] > 3 * 2 * 5
+    assert kernel.Case(12, 192, 32, 1000, 2, torch.bfloat16).nbytes == 2 * 1000 * 224 * 2
+    assert len(kernel.cases("cpu")) == 2 * 2 * 2
+
+
+def test_kernel_repeats_until_it_can_be_timed(monkeypatch):
+    """A short way is computed on all copies of the rows in turn, a long one once; one that torch
+    refuses is none."""
+    monkeypatch.setattr(kernel, "RUN_SECONDS", 1e6)
+    seen, rows = [], [torch.zeros(1) + i for i in range(30)]
+    launch, n = kernel.possible(lambda t: seen.append(int(t)), rows, "cpu")
+    seen.clear()
+    launch()
+    assert n == 30 and seen == list(range(30))
+    assert kernel.repeated(lambda t: t, rows[:2], "cpu")[1] == kernel.LAUNCHES
+    monkeypatch.setattr(kernel, "RUN_SECONDS", 0)
+    assert kernel.repeated(lambda t: t, rows, "cpu")[1] == 1
+
+    def refused(rows):
+        raise RuntimeError("No available kernel")
+
+    assert kernel.possible(refused, rows, "cpu") is None
+
+
+def test_kernel_command(monkeypatch, tmp_path):
+    """A table for every dtype: time, GB/s, its share of a copy's, and ratios, "no" for a way that
+    is refused."""
+    cases = [kernel.Case(3, 24, 8, 50, 2, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    ways = kernel.ways
+
+    def with_a_refused_one(case, device):
+        return ways(case, device) | {"FlashAttention": lambda rows: torch.zeros(2) @ torch.zeros(3)}
+
+    monkeypatch.setattr(kernel, "cases", lambda device: cases)
+    monkeypatch.setattr(kernel, "ways", with_a_refused_one)
+    monkeypatch.setattr(kernel, "BEYOND_CACHES", 20_000)
+    monkeypatch.setattr(kernel, "RUN_SECONDS", 1e-3)
+    monkeypatch.setattr(bench, "measure_bandwidth", lambda device: 1e9)
+    args = ["kernel", "--rounds=3", "--device=cpu", f"--json={tmp_path}/b.json"]
+    done = run("tools.bench", *args)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert len({row["table"] for row in rows}) == 2 and "with torch" in rows[0]["table"]
+    for row, case in zip(rows, cases, strict=True):
+        sizes = [row[name] for name in ("heads", "L + r", "tokens", "batch")]
+        assert sizes == ["3", "24 + 8", "50", "2"]
+        rate = case.nbytes / float(row["us"]) / 1e3
+        assert float(row["GB/s"]) == pytest.approx(rate, abs=0.06)
+        assert float(row["of a copy's"].rstrip("%")) == pytest.approx(100 * rate, abs=1)
+        assert float(row["SDPA / this"]) > 0 < float(row["expanding / this"])
+        assert row["FlashAttention / this"] == "no"
+
+
+@torch.inference_mode()
+def test_static_model_is_our_mha():
+    """Token by token, whatever stands in the cache behind them; its greedy tokens are those of
+    model.generate."""
+    config = tiny_config(gelu="tanh", tie_weights=False)
+    model, ids = randomise(GPT(config)), torch.randint(23, (1, 9))
+    static, cache = bench.StaticMHA(model, 16), model.make_cache(1, 16)
+    for rows in static.buffers(recurse=False):
+        rows.normal_()
+    for i, token in enumerate(ids.split(1, dim=1)):
+        want, _ = model(token, cache=cache)
+        got = static(token, torch.tensor([i]))
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    text = ids
+    for i in range(8, 14):
+        new = static.next_token(text[:, -1:], torch.tensor([i]))
+        text = torch.cat([text, new], dim=1)
+    assert torch.equal(text, model.generate(ids, 6, temperature=0))
+
+
+def test_compiled_decoding_takes_every_step(monkeypatch):
+    """From the last of the given tokens on, over a cache that the last step fits."""
+    calls = []
+
+    def uncompiled(step, device):
+        calls.append((step.__self__.max_len, device))
+        return lambda token, pos: calls.append(int(pos)) or step(token, pos)
+
+    monkeypatch.setattr(bench, "compiled", uncompiled)
+    with torch.inference_mode():
+        run = bench.compiled_decode(randomise(GPT(tiny_config())), torch.randint(23, (1, 7)), 4)
+        run()
+        run()
+    assert calls == [(16, "cpu"), 6, 7, 8, 9, 6, 7, 8, 9]
+
+
+def test_the_step_is_one_graph(monkeypatch):
+    """torch.compile takes it as a whole, and once for all tokens."""
+    whole = lambda step, device: torch.compile(step, fullgraph=True, backend="eager")
+    monkeypatch.setattr(bench, "compiled", whole)
+    with torch.inference_mode():
+        run = bench.compiled_decode(randomise(GPT(tiny_config())), torch.randint(23, (1, 7)), 4)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            run()
+            run()
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_compiled_step_is_the_step():
+    """torch.compile takes it as a whole, for every token."""
+    try:
+        bench.require_compiler("cpu")
+    except bench.UserError as error:
+        pytest.skip(str(error))
+    static = bench.StaticMHA(randomise(GPT(tiny_config())), 16)
+    step = bench.compiled(static.forward, "cpu")
+    for i in range(5):
+        at = torch.randint(23, (1, 1)), torch.tensor([i])
+        torch.testing.assert_close(step(*at), static(*at), atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiler_is_missed_before_anything_is_timed(monkeypatch):
+    """One line with the remedy, and no table."""
+
+    def fails(step, device):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(bench, "compiled", fails)
+    monkeypatch.setattr(bench, "measure_limits", None)
+    done = run("tools.bench", "decode", "--vs_compiled", "--device=cpu")
+    assert fails_with_one_line(done, 1, "(no compiler)", "install a C++ compiler")
+
+
+@pytest.mark.parametrize("helps", [False, True])
+@torch.inference_mode()
+def test_decoding_steps_are_those_of_generate(helps, monkeypatch):
+    """By DecodingStep where it helps; a run begins n tokens before the end, again and again."""
+    calls, forward = [], GPT.forward
+    monkeypatch.setattr(DecodingStep, "helps", staticmethod(lambda model, cache: helps))
+
+    def counted(self, idx, targets=None, cache=None):
+        calls.append((idx.shape, cache.lengths is not None))
+        return forward(self, idx, targets, cache)
+
+    monkeypatch.setattr(GPT, "forward", counted)
+    model = randomise(GPT(GPTConfig(**TINY_MLA)))
+    cache = model.make_cache(2, 16)
+    run = bench.decode(model, cache, torch.randint(23, (2, 1)), 12, 3)
+    for _ in range(2):
+        run()
+        assert cache.pos == 12
+    assert calls == [((2, 1), helps)] * 6
+
+
+@torch.inference_mode()
+def test_throughput_at_equal_memory(monkeypatch):
+    """MLA of an eighth of the numbers has eight times the rows in the same bytes; where memory is
+    short, both have fewer."""
+    base, cfg = tiny_config(n_embd=48), bench.DecodeConfig(rounds=3)
+    mha, mla = bench.bench_equal_memory(cfg, "cpu", base, 4)
+    assert (mha["rows"], mla["rows"]) == ("4", "32") and mha["cache"] == mla["cache"] == "24.6 kB"
+    ratio = float(mla["tokens/s"].replace(",", "")) / float(mha["tokens/s"].replace(",", ""))
+    assert float(mla["this / MHA"]) == pytest.approx(ratio, abs=0.1)
+    monkeypatch.setattr(costs, "free_memory", lambda device: 4 * 24_576)
+    mha, mla = bench.bench_equal_memory(cfg, "cpu", base, 32)
+    assert (mha["rows"], mla["rows"]) == ("4", "32")

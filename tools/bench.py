@@ -1,7 +1,10 @@
 """
 Time the attention variants against each other, against this machine's limits and transformers.
 
-    python -m tools.bench decode [--vs_hf]  one layer at 32,768 tokens, a 124M GPT, a long batch
+    python -m tools.bench decode [--vs_hf] [--vs_compiled]
+                                            one layer at 32,768 tokens, a 124M GPT, a long batch; on
+                                            a GPU also how many rows fit in MHA's memory
+    python -m tools.bench kernel            attention over cached latents alone, in GB/s
     python -m tools.bench prefill           time and memory of prompts of 512 to 8,192 tokens
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
     python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
@@ -40,6 +43,8 @@ from model import ATTENTION, GPT, Cache, GPTConfig
 from nanomla import checkpoint, costs, formats
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype, warn0
+from nanomla.graph import DecodingStep
+from nanomla.kernels import on_gpu
 from nanomla.optim import make_optimizers
 from nanomla.settings import check, configure, declared, run_config_file
 from nanomla.start import padded_vocab
@@ -63,7 +68,7 @@ class BenchConfig:
 
 @dataclass
 class RoundsConfig(BenchConfig):
-    """The settings of `prefill` and `lengths`."""
+    """The settings of `kernel`, `prefill` and `lengths`."""
 
     rounds: Annotated[
         int, "#bench", "rounds that the medians are taken over", ">= 1", "<= 10000"
@@ -72,9 +77,18 @@ class RoundsConfig(BenchConfig):
 
 @dataclass
 class TimingConfig(RoundsConfig):
-    """The settings of `decode` and `train`."""
+    """The settings of `train`, and with one more of `decode`."""
 
     vs_hf: Annotated[bool, "#bench", "time transformers' GPT-2 and DeepSeek-V3 too"] = False
+
+
+@dataclass
+class DecodeConfig(TimingConfig):
+    """The settings of `decode`."""
+
+    vs_compiled: Annotated[
+        bool, "#bench", "time MHA over a static cache by torch.compile, as gpt-fast does, too"
+    ] = False
 
 
 @dataclass
@@ -129,7 +143,8 @@ class ProfileConfig:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     commands = {
-        "decode": (TimingConfig, bench_decode),
+        "decode": (DecodeConfig, bench_decode),
+        "kernel": (RoundsConfig, bench_kernel),
         "prefill": (RoundsConfig, bench_prefill),
         "train": (TimingConfig, bench_train),
         "lengths": (RoundsConfig, bench_lengths),
@@ -202,7 +217,7 @@ def alternate(entries: list[Timed], rounds: int, device: str) -> dict[str, Timed
             began = time.perf_counter()
             entry.run()
             if device.startswith("cuda"):
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             if i >= 0:
                 times[entry.name].append(time.perf_counter() - began)
     for entry in entries:
@@ -222,16 +237,20 @@ class Limits:
         return max(nbytes / self.bandwidth, flops / self.rate[dtype])
 
 
+def measure_bandwidth(device: str) -> float:
+    """Bytes per second of a copy of 256 MB, which is beyond any cache: those read and written."""
+    a = torch.ones(2**26, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / alternate([Timed("copy", lambda: b.copy_(a))], 7, device)["copy"].seconds
+
+
 def measure_limits(device: str) -> Limits:
-    a = torch.ones(2**26, device=device)  # 256 MB, beyond any cache
-    b, n = torch.empty_like(a), 2048
-    dtypes = (torch.float32, torch.bfloat16)
+    n, dtypes = 2048, (torch.float32, torch.bfloat16)
     square = {dtype: torch.randn(n, n, device=device).to(dtype) for dtype in dtypes}
-    entries = [Timed("copy", lambda: b.copy_(a))]
-    entries += [Timed(str(dtype), lambda m=m: m @ m) for dtype, m in square.items()]
+    entries = [Timed(str(dtype), lambda m=m: m @ m) for dtype, m in square.items()]
     took = alternate(entries, 7, device)
     rate = {dtype: 2 * n**3 / took[str(dtype)].seconds for dtype in dtypes}
-    limits = Limits(2 * a.nbytes / took["copy"].seconds, rate)
+    limits = Limits(measure_bandwidth(device), rate)
     fp32, bf16 = (f"{rate[dtype] / 1e9:.0f}" for dtype in dtypes)
     products = f"matrix products {fp32} GFLOP/s in float32, {bf16} in bfloat16"
     print(f"limits: copy {limits.bandwidth / 1e9:.1f} GB/s, {products}")
@@ -264,6 +283,12 @@ def markdown(rows: Rows) -> list[str]:
     return [head, rule, *body]
 
 
+def in_ms(seconds: float) -> str:
+    """Milliseconds, in three digits or more."""
+    ms = seconds * 1e3
+    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -272,15 +297,21 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 @torch.inference_mode()
-def bench_decode(cfg: TimingConfig, device: str) -> Rows:
+def bench_decode(cfg: DecodeConfig, device: str) -> Rows:
     """The tables of `decode`."""
+    if cfg.vs_compiled:
+        require_compiler(device)
     limits = measure_limits(device)
     rows: Rows = []
     for dtype in (torch.float32, torch.bfloat16):
         rows += bench_layer(cfg, device, dtype, limits)
     for dtype in (torch.float32, torch.bfloat16):
         rows += bench_gpt(cfg, device, dtype, limits)
-    return rows + bench_long(cfg, device, limits)
+    rows += bench_long(cfg, device, limits, 8192, 8, torch.float32)
+    if device.startswith("cuda"):  # takes minutes on a CPU
+        rows += bench_long(cfg, device, limits, 32768, 1, torch.bfloat16)
+        rows += bench_equal_memory(cfg, device, GPTConfig(block_size=8192), 16)
+    return rows
 
 
 def fill(cache: Cache, pos: int) -> Cache:
@@ -311,7 +342,7 @@ def layer_variants(L: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def bench_layer(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limits) -> Rows:
+def bench_layer(cfg: DecodeConfig, device: str, dtype: torch.dtype, limits: Limits) -> Rows:
     """One attention layer of 24 heads of 32, one new token on 32,768 cached ones; L = 192."""
     S, L, C, nh = 32768, 192, 768, 24
     base = {"block_size": S, "vocab_size": 64, "n_layer": 1, "n_head": nh, "bias": False}
@@ -363,7 +394,26 @@ def bench_layer(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limi
     return table(f"{what}, {name_of(dtype)}", rows)
 
 
-def bench_gpt(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limits) -> Rows:
+def decode(model: GPT, cache: Cache, token: Tensor, end: int, n: int) -> Callable[[], None]:
+    """
+    A function of n greedy steps from token (B, 1), after which a cache of random tokens holds
+    `end`, as model.generate takes them.
+    """
+    fill(cache, end)
+    step = lambda token: model(token, cache=cache)[0]
+    if DecodingStep.helps(model, cache):
+        step = DecodingStep(model, cache)
+
+    def run() -> None:
+        cache.rewind(end - n)
+        new = token
+        for _ in range(n):
+            new = step(new)[:, -1].argmax(-1, keepdim=True)
+
+    return run
+
+
+def bench_gpt(cfg: DecodeConfig, device: str, dtype: torch.dtype, limits: Limits) -> Rows:
     """A 124M GPT, batch 1, 8 greedy tokens from a context of 1,000."""
     context, n = 1000, 8
     rotary = {"pos_emb": "rope", "mla_rope_dim": 32}
@@ -376,37 +426,33 @@ def bench_gpt(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limits
         "MLA, rotary latent, L = 192": {**latent, "pos_emb": "rope", "mla_rope": "latent"},
     }
     idx, entries, models = torch.randint(50257, (1, context), device=device), [], []
-
-    def decode(model: GPT, cache: Cache) -> None:
-        cache.rewind(context - 1)
-        token = idx[:, -1:]
-        for _ in range(n):
-            token = model(token, cache=cache)[0][:, -1].argmax(-1, keepdim=True)
-
     for name, extra in variants.items():
         model = GPT(GPTConfig(**extra)).to(device, dtype).eval()
-        cache = fill(model.make_cache(1, 1024), context - 1)
+        cache = model.make_cache(1, 1024)
+        run = decode(model, cache, idx[:, -1:], context - 1 + n, n)
         nbytes = sum(p.nbytes for p in model.parameters()) + cache.nbytes_at(context)
         flops = costs.flops_per_token(model, context, absorbed=True)
-        run = lambda model=model, cache=cache: decode(model, cache)
         entries.append(Timed(name, run, cache=cache, nbytes=nbytes, flops=flops, steps=n))
         models.append(model)
-    mha = entries[0]
+    mha, others = entries[0], {}
     uncached = lambda: models[0](idx)[0].argmax(-1)
     entries.append(Timed("MHA, no cache (1 token)", uncached, slow=True))
-    hf = None
     if cfg.vs_hf:
         run = hf_gpt2(device, dtype, idx, n)
-        hf = Timed("transformers GPT2LMHeadModel.generate", run, steps=n)
-        entries.append(hf)
+        others["transformers"] = Timed("transformers GPT2LMHeadModel.generate", run, steps=n)
+    if cfg.vs_compiled:
+        run = compiled_decode(models[0], idx, n)
+        name = "MHA, static cache, torch.compile (as gpt-fast)"
+        others["compiled MHA"] = Timed(name, run, steps=n)
+    entries += others.values()
     alternate(entries, cfg.rounds, device)
     rows = []
     for e in entries:
-        row = {"model": e.name, "ms/token": f"{e.seconds * 1e3:.1f}"}
+        row = {"model": e.name, "ms/token": in_ms(e.seconds)}
         row["tokens/s"] = f"{1 / e.seconds:.1f}"
         row["MHA / this"] = f"{mha.seconds / e.seconds:.2f}"
-        if hf:
-            row["transformers / this"] = f"{hf.seconds / e.seconds:.2f}"
+        for name, other in others.items():
+            row[f"{name} / this"] = f"{other.seconds / e.seconds:.2f}"
         if e.cache is not None:
             row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
             row["x roofline"] = f"{e.seconds / limits.seconds(e.nbytes, e.flops, dtype):.2f}"
@@ -414,36 +460,146 @@ def bench_gpt(cfg: TimingConfig, device: str, dtype: torch.dtype, limits: Limits
     return table(f"A 124M GPT, context 1,000, batch 1, greedy, {name_of(dtype)}", rows)
 
 
-def bench_long(cfg: TimingConfig, device: str, limits: Limits) -> Rows:
-    """A 124M GPT with rotary positions, 8 rows at 8,192 tokens of context, one step."""
-    S, B = 8192, 8
+def bench_long(
+    cfg: DecodeConfig, device: str, limits: Limits, S: int, B: int, dtype: torch.dtype
+) -> Rows:
+    """A 124M GPT with rotary positions, B rows at S tokens of context."""
+    n = 8 if device.startswith("cuda") else 1  # steps in a run; a CPU takes seconds for one
     variants = {
         "MHA": {},
         "MLA, L = 160, rotary 32": {"use_mla": True, "mla_latent_dim": 160, "mla_rope_dim": 32},
     }
     token, entries = torch.randint(50257, (B, 1), device=device), []
-
-    def step(model: GPT, cache: Cache) -> None:
-        cache.rewind(S - 1)
-        model(token, cache=cache)
-
     for name, extra in variants.items():
-        model = GPT(GPTConfig(block_size=S, pos_emb="rope", **extra)).to(device).eval()
-        cache = fill(model.make_cache(B, S), S - 1)
+        model = GPT(GPTConfig(block_size=S, pos_emb="rope", **extra)).to(device, dtype).eval()
+        cache = model.make_cache(B, S)
+        run = decode(model, cache, token, S, n)
         nbytes = sum(p.nbytes for p in model.parameters()) + cache.nbytes
         flops = B * costs.flops_per_token(model, S, absorbed=True)
-        run = lambda model=model, cache=cache: step(model, cache)
-        entries.append(Timed(name, run, cache=cache, nbytes=nbytes, flops=flops))
+        entries.append(Timed(name, run, cache=cache, nbytes=nbytes, flops=flops, steps=n))
     alternate(entries, max(cfg.rounds // 3, 3), device)
     rows = []
     for e in entries:
-        row = {"model": e.name, "ms/step": f"{e.seconds * 1e3:.0f}"}
+        row = {"model": e.name, "ms/step": in_ms(e.seconds)}
         row["tokens/s"] = f"{B / e.seconds:.1f}"
         row["MHA / this"] = f"{entries[0].seconds / e.seconds:.2f}"
         row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
-        least = limits.seconds(e.nbytes, e.flops, torch.float32)
+        least = limits.seconds(e.nbytes, e.flops, dtype)
         rows.append(row | {"x roofline": f"{e.seconds / least:.2f}"})
-    return table("The same at 8,192 tokens of context, batch 8, rotary, float32", rows)
+    what = f"The same at {S:,} tokens of context, batch {B}, rotary"
+    return table(f"{what}, {name_of(dtype)}", rows)
+
+
+def bench_equal_memory(cfg: DecodeConfig, device: str, base: GPTConfig, rows: int) -> Rows:
+    """
+    A model with rotary positions at base.block_size tokens of context, bfloat16: MHA with so many
+    rows, or fewer where two such caches take over half of the free memory, and MLA of an eighth
+    of the numbers with as many rows as fit in the bytes of MHA's cache.
+    """
+    S, C, dtype, n = base.block_size, base.n_embd, torch.bfloat16, min(8, base.block_size)
+    mha = dataclasses.replace(base, pos_emb="rope")
+    latent = {"mla_latent_dim": C // 4 - C // 24, "mla_rope_dim": C // 24}
+    mla = dataclasses.replace(mha, use_mla=True, **latent)
+    row_bytes = [ATTENTION[c.attention].Cache.numbers_at(c, S) * dtype.itemsize for c in (mha, mla)]
+    free = costs.free_memory(device) or 2**60
+    while rows > 1 and 2 * rows * row_bytes[0] > free / 2:
+        rows //= 2
+    entries, parallel = [], [rows, rows * row_bytes[0] // row_bytes[1]]
+    names = ["MHA", f"MLA, L = {mla.mla_latent_dim}, rotary {mla.mla_rope_dim}"]
+    for name, config, B in zip(names, (mha, mla), parallel, strict=True):
+        model = GPT(config).to(device, dtype).eval()
+        token = torch.randint(config.vocab_size, (B, 1), device=device)
+        cache = model.make_cache(B, S)
+        run = decode(model, cache, token, S, n)
+        entries.append(Timed(name, run, cache=cache, steps=n))
+    alternate(entries, max(cfg.rounds // 3, 3), device)
+    figures, rates = [], [B / e.seconds for B, e in zip(parallel, entries, strict=True)]
+    for e, B, rate in zip(entries, parallel, rates, strict=True):
+        row = {"model": e.name, "rows": f"{B:,}", "cache": costs.in_units(e.cache.nbytes)}
+        row |= {"ms/step": in_ms(e.seconds), "tokens/s": f"{rate:,.0f}"}
+        figures.append(row | {"this / MHA": f"{rate / rates[0]:.2f}"})
+    shape = f"{base.n_layer} layers, {C} wide, {S:,} tokens of context"
+    return table(f"Throughput at equal memory, {shape}, rotary, {name_of(dtype)}", figures)
+
+
+class StaticMHA(nn.Module):
+    """
+    One step of an MHA model with learned positions over a cache of fixed shape, in plain torch: all
+    max_len rows take part, those after the token behind a mask, so that torch.compile can take it
+    as a whole. It shares the model's weights.
+    """
+
+    def __init__(self, model: GPT, max_len: int) -> None:
+        super().__init__()
+        self.model, self.max_len = model, max_len
+        shape = 1, model.config.n_head, max_len, model.config.hs
+        for i in range(model.config.n_layer):  # each a buffer of its own, which is written in place
+            self.register_buffer(f"keys{i}", model.lm_head.weight.new_zeros(shape))
+            self.register_buffer(f"values{i}", model.lm_head.weight.new_zeros(shape))
+
+    def forward(self, token: Tensor, pos: Tensor) -> Tensor:
+        """The logits (1, 1, V) after token (1, 1), which is number pos (1,)."""
+        parts, act = self.model.transformer, self.model.transformer.h[0].mlp.approximate
+        seen = torch.arange(self.max_len, device=pos.device) <= pos  # (S,)
+        x = F.embedding(token, parts.wte.weight) + F.embedding(pos, parts.wpe.weight)
+        for i, block in enumerate(parts.h):
+            keys, values = getattr(self, f"keys{i}"), getattr(self, f"values{i}")
+            y = dense(normed(x, block.ln_1), block.attn.c_attn)
+            q, k, v = y.view(1, 1, 3, block.attn.nh, -1).permute(2, 0, 3, 1, 4)  # (1, nh, 1, hs)
+            keys.index_copy_(2, pos, k)
+            values.index_copy_(2, pos, v)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None])
+            x = x + dense(y.transpose(1, 2).flatten(2), block.attn.c_proj)
+            y = F.gelu(dense(normed(x, block.ln_2), block.mlp.c_fc), approximate=act)
+            x = x + dense(y, block.mlp.c_proj)
+        return F.linear(normed(x, parts.ln_f), self.model.lm_head.weight)
+
+    def next_token(self, token: Tensor, pos: Tensor) -> Tensor:
+        """The likeliest token after token, (1, 1)."""
+        return self(token, pos)[:, -1].argmax(-1, keepdim=True)
+
+
+def dense(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def compiled(step: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """A step as gpt-fast compiles its own: as a whole, on a GPU into a CUDA graph."""
+    mode = "reduce-overhead" if device.startswith("cuda") else None
+    return torch.compile(step, fullgraph=True, mode=mode)
+
+
+def compiled_decode(model: GPT, idx: Tensor, n: int) -> Callable[[], None]:
+    """n greedy tokens after idx (1, S) by a compiled StaticMHA, its cache no longer than needed."""
+    first = idx.size(1) - 1
+    static = StaticMHA(model, -(-(first + n) // 8) * 8)
+    for rows in static.buffers(recurse=False):
+        rows.normal_()
+    step = compiled(static.next_token, idx.device.type)
+
+    last = idx[:, -1:].clone(memory_format=torch.contiguous_format)  # other strides: one more graph
+
+    def run() -> None:
+        token, pos = last, torch.tensor([first], device=idx.device)
+        for _ in range(n):
+            token = step(token, pos).clone()  # the next step overwrites what a CUDA graph returns
+            pos += 1
+
+    return run
+
+
+def require_compiler(device: str) -> None:
+    """Raise UserError where torch.compile does not work."""
+    try:
+        compiled(lambda x: x.exp() + 1, device)(torch.zeros(9, device=device))
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[0][:200]
+        remedy = "install a C++ compiler (on a GPU also Triton), or leave it out"
+        raise UserError(f"--vs_compiled: torch.compile fails ({why}); {remedy}") from None
 
 
 def hf_deepseek(nh: int, S: int, L: int, x: Tensor) -> Callable[[], Any]:
@@ -492,6 +648,43 @@ def hf_gpt2(device: str, dtype: torch.dtype, idx: Tensor, n: int) -> Callable[[]
         cache.crop(-n)  # what the call added
 
     return run
+
+
+# ---- kernel
+
+
+@torch.inference_mode()
+def bench_kernel(cfg: RoundsConfig, device: str) -> Rows:
+    """
+    Attention of one new token over cached latents, beside other ways to compute it. GB/s are the
+    bytes of the cached rows, each counted once, over the time.
+    """
+    from tools import kernel
+
+    bandwidth, tables = measure_bandwidth(device), {}
+    for case in kernel.cases(device):
+        row = kernel.figures(case, time_ways(case, device, cfg.rounds), bandwidth)
+        tables.setdefault(case.dtype, []).append(row)
+    rows, by = [], "Triton" if on_gpu(torch.device(device)) else "torch"
+    print(f"a copy reads and writes {bandwidth / 1e9:,.1f} GB/s, both counted")
+    for dtype, lines in tables.items():
+        what = f"One new token over cached latents, {name_of(dtype)}, by nanomla.kernels with {by}"
+        rows += table(what, lines)
+    return rows
+
+
+def time_ways(case: Any, device: str, rounds: int) -> dict[str, float | None]:
+    """Seconds of every way to compute a kernel.Case; None where it is impossible."""
+    from tools import kernel
+
+    copies, ways = case.rows(device), kernel.ways(case, device)  # kept while graphs use them
+    launches = {"this": kernel.repeated(ways["this"], copies, device)}
+    for name, way in ways.items():
+        if name not in launches and (launch := kernel.possible(way, copies, device)):
+            launches[name] = launch
+    entries = [Timed(name, run, name != "this", steps=n) for name, (run, n) in launches.items()]
+    took = alternate(entries, rounds, device)
+    return {name: took[name].seconds if name in took else None for name in ways}
 
 
 # ---- prefill
@@ -680,7 +873,7 @@ def bench_profile(cfg: ProfileConfig, device: str) -> Rows:
         began = time.perf_counter()
         result = run()
         if kind == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times[part][-1] += time.perf_counter() - began
         return result
 
