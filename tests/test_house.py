@@ -78,9 +78,12 @@ def test_sizes():
 
 
 def test_public_functions_have_type_hints():
-    """Every argument and result of a public function outside tests is annotated."""
+    """Every argument and result of a public function outside tests is annotated, but those of a
+    GPU's code, whose types Triton finds."""
     for name, tree in TREES.items():
         for node in tree.body:
+            if "id='triton'" in "".join(map(ast.dump, getattr(node, "decorator_list", ()))):
+                continue
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 args = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 missing = [arg.arg for arg in args if arg.annotation is None]
