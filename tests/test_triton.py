@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 
+from nanomla import kernels
 from nanomla.kernels import dequantise, quantise, reference
 from tests.conftest import ROOT
 
@@ -54,11 +55,11 @@ def drawn(n):
         X = draw.choice([g for g in (1, 1, 1, 2, 4) if heads % g == 0])
         S, m = draw.choice([1, 2, 17, 63, 130, 511, 777, 1023, 2049, 3001, 4999]), heads // X
         B, T = draw.choice([1, 1, 2, 3]), min(draw.choice([1, 1, 2, 3, 5, 8]), S)
-        splits = draw.choice([1, 2, 3, 5, 8, 13, 32, 64])
-        programs, block = B * X * -(-T * m // 16), draw.choice([16, 64, 128, 128])
+        splits, rows = draw.choice([1, 2, 3, 5, 8, 13, 32, 64]), draw.choice([16, 16, 32, 64])
+        programs, block = B * X * -(-T * m // rows), draw.choice([16, 64, 128, 128])
         if programs * (splits + S / block) + B * T * heads > 90:
             continue  # which would take the interpreter seconds
-        case = {"B": B, "X": X, "T": T, "m": m, "S": S, "cut": triton.Plan(block, splits)}
+        case = {"B": B, "X": X, "T": T, "m": m, "S": S, "cut": triton.Plan(block, splits, rows)}
         case["D"] = draw.choice([16, 20, 33, 64, 96, 100, 160, 192, 225, 256, 384, 512, 576])
         case["W"] = draw.choice([0, 0, 16, 40, 64, min(case["D"], 160)])
         case["r"] = draw.choice([0, 2, 8, 16, 50, 64])
@@ -83,8 +84,9 @@ def test_drawn_sizes_are_the_reference(case):
 @pytest.mark.parametrize(("L", "r", "heads", "S"), [(16, 0, 1, 1), (512, 64, 128, 5000),
     (576, 64, 12, 5000), (16, 64, 24, 4999), (192, 32, 12, 3333)])  # fmt: skip
 def test_latents_of_every_size(L, r, heads, S):
-    """The plan that is made for a GPU; latents with rotary numbers behind them, as MLA's cache."""
-    compare(1, 1, 1, heads, S, L + r, 0, 0, torch.float16, torch.float16, cut=triton.Plan(128, 2))
+    """Latents with rotary numbers behind them, as in MLA's cache, to 128 heads."""
+    cut = triton.Plan(128, 2, rows=64 if heads > 16 else 16)
+    compare(1, 1, 1, heads, S, L + r, 0, 0, torch.float16, torch.float16, cut=cut)
 
 
 def test_the_plan_that_is_made():
@@ -123,6 +125,26 @@ def test_a_cache_is_read_where_it_lies():
     q, k = torch.randn(3, 2, 4, 24, device=DEVICE), cache[1][:, :, :37]
     want = reference.attend(q.double(), k.double(), None, 2, 0.3)
     torch.testing.assert_close(triton.attend(q, k, None, 2, 0.3).double(), want, atol=1e-5, rtol=0)
+
+
+def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, capsys):
+    """What Triton needs is missing, or its numbers are wrong: one line, and torch computes."""
+    triton.try_out(torch.device(DEVICE))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    choose, device = kernels.on_gpu.__wrapped__, torch.device("cuda")
+
+    def fail(*_, **__):
+        raise RuntimeError("Failed to find C compiler.\nand more")
+
+    monkeypatch.setattr(triton, "attend_part", {(1, 2): fail})
+    monkeypatch.setattr(torch, "arange", lambda n, device, arange=torch.arange: arange(n))
+    assert choose(device) is None
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "RuntimeError: Failed to find C compiler.)" in err
+    monkeypatch.setattr(triton, "attend", lambda q, *_, **__: q)
+    assert choose(device) is None and "results are off by" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert choose(device) is None and capsys.readouterr().err == ""
 
 
 def test_what_is_not_supported():
@@ -164,10 +186,10 @@ def compiled(function, architecture, types, values, options):
 def compile_case(architecture, q, kept, D, W, r, splits):
     """attend_part for rows of unequal lengths if they are split, else of equal ones; its plan."""
     nbytes = (4 if q == "fp32" else 2) * triton._padded([D, W, r])
-    plan = triton.plan(torch.device("cpu"), 1, 4096, nbytes)
+    plan = triton.plan(torch.device("cpu"), 1, 128, 4096, nbytes)
     halves = [half for width in (D, W, r) for half in triton._halves(width)]
     names = triton.attend_part.arg_names
-    values = dict(zip(names[-11:], [D, W, r, *halves, triton.ROWS, plan.block], strict=True))
+    values = dict(zip(names[-11:], [D, W, r, *halves, plan.rows, plan.block], strict=True))
     rows = {"k": True, "v": W, "e": r}
     types = {n: "i32" for n in names if n not in (*values, *rows) and "scale" not in n}
     types |= {"q": f"*{q}", "scale": "fp32"} | {n: f"*{kept}" for n, there in rows.items() if there}
@@ -185,7 +207,7 @@ def compile_all(architecture, first, last):
     for splits, case in [(False, COMPILED[first]), *((True, c) for c in COMPILED[first:last])]:
         plan, kernel = compile_case(architecture, *case, splits)
         row = {"case": case, "plan": plan, "shared": kernel.metadata.shared}
-        row |= {w: kernel.asm["ptx"].count(w) for w in ("mma.sync", "cp.async.cg", "fma.rn.f32")}
+        row |= {w: kernel.asm["ptx"].count(w) for w in ("mma", "cp.async.cg", "fma.rn.f32")}
         print(json.dumps(row), flush=True)
     for parts, N in ((2, 256), (64, 64), (256, 16)):
         types = {"averages": "*fp32", "sums": "*fp32", "out": "*bf16", "parts": "i32"}
@@ -211,7 +233,7 @@ def test_it_compiles_for_a_gpu(architecture, first, last):
         q, kept, *_ = row["case"]
         assert row["shared"] <= 99 * 1024, row
         assert kept == "i8" or row["cp.async.cg"] > 0, row
-        assert row["mma.sync" if q != "fp32" else "fma.rn.f32"] > 0, row
+        assert row["mma" if q != "fp32" else "fma.rn.f32"] > 0, row
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Time the attention variants against each other, against this machine's limits an
                                             one layer at 32,768 tokens, a 124M GPT, a long batch; on
                                             a GPU also how many rows fit in MHA's memory
     python -m tools.bench kernel            attention over cached latents alone, in GB/s
-    python -m tools.bench prefill           time and memory of prompts of 512 to 8,192 tokens
+    python -m tools.bench prefill           time and memory of prompts of 512 to 32,768 tokens
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
     python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
     python -m tools.bench serve             tokens/s of tools.serve for 1 client and for 16
@@ -46,6 +46,7 @@ from nanomla.distributed import resolve_device, resolve_dtype, warn0
 from nanomla.graph import DecodingStep
 from nanomla.kernels import on_gpu
 from nanomla.optim import make_optimizers
+from nanomla.sampling import PREFILL_CHUNK, next_logits
 from nanomla.settings import check, configure, declared, run_config_file
 from nanomla.start import padded_vocab
 from nanomla.surgery import factorise
@@ -245,7 +246,7 @@ def measure_bandwidth(device: str) -> float:
 
 
 def measure_limits(device: str) -> Limits:
-    n, dtypes = 2048, (torch.float32, torch.bfloat16)
+    n, dtypes = 2048 if device.startswith("cuda") else 1024, (torch.float32, torch.bfloat16)
     square = {dtype: torch.randn(n, n, device=device).to(dtype) for dtype in dtypes}
     entries = [Timed(str(dtype), lambda m=m: m @ m) for dtype, m in square.items()]
     took = alternate(entries, 7, device)
@@ -695,11 +696,12 @@ FORMS = ["expanded", "absorbed"]
 @torch.inference_mode()
 def bench_prefill(cfg: RoundsConfig, device: str) -> Rows:
     """The tables of `prefill`; long prompts are timed in fewer rounds."""
-    return [
+    rows = [
         row
         for T in (512, 1024, 2048, 4096, 8192)
         for row in bench_prompt(device, T, min(cfg.rounds, max(2**13 // T, 2)))
     ]
+    return rows + bench_chunks(device, 32768, PREFILL_CHUNK)
 
 
 def bench_prompt(device: str, T: int, rounds: int) -> Rows:
@@ -751,6 +753,34 @@ def bench_prompt(device: str, T: int, rounds: int) -> Rows:
             row |= {"chosen": chosen, "chosen / better": f"{ratio:.2f}"}
         rows.append(row)
     return table(f"Prefill of {T:,} tokens, one layer, 12 heads of 64, batch 1, float32", rows)
+
+
+def bench_chunks(device: str, T: int, chunk: int) -> Rows:
+    """
+    A prompt of T tokens, at once and in chunks, through a block as wide as GPT-2's: what one pass
+    takes, and the most memory that it needs besides weights and cache.
+    """
+    base = GPTConfig(block_size=T, n_layer=1, bias=False, pos_emb="rope")
+    latent = {"use_mla": True, "mla_latent_dim": 160, "mla_rope_dim": 32}
+    variants = {"MHA": {}, "MLA, L = 160, rotary 32": latent}
+    variants["MLA, rotary latent, L = 192"] = {"use_mla": True, "mla_latent_dim": 192}
+    variants["MLA, rotary latent, L = 192"]["mla_rope"] = "latent"
+    idx, rows = torch.randint(50257, (1, T), device=device), []
+    for name, extra in variants.items():
+        model = GPT(dataclasses.replace(base, **extra)).to(device).eval()
+        cache = model.make_cache(1, T)
+        row = {"attention": name, "cache MB": f"{cache.nbytes / 1e6:.0f}"}
+        for what, size in (("at once", None), (f"{chunk:,} tokens at a time", chunk)):
+            read = functools.partial(next_logits, cache=cache, chunk=size, step=None)
+            read(model, idx[:, :chunk])  # warms up
+            cache.truncate(0)
+            began = time.perf_counter()
+            peak = peak_bytes(functools.partial(read, model, idx), device)
+            row[f"{what}, MB"] = f"{peak / 1e6:.0f}"
+            row[f"{what}, s"] = f"{time.perf_counter() - began:.1f}"
+            cache.truncate(0)
+        rows.append(row)
+    return table(f"A prompt of {T:,} tokens through one block, 768 wide, batch 1, float32", rows)
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:

@@ -62,12 +62,19 @@ def attend(
 
 @functools.cache
 def on_gpu(device: torch.device) -> ModuleType | None:
-    """nanomla.kernels.triton, on a GPU that it is written for and where Triton is installed."""
+    """nanomla.kernels.triton, on a GPU that it is written for, if it is found to work there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from nanomla.kernels import triton
     except ImportError:
+        return None
+    try:
+        triton.try_out(device)
+    except Exception as error:  # noqa: BLE001  no C compiler, for one; torch computes the same
+        from nanomla.distributed import warn0
+        reason = str(error).strip().partition("\n")[0]
+        warn0(f"decoding goes on without the Triton kernel ({type(error).__name__}: {reason})")
         return None
     return triton
 

@@ -1,9 +1,9 @@
 """
 Attention of few new tokens on a GPU: split-KV decoding (flash-decoding), written in Triton.
 
-A program takes ROWS queries that share a key head, and a part of its keys. It loads a block of keys
-at a time, once: latents, which are keys and values, are used as both. Its averages, in float32,
-come with the logarithm of the sum of their weights, by which a second kernel merges the parts.
+A program takes 16 to 64 queries that share a key head, and a part of its keys. It loads a block of
+keys at a time, once: latents, which are keys and values, are used as both. Its averages, in
+float32, come with the logarithm of the sum of their weights, by which a second kernel merges them.
 Where a part begins is computed from the number of keys that a row has, which only the GPU need
 know: a step that was captured in a CUDA graph can be repeated while the context grows.
 
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanomla.kernels import reference
 from nanomla.kernels.int8 import Quantized
 
-ROWS = 16  # queries per program: tensor cores take no fewer
 MERGED = 4096  # numbers that a program merges, of all parts together
 SPLITS = 256  # at most
 BLOCK_BYTES = 48 * 1024  # of keys and values at a time, at most: any GPU since 2020 holds two
@@ -39,8 +39,9 @@ class Plan(NamedTuple):
 
     block: int  # keys that are loaded at a time
     splits: int  # parts of the keys
-    stages: int = 2  # blocks on their way at a time
+    rows: int = 16  # queries per program: tensor cores take no fewer
     warps: int = 4
+    stages: int = 2  # blocks on their way at a time
 
 
 def attend(
@@ -63,8 +64,8 @@ def attend(
     (B, X, n, _), m, q = q.shape, q.size(2) // T, q.contiguous()
     kept = [_tensors(rows) for rows in (k, v, beside)]
     D, W, _ = widths = [0 if t is None else t.size(-1) for t, _ in kept]
-    keys, programs = kept[0][0], B * X * triton.cdiv(n, ROWS)
-    cut = cut or plan(q.device, programs, keys.size(2), q.itemsize * _padded(widths))
+    keys = kept[0][0]
+    cut = cut or plan(q.device, B * X, n, keys.size(2), q.itemsize * _padded(widths))
     out = averages = q.new_empty(B, X, n, W or D)
     sums = None
     if cut.splits > 1:
@@ -73,9 +74,9 @@ def attend(
     args = [a for t, s in kept for a in (t, *_strides(t), s, *_strides(s))]
     halves = [half for width in widths for half in _halves(width)]
     with torch.cuda.device_of(q):
-        attend_part[(programs, cut.splits)](
+        attend_part[(B * X * triton.cdiv(n, cut.rows), cut.splits)](
             q, *args, held, averages, sums, n, m, keys.size(2) - T, T, X, scale / math.log(2),
-            *widths, *halves, ROWS, cut.block, num_warps=cut.warps, num_stages=cut.stages,
+            *widths, *halves, cut.rows, cut.block, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         if sums is not None:
             padded = triton.next_power_of_2(cut.splits)
@@ -85,15 +86,33 @@ def attend(
     return out
 
 
-def plan(device: torch.device, programs: int, S: int, nbytes: int) -> Plan:
-    """How to cut the work of so many programs on S keys that take nbytes each."""
-    block = min(max(2 ** int(math.log2(BLOCK_BYTES / nbytes)), 16), 128)
+def plan(device: torch.device, heads: int, n: int, S: int, nbytes: int) -> Plan:
+    """
+    How to cut the work of so many key heads, each n queries on S keys of nbytes.
+
+    More queries in a program mean fewer that load the same keys. As many as here were found to fit
+    registers and shared memory by compiling for sm_80 and sm_90; nothing was timed.
+    """
+    most = 64 if nbytes <= 512 else 32 if nbytes <= 1280 else 16
+    rows = min(max(triton.next_power_of_2(n), 16), most)
+    block = min(max(2 ** int(math.log2(BLOCK_BYTES / nbytes)), 16), 64)
     cores = 16  # in the interpreter
     if device.type == "cuda":
         cores = torch.cuda.get_device_properties(device).multi_processor_count
+    programs = heads * triton.cdiv(n, rows)
     splits = max(min(2 * cores // programs, triton.cdiv(S, 2 * block), SPLITS), 1)
     stages = 3 if block * nbytes <= BLOCK_BYTES // 2 else 2
-    return Plan(block, splits, stages, warps=8 if nbytes >= 1024 else 4)
+    return Plan(block, splits, rows, 8 if nbytes >= 1024 or rows == 64 else 4, stages)
+
+
+def try_out(device: torch.device) -> None:
+    """A first small call, on a GPU that may lack what Triton needs. Raises what goes wrong."""
+    q, k = (torch.sin(torch.arange(64 * n, device=device)).bfloat16() for n in (2, 40))
+    q, k = q.view(1, 1, 2, 64), k.view(1, 1, 40, 64)
+    got = attend(q, k, None, 1, 0.2, cut=Plan(block=16, splits=2)).float()
+    error = float((got - reference.attend(q.float(), k.float(), None, 1, 0.2)).abs().max())
+    if not error < 0.02:
+        raise ArithmeticError(f"its results are off by {error:.2g}")
 
 
 def supports(q: Tensor, *rows: Tensor | Quantized | None) -> bool:
