@@ -394,8 +394,8 @@ class Cache:
         view, n = copy.copy(self), len(lengths)
         _require(0 < n <= self.batch_size, "lengths", lengths, f"1 to {self.batch_size} numbers")
         view.batch_size, view.tensors = n, [t[:, :n] for t in self.tensors]
-        known = lengths if isinstance(lengths, list) else [-1, self.max_len - 1]  # not asked
-        view._pos, same = max(known), len(set(known)) == 1
+        told = not isinstance(lengths, Tensor)  # what is in a tensor only kernels read
+        view._pos, same = max(lengths) if told else self.max_len - 1, told and len({*lengths}) == 1
         view.lengths = None if same else torch.as_tensor(lengths, device=self.tensors[0].device)
         return view
 

@@ -80,7 +80,7 @@ class SampleConfig:
     use_cache: Annotated[bool, "False: recompute the context every step instead"] = True
     cache_dtype: Annotated[CacheDtype, "of the cache; auto: that of the weights"] = "auto"
     prefill_chunk: Annotated[
-        int | None, "tokens of a prompt read at a time, which bounds memory; None: all", ">= 1"
+        int | None, "tokens of a prompt read at a time, to need less memory; None: all", ">= 1"
     ] = PREFILL_CHUNK
     compile: Annotated[bool, "torch.compile the MLPs: slow to start, then faster"] = False
 

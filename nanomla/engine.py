@@ -138,7 +138,8 @@ class Engine:
         s, block_size = self.sampling, self.model.config.block_size
         longest = max(map(len, encoded), default=1) + s.max_new_tokens
         rows = min(max(len(prompts), 1) * num_samples, ROWS)
-        how = s.cache_dtype, s.prefill_chunk or block_size, min(longest, block_size)
+        chunk = block_size if s.prefill_chunk is None else s.prefill_chunk
+        how = s.cache_dtype, chunk, min(longest, block_size)
         batch = Batch(self.model, self.tokenizer, rows, *how)
         parts = [min(rows, num_samples - i) for i in range(0, num_samples, rows)]
         many = (len(encoded), len(parts))
@@ -347,7 +348,8 @@ class Batch:
     token, which is the first that a step takes. What is left in the rest may be gone on from.
 
     rows: samples at a time. max_len: tokens that a row holds, by default the model's context; a
-    longer text goes on with its newer half. prefill_chunk: prompt tokens read in one step.
+    longer text goes on with its newer half. prefill_chunk: prompt tokens read in one step, 1 or
+    more, else ValueError.
     The model is put into evaluation mode. A Batch is not thread-safe: one thread owns it.
     """
 
@@ -362,6 +364,8 @@ class Batch:
     ) -> None:
         self.model, self.tokenizer, self.rows = model.eval(), tokenizer, rows
         self.device = model.lm_head.weight.device
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={prefill_chunk} does not work: it must be 1 or more")
         self.prefill_chunk, self.max_len = prefill_chunk, max_len or model.config.block_size
         self.cache = model.make_cache(rows + 1, self.max_len, cache_dtype)
         self.slots = [Slot(self.cache.row(i)) for i in range(rows)]

@@ -14,38 +14,45 @@ from model import GPT, Cache
 from nanomla.distributed import warn0
 from nanomla.kernels import on_gpu
 
-EAGER = 2  # steps before a graph is captured: the first compile kernels and reserve memory
+EAGER = 4  # steps before a graph is captured: the first compile kernels, and short texts need none
 
 
 class DecodingStep:
     """
     model(token, cache=cache) for one new token of every row, in evaluation mode and without
-    gradients: token (B, 1) to logits (B, 1, V), which the next call may overwrite.
+    gradients: token (B, 1) to logits (B, 1, V), which the next call overwrites once captured.
 
-    capture: from the third call on, repeat a CUDA graph. The kernels and their order are the same
-    without it, and so is every number.
+    capture: after EAGER calls, repeat a CUDA graph, but not under autocast, which keeps converted
+    weights elsewhere. The kernels and their order are the same without it, and so is every number.
     """
 
     def __init__(self, model: GPT, cache: Cache, capture: bool = True) -> None:
         self.model, self.cache, device = model, cache, cache.tensors[0].device
         self.token = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(cache.batch_size, dtype=torch.int64, device=device)
-        self.device, self.capture, self.calls = device, capture and device.type == "cuda", 0
+        plain = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        self.device, self.capture, self.calls = device, capture and plain, 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor | None = None
 
     @staticmethod
     def helps(model: GPT, cache: Cache) -> bool:
-        """Whether this is faster than the model alone: where a kernel reads no row in vain."""
-        gpu, q = on_gpu(cache.tensors[0].device), model.lm_head.weight.new_empty(0)
+        """
+        Whether this is faster than the model alone: where the kernel takes what the cache holds, as
+        others read all max_len rows of it; and a state's is always.
+        """
+        gpu, dtype = on_gpu(cache.tensors[0].device), model.lm_head.weight.dtype
         if gpu is None or cache.max_len == 1:
             return False
         scales = 2 if cache.dtype == torch.int8 else 1  # between the rows
+        q = torch.empty(0, dtype=torch.promote_types(dtype, cache.dtype))  # as attend computes
         layers = [cache.of_layer(i)[::scales] for i in range(model.config.n_layer)]
         return not cache.grows or all(gpu.supports(q, *rows) for rows in layers)
 
     @torch.inference_mode()
     def __call__(self, token: Tensor) -> Tensor:
+        self.cache.check(self.model.config, token.size(0), 1, self.device)
+        self.cache.truncate(self.cache.pos)  # a pass that was interrupted leaves nothing
         self.token.copy_(token)
         self.lengths.fill_(self.cache.pos)
         self.calls += 1
@@ -64,8 +71,10 @@ class DecodingStep:
 
     def _try_to_capture(self) -> None:
         try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+            back = torch.cuda.stream(torch.cuda.current_stream(self.device))  # also if it fails
+            how = {"stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.device(self.device), back, torch.cuda.graph(graph, **how):
                 self.logits = self._step()
         except RuntimeError as error:
             self.capture = False

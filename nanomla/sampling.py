@@ -19,7 +19,7 @@ from model import GPT, Cache
 from nanomla.errors import UserError
 from nanomla.graph import DecodingStep
 
-NOT_FINITE = "the model's logits are not finite; try --dtype=float32"
+NOT_FINITE = "the model's logits are not finite; try --dtype=float32, and as --cache_dtype"
 PREFILL_CHUNK = 2048  # tokens of a prompt that a pass reads, unless a caller says otherwise
 
 
@@ -154,14 +154,14 @@ def next_logits(
 ) -> Tensor:
     """
     The logits of the token after context (B, T), (B, V). A cache holds the first cache.pos tokens
-    of it and then all; the others are read in chunks. step takes a single one.
+    of it, and in the end all: those that it lacks are read in chunks, or by step if it is one.
     """
     if cache is None:
         return model(context)[0][:, -1]
     new = context[:, cache.pos :]
     if step is not None and new.size(1) == 1:
         return step(new)[:, -1]
-    for part in new.split(chunk or new.size(1), dim=1):
+    for part in new.split(min(chunk or new.size(1), new.size(1)), dim=1):
         logits, _ = model(part, cache=cache)
     return logits[:, -1]
 
@@ -180,13 +180,14 @@ def stream_tokens(
     """
     The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout: a model in training
     mode is in evaluation mode until the last. prefill_chunk: how many tokens of a prompt a pass
-    reads into a cache, which bounds its memory; None: all. The other arguments are those of
-    GPT.generate. A prompt that all rows share is read once.
+    reads into a cache; None: all. With a cache narrower than the weights it changes the rounding.
+    The other arguments are those of GPT.generate. A prompt that all rows share is read once.
     """
     whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
     _require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
-    some = prefill_chunk is None or prefill_chunk >= 1
-    _require(some, "prefill_chunk", prefill_chunk, "a whole number from 1, or None for all")
+    whole = isinstance(prefill_chunk, numbers.Integral) and prefill_chunk >= 1
+    works = "a whole number from 1, or None for all"
+    _require(whole or prefill_chunk is None, "prefill_chunk", prefill_chunk, works)
     block_size, stops = model.config.block_size, stop_ids(stop)
     ends = torch.tensor(stops, device=idx.device)
     training = [module for module in model.modules() if module.training]
@@ -217,9 +218,7 @@ def stream_tokens(
 
 
 @torch.inference_mode()
-def prefill_shared(
-    model: GPT, prompt: Tensor, cache: Cache, chunk: int | None = None
-) -> None:
+def prefill_shared(model: GPT, prompt: Tensor, cache: Cache, chunk: int | None = None) -> None:
     """Fill an empty cache with all but the last token of prompt (B, T), if all rows are equal."""
     B, T = prompt.shape
     if B > 1 and T > 1 and bool((prompt == prompt[:1]).all()):

@@ -82,9 +82,13 @@ def test_a_prompt_in_chunks_gives_equal_logits(settings):
             list(stream_tokens(model, idx, 6, Seen(0), prefill_chunk=chunk))
             torch.testing.assert_close(seen[-6:], seen[:6], atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(seen[0], model(idx)[0][:, -1], atol=1e-10, rtol=1e-10)
-    for wrong in (0, -1):
+    list(stream_tokens(model, idx, 1, Sampler(0), prefill_chunk=10**30))
+    for wrong in (0, -1, 2.5, "3"):
         with pytest.raises(ValueError, match="prefill_chunk"):
             list(stream_tokens(model, idx, 6, Sampler(0), prefill_chunk=wrong))
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="prefill_chunk"):
+            engine(prefill_chunk=wrong).complete(["ab", "c"])
 
 
 @pytest.mark.parametrize("settings", [{}, TINY_MLA, {**TINY_MLA, "mla_rope": "latent",

@@ -77,25 +77,57 @@ def test_a_step_is_the_model(name, dtype):
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_a_graph_changes_no_number(name, dtype):
-    """Captured and not: the same bits, 9 steps on."""
-    model, idx = make(name).to(getattr(torch, dtype)), torch.randint(23, (3, 9), device=DEVICE)
+    """Captured and not: the same bits."""
+    model, idx = make(name).to(getattr(torch, dtype)), torch.randint(23, (3, 12), device=DEVICE)
     steps = [DecodingStep(model, model.make_cache(3, 14), capture) for capture in (True, False)]
-    for t in range(9):
+    for t in range(12):
         captured, plain = (step(idx[:, t : t + 1]) for step in steps)
         assert torch.equal(captured, plain)
     assert steps[0].graph is not None and steps[1].graph is None
 
 
 @torch.inference_mode()
-def test_without_a_graph_it_goes_on(capsys):
-    """Where a step cannot be captured, as on this CPU, one line says so, once."""
-    model, idx = make("MLA").cpu(), torch.randint(23, (1, 12))
+def test_without_a_graph_it_goes_on(capsys, monkeypatch):
+    """Where a step cannot be captured, one line says so, once."""
+    model, idx = make("MLA"), torch.randint(23, (1, 12), device=DEVICE)
     step = DecodingStep(model, model.make_cache(1, 14))
     step.capture = True
+
+    def fail():
+        raise RuntimeError("no graph here\nat all")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
     got = [step(idx[:, t : t + 1]) for t in range(12)]
     torch.testing.assert_close(got[-1], model(idx)[0], atol=1e-4, rtol=1e-4)
-    err = capsys.readouterr().err
-    assert err.count("without a CUDA graph") == 1 and len(err.splitlines()) == 1
+    assert capsys.readouterr().err == (
+        "warning: decoding goes on without a CUDA graph: no graph here\n"
+    )
+
+
+@torch.inference_mode()
+def test_a_step_that_does_not_fit_is_refused():
+    """Rows that the cache does not have, and a token more than it holds, as the model says it."""
+    model = make("MLA")
+    step = DecodingStep(model, model.make_cache(3, 2))
+    with pytest.raises(ValueError, match="the cache has 3 rows, the input 1"):
+        step(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE))
+    token = torch.zeros(3, 1, dtype=torch.int64, device=DEVICE)
+    step(token)
+    step(token)
+    with pytest.raises(ValueError, match="the cache is full"):
+        step(token)
+
+
+@torch.inference_mode()
+def test_a_pass_that_was_interrupted_leaves_nothing():
+    """A state that a first layer has moved on, and no second, is forgotten."""
+    model, idx = make("latent tokens"), torch.randint(23, (2, 5), device=DEVICE)
+    plain, cache = model.make_cache(2, 14), model.make_cache(2, 14)
+    step = DecodingStep(model, cache)
+    model.transformer.h[0](torch.randn(2, 1, 24, device=DEVICE), cache)
+    for t in range(5):
+        want, _ = model(idx[:, t : t + 1], cache=plain)
+        torch.testing.assert_close(step(idx[:, t : t + 1]), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture

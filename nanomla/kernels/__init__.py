@@ -7,6 +7,7 @@ slots.py computes latent tokens, which have no keys.
 """
 
 import functools
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -62,8 +63,10 @@ def attend(
 
 @functools.cache
 def on_gpu(device: torch.device) -> ModuleType | None:
-    """nanomla.kernels.triton, on a GPU that it is written for, if it is found to work there."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    """nanomla.kernels.triton on an NVIDIA GPU since Ampere, if it is found to work there."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from nanomla.kernels import triton
@@ -72,9 +75,8 @@ def on_gpu(device: torch.device) -> ModuleType | None:
     try:
         triton.try_out(device)
     except Exception as error:  # noqa: BLE001  no C compiler, for one; torch computes the same
-        from nanomla.distributed import warn0
-        reason = str(error).strip().partition("\n")[0]
-        warn0(f"decoding goes on without the Triton kernel ({type(error).__name__}: {reason})")
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        print(f"warning: decoding goes on without the Triton kernel ({why})", file=sys.stderr)
         return None
     return triton
 

@@ -14,7 +14,6 @@ TRITON_INTERPRET=1, set before this file is imported, runs all of it on a CPU: t
 """
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ BLOCK_BYTES = 48 * 1024  # of keys and values at a time, at most: any GPU since 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Triton's interpreter takes the bits of bfloat16 for integers, unless it is made float32.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Plan(NamedTuple):
@@ -65,7 +64,7 @@ def attend(
     kept = [_tensors(rows) for rows in (k, v, beside)]
     D, W, _ = widths = [0 if t is None else t.size(-1) for t, _ in kept]
     keys = kept[0][0]
-    cut = cut or plan(q.device, B * X, n, keys.size(2), q.itemsize * _padded(widths))
+    cut = cut or plan(q.device, B * X, n, keys.size(2), row_bytes(q.dtype, keys.dtype, widths))
     out = averages = q.new_empty(B, X, n, W or D)
     sums = None
     if cut.splits > 1:
@@ -101,6 +100,7 @@ def plan(device: torch.device, heads: int, n: int, S: int, nbytes: int) -> Plan:
         cores = torch.cuda.get_device_properties(device).multi_processor_count
     programs = heads * triton.cdiv(n, rows)
     splits = max(min(2 * cores // programs, triton.cdiv(S, 2 * block), SPLITS), 1)
+    splits = 1 << (splits.bit_length() - 1)  # the fewer there are, the less often merge is compiled
     stages = 3 if block * nbytes <= BLOCK_BYTES // 2 else 2
     return Plan(block, splits, rows, 8 if nbytes >= 1024 or rows == 64 else 4, stages)
 
@@ -119,7 +119,8 @@ def supports(q: Tensor, *rows: Tensor | Quantized | None) -> bool:
     """Whether queries can attend to such keys, values and what is beside them."""
     tensors = [t for t, _ in map(_tensors, rows) if t is not None]
     known = q.dtype in DTYPES and all(t.dtype in (*DTYPES, torch.int8) for t in tensors)
-    fits = 16 * q.itemsize * _padded([t.size(3) for t in tensors]) <= BLOCK_BYTES
+    widths = [t.size(3) for t in tensors]
+    fits = 16 * row_bytes(q.dtype, tensors[0].dtype, widths) <= BLOCK_BYTES
     # Within a head, an offset is a number of 32 bits.
     near = all(t.stride(3) == 1 and t.size(2) * t.stride(2) < 2**31 for t in tensors)
     return known and fits and near
@@ -145,9 +146,10 @@ def _halves(width: int) -> tuple[int, int]:
     return whole, max(triton.next_power_of_2(left), 16) if left > 0 else 0
 
 
-def _padded(widths: list[int]) -> int:
-    """Numbers of a key and value of such widths as they are computed with."""
-    return sum(sum(_halves(width)) for width in widths)
+def row_bytes(dtype: torch.dtype, kept: torch.dtype, widths: list[int]) -> int:
+    """What a key, its value and what is beside it take in shared memory, with their conversion."""
+    size = dtype.itemsize + (2 if dtype.itemsize == 4 and kept.itemsize < 4 else 0)
+    return size * sum(sum(_halves(width)) for width in widths)
 
 
 @triton.jit
@@ -250,7 +252,7 @@ def attend_part(
     part, blocks = tl.program_id(1), tl.cdiv(n, ROWS)
     DTYPE: tl.constexpr = q.dtype.element_ty
     head, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    head, b, x = head.to(tl.int64), (head // X).to(tl.int64), head % X
+    head, b, x = head.to(tl.int64), (head // X).to(tl.int64), (head % X).to(tl.int64)
     if held is not None:
         before = tl.load(held + b).to(tl.int32)
     begin, end = keys_of_part(part, before + T, BLOCK)
