@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import os
 import random
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from nanomla.settings import run_script
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):  # not on Windows
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if not torch.cuda.is_available():  # before anything imports Triton, which then interprets its code
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # tiny matrices gain nothing from more, and a busy machine loses much
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -404,7 +404,7 @@ def test_a_compiler_is_missed_before_anything_is_timed(monkeypatch):
     monkeypatch.setattr(bench, "compiled", fails)
     monkeypatch.setattr(bench, "measure_limits", None)
     done = run("tools.bench", "decode", "--vs_compiled", "--device=cpu")
-    assert fails_with_one_line(done, 1, "(no compiler)", "install a C++ compiler")
+    assert fails_with_one_line(done, 1, "no compiler)", "install a C++ compiler")
 
 
 @pytest.mark.parametrize("helps", [False, True])

@@ -4,8 +4,6 @@ A decoding step at fixed addresses, on a GPU also captured.
 Run: python -m pytest tests/test_graph.py
 """
 
-import os
-
 import pytest
 import torch
 
@@ -133,8 +131,6 @@ def test_a_pass_that_was_interrupted_leaves_nothing():
 @pytest.fixture
 def on_triton(monkeypatch):
     """Attention of few tokens by the GPU's kernel, on a CPU in Triton's interpreter."""
-    if not GPU:
-        monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="Triton has no wheel for this system")
     from nanomla.kernels import triton
 

@@ -38,6 +38,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import ATTENTION, GPT, Cache, GPTConfig
 from nanomla import checkpoint, costs, formats
@@ -50,6 +51,7 @@ from nanomla.sampling import PREFILL_CHUNK, next_logits
 from nanomla.settings import check, configure, declared, run_config_file
 from nanomla.start import padded_vocab
 from nanomla.surgery import factorise
+from tools import kernel
 from train import TrainConfig
 
 Rows = list[dict[str, Any]]
@@ -240,15 +242,18 @@ class Limits:
 
 def measure_bandwidth(device: str) -> float:
     """Bytes per second of a copy of 256 MB, which is beyond any cache: those read and written."""
-    a = torch.ones(2**26, device=device)
+    a, n = torch.ones(2**26, device=device), 20 if device.startswith("cuda") else 1
     b = torch.empty_like(a)
-    return 2 * a.nbytes / alternate([Timed("copy", lambda: b.copy_(a))], 7, device)["copy"].seconds
+    copy = Timed("copy", lambda: [b.copy_(a) for _ in range(n)], steps=n)
+    return 2 * a.nbytes / alternate([copy], 7, device)["copy"].seconds
 
 
 def measure_limits(device: str) -> Limits:
-    n, dtypes = 2048 if device.startswith("cuda") else 1024, (torch.float32, torch.bfloat16)
+    n, k = (4096, 20) if device.startswith("cuda") else (1024, 1)
+    dtypes = (torch.float32, torch.bfloat16)
     square = {dtype: torch.randn(n, n, device=device).to(dtype) for dtype in dtypes}
-    entries = [Timed(str(dtype), lambda m=m: m @ m) for dtype, m in square.items()]
+    products = {dtype: lambda m=m: [m @ m for _ in range(k)] for dtype, m in square.items()}
+    entries = [Timed(str(dtype), run, steps=k) for dtype, run in products.items()]
     took = alternate(entries, 7, device)
     rate = {dtype: 2 * n**3 / took[str(dtype)].seconds for dtype in dtypes}
     limits = Limits(measure_bandwidth(device), rate)
@@ -304,8 +309,9 @@ def bench_decode(cfg: DecodeConfig, device: str) -> Rows:
         require_compiler(device)
     limits = measure_limits(device)
     rows: Rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        rows += bench_layer(cfg, device, dtype, limits)
+    if not device.startswith("cuda"):  # where `kernel` times a layer without Python's launches
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += bench_layer(cfg, device, dtype, limits)
     for dtype in (torch.float32, torch.bfloat16):
         rows += bench_gpt(cfg, device, dtype, limits)
     rows += bench_long(cfg, device, limits, 8192, 8, torch.float32)
@@ -569,9 +575,20 @@ def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def compiled(step: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
-    """A step as gpt-fast compiles its own: as a whole, on a GPU into a CUDA graph."""
-    mode = "reduce-overhead" if device.startswith("cuda") else None
-    return torch.compile(step, fullgraph=True, mode=mode)
+    """
+    A step as gpt-fast compiles its own: as a whole, on a GPU into a CUDA graph, with tiles that are
+    tried out and attention that Inductor writes.
+    """
+    if not device.startswith("cuda"):
+        return torch.compile(step, fullgraph=True)
+    options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    fast = torch.compile(step, fullgraph=True, options=options)
+
+    def run(*args: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return fast(*args)
+
+    return run
 
 
 def compiled_decode(model: GPT, idx: Tensor, n: int) -> Callable[[], None]:
@@ -581,8 +598,7 @@ def compiled_decode(model: GPT, idx: Tensor, n: int) -> Callable[[], None]:
     for rows in static.buffers(recurse=False):
         rows.normal_()
     step = compiled(static.next_token, idx.device.type)
-
-    last = idx[:, -1:].clone(memory_format=torch.contiguous_format)  # other strides: one more graph
+    last = idx[:, -1:].clone(memory_format=torch.contiguous_format)  # else it is compiled twice
 
     def run() -> None:
         token, pos = last, torch.tensor([first], device=idx.device)
@@ -598,7 +614,8 @@ def require_compiler(device: str) -> None:
     try:
         compiled(lambda x: x.exp() + 1, device)(torch.zeros(9, device=device))
     except RuntimeError as error:
-        why = str(error).strip().splitlines()[0][:200]
+        inner = getattr(error, "inner_exception", None) or error.__cause__ or error
+        why = f"{type(inner).__name__}: {str(inner).strip().partition(chr(10))[0][:200]}"
         remedy = "install a C++ compiler (on a GPU also Triton), or leave it out"
         raise UserError(f"--vs_compiled: torch.compile fails ({why}); {remedy}") from None
 
@@ -660,8 +677,6 @@ def bench_kernel(cfg: RoundsConfig, device: str) -> Rows:
     Attention of one new token over cached latents, beside other ways to compute it. GB/s are the
     bytes of the cached rows, each counted once, over the time.
     """
-    from tools import kernel
-
     bandwidth, tables = measure_bandwidth(device), {}
     for case in kernel.cases(device):
         row = kernel.figures(case, time_ways(case, device, cfg.rounds), bandwidth)
@@ -674,10 +689,8 @@ def bench_kernel(cfg: RoundsConfig, device: str) -> Rows:
     return rows
 
 
-def time_ways(case: Any, device: str, rounds: int) -> dict[str, float | None]:
-    """Seconds of every way to compute a kernel.Case; None where it is impossible."""
-    from tools import kernel
-
+def time_ways(case: kernel.Case, device: str, rounds: int) -> dict[str, float | None]:
+    """Seconds of every way to compute a case, others in 3 rounds; None where it is impossible."""
     copies, ways = case.rows(device), kernel.ways(case, device)  # kept while graphs use them
     launches = {"this": kernel.repeated(ways["this"], copies, device)}
     for name, way in ways.items():
@@ -762,21 +775,20 @@ def bench_chunks(device: str, T: int, chunk: int) -> Rows:
     """
     base = GPTConfig(block_size=T, n_layer=1, bias=False, pos_emb="rope")
     latent = {"use_mla": True, "mla_latent_dim": 160, "mla_rope_dim": 32}
+    turning = {"use_mla": True, "mla_latent_dim": 192, "mla_rope": "latent"}
     variants = {"MHA": {}, "MLA, L = 160, rotary 32": latent}
-    variants["MLA, rotary latent, L = 192"] = {"use_mla": True, "mla_latent_dim": 192}
-    variants["MLA, rotary latent, L = 192"]["mla_rope"] = "latent"
+    variants["MLA, rotary latent, L = 192"] = turning
     idx, rows = torch.randint(50257, (1, T), device=device), []
     for name, extra in variants.items():
         model = GPT(dataclasses.replace(base, **extra)).to(device).eval()
         cache = model.make_cache(1, T)
         row = {"attention": name, "cache MB": f"{cache.nbytes / 1e6:.0f}"}
         for what, size in (("at once", None), (f"{chunk:,} tokens at a time", chunk)):
-            read = functools.partial(next_logits, cache=cache, chunk=size, step=None)
-            read(model, idx[:, :chunk])  # warms up
+            read = functools.partial(next_logits, model, idx, cache, size, None)
+            row[f"{what}, MB"] = f"{peak_bytes(read, device) / 1e6:.0f}"  # and warms up
             cache.truncate(0)
             began = time.perf_counter()
-            peak = peak_bytes(functools.partial(read, model, idx), device)
-            row[f"{what}, MB"] = f"{peak / 1e6:.0f}"
+            float(read()[0, 0])  # waits for it
             row[f"{what}, s"] = f"{time.perf_counter() - began:.1f}"
             cache.truncate(0)
         rows.append(row)

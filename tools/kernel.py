@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanomla import costs
+from nanomla.distributed import warn0
 from nanomla.kernels import attend
 
 HS = 64  # numbers of a head's value, and of its key without position
@@ -110,13 +111,15 @@ def repeated(
     way(rows[-1])
     wait(device)
     most = max(int(RUN_SECONDS / (time.perf_counter() - began)), 1)
-    n, turns = min(max(len(rows), LAUNCHES), most), itertools.cycle(rows)
+    on_gpu, n = device.startswith("cuda"), max(len(rows), LAUNCHES)
+    n = n if on_gpu else min(n, most)  # a graph reads the same copies every time, so all of them
+    turns = itertools.cycle(rows)
 
     def launch() -> None:
         for _ in range(n):
             way(next(turns))
 
-    return (captured(launch, device) if device.startswith("cuda") else launch), n
+    return (captured(launch, device) if on_gpu else launch), n
 
 
 def captured(launch: Callable[[], None], device: str) -> Callable[[], None]:
@@ -125,7 +128,8 @@ def captured(launch: Callable[[], None], device: str) -> Callable[[], None]:
     try:
         with torch.cuda.device(device), torch.cuda.graph(graph):
             launch()
-    except RuntimeError:
+    except RuntimeError as error:
+        warn0(f"not captured, so Python's time counts: {str(error).splitlines()[0]}")
         return launch
     return graph.replay
 

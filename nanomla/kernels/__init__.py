@@ -120,8 +120,9 @@ def _causal(
     elif on_cpu and held is None and k.size(-1) == v.size(-1):
         out = cpu.go_on(q, k, v, scale)
     else:
-        masks = 1 if held is None else held.numel()
-        n, outs = min(max(2**21 // (S * masks), 32), 256), []  # queries at a time, for small masks
+        # Queries at a time: a mask that a CPU's cache holds, or that occupies a GPU.
+        numbers = (2**21 if q.device.type == "cpu" else 2**26) // (S if held is None else S * B)
+        n, outs = max(min(numbers, 256) if q.device.type == "cpu" else numbers, 32), []
         for i, part in zip(range(0, T, n), q.split(n, dim=2), strict=True):
             new = part.size(2)
             end = S if held is not None else S - T + i + new  # what follows is masked for all
