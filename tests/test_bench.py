@@ -221,7 +221,7 @@ def test_peak_bytes():
 def test_commands_run(command, flags, count, tmp_path):
     """Each prints its tables, transformers beside it, and writes them as JSON."""
     flags = [*flags, f"--json={tmp_path}/b.json"]
-    done = run("tools.bench", command, *flags, fresh=True, timeout=500)
+    done = run("tools.bench", command, *flags, fresh=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     tables = {row["table"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
     assert len(tables) == count and all(t in done.stdout for t in tables)
