@@ -113,7 +113,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     if lost_process(error):
         return "error: another process of this run has ended, so this one cannot go on", 1
     if kinds & {"InvalidCxxCompiler", "BackendCompilerFailed", "InductorError"}:
-        return f"error: --compile does not work here ({_cause(error)}); leave it out", 1
+        return f"error: --compile does not work here ({cause(error)}); leave it out", 1
     if isinstance(error, ValueError) and "null byte" in text:
         return "error: a path has a NUL byte in it", 1
     return None, 1
@@ -130,7 +130,7 @@ def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The first line of the exception that this one wraps."""
     inner = getattr(error, "inner_exception", None) or error.__cause__ or error
     return f"{type(inner).__name__}: {(str(inner).splitlines() or [''])[0][:100]}"

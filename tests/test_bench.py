@@ -373,11 +373,13 @@ def test_the_step_is_one_graph(monkeypatch):
     """torch.compile takes it as a whole, and once for all tokens."""
     whole = lambda step, device: torch.compile(step, fullgraph=True, backend="eager")
     monkeypatch.setattr(bench, "compiled", whole)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with torch.inference_mode():
         run = bench.compiled_decode(randomise(GPT(tiny_config())), torch.randint(23, (1, 7)), 4)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            run()
-            run()
+        run()
+        run()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ Time the attention variants against each other, against this machine's limits an
                                             a config's parameters, bytes and FLOPs beside MHA's
 
 All that is compared runs in turn in one process, round after round; figures are medians over the
-rounds. --json=FILE writes them to a file too.
+rounds, but for prefill's last table, of one pass each. --json=FILE writes them to a file too.
 """
 
-from nanomla.errors import UsageError, UserError, run_script
+from nanomla.errors import UsageError, UserError, cause, run_script
 
 # isort: split
 import dataclasses
@@ -614,10 +614,8 @@ def require_compiler(device: str) -> None:
     try:
         compiled(lambda x: x.exp() + 1, device)(torch.zeros(9, device=device))
     except RuntimeError as error:
-        inner = getattr(error, "inner_exception", None) or error.__cause__ or error
-        why = f"{type(inner).__name__}: {str(inner).strip().partition(chr(10))[0][:200]}"
         remedy = "install a C++ compiler (on a GPU also Triton), or leave it out"
-        raise UserError(f"--vs_compiled: torch.compile fails ({why}); {remedy}") from None
+        raise UserError(f"--vs_compiled: torch.compile fails ({cause(error)}); {remedy}") from None
 
 
 def hf_deepseek(nh: int, S: int, L: int, x: Tensor) -> Callable[[], Any]:

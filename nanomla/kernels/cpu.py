@@ -1,5 +1,5 @@
 """
-Decoding on a CPU: few new tokens, no gradient.
+On a CPU, without gradients: few new tokens, and many behind old ones.
 
 torch computes one query block, or one row of a product, on one core. Here the keys, or the weight,
 are cut into blocks that torch is given as heads, or as a batch, so that all cores take part. The
