@@ -1,11 +1,10 @@
 """
-The whole model: a GPT whose attention block is causal self-attention (MHA), multi-head latent
-attention (MLA), a latent that rotates, or latent tokens, chosen by GPTConfig. All but the last can
+The whole model: a GPT whose attention is causal self-attention (MHA), multi-head latent attention
+(MLA), MLA on a latent that rotates, or latent tokens, chosen by GPTConfig. All but the last can
 keep their values in a low-rank subspace (SVD).
 
-Letters: B batch, T new tokens, S cached and new tokens, C = n_embd, nh heads, nkv key/value heads,
-hs head size, L latent numbers per group, G groups, m heads per group or latent tokens per head,
-r rotary numbers, rv value rank, V vocabulary.
+Letters: B sequences, T new tokens, S cached and new tokens, C = n_embd, nh heads, nkv key/value
+heads, hs head size, L latent numbers per group, G groups, r rotary numbers, rv value rank.
 
 MLA is from DeepSeek-V2 (arXiv:2405.04434, section 2.1); where its names differ they stand in [].
 Only a latent c_j [compressed kv] and one rotary key kr_j [k_pe] are kept of every token j:
@@ -15,31 +14,36 @@ Only a latent c_j [compressed kv] and one rotary key kr_j [k_pe] are kept of eve
 
 The same function is computed in two ways. Expanded: build k and v for every head, then attend.
 Absorbed: move W_UK to the query and W_UV behind the average, so that all heads attend over the
-cached rows themselves:
+cached latents themselves:
 
     q'_h = [W_UK_h^T q_h ; q_rope_h]    s_hj = q'_h . [c_j ; kr_j]    o_h = W_UV_h sum_j p_hj c_j
 
-nanomla/kernels/reference.py defines attend and linear.
+nanomla/kernels computes attend, softmax(q k^T) v, and Linear; nanomla/cache.py keeps past tokens.
 """
 
-import copy
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanomla.kernels import Quantized, attend, by_group, by_head, dequantise, linear, quantise
-from nanomla.kernels.slots import slot_attention
-
-# cos and sin, each (T, dim / 2), or (B, T, dim / 2) if rows differ; None: nothing is rotated
-Rotation = tuple[Tensor, Tensor] | None
+from nanomla.attention import (
+    Attention,
+    Rotation,
+    cached_numbers_at,
+    init_weights,
+    mha_key_value_parameters,
+)
+from nanomla.cache import Cache, LayerCache
+from nanomla.checks import require
+from nanomla.generate import Sampler, stream_tokens
+from nanomla.kernels import Linear, Quantized, attend, causal_weights, dequantise
+from nanomla.latent_tokens import LatentTokenAttention
+from nanomla.memory import require_memory
 
 
 @dataclass
@@ -81,77 +85,53 @@ class GPTConfig:
     svd_rank: Annotated[int | None, "that rank; None: full, as without use_svd", ">= 1"] = None
     svd_method: Annotated[Literal["exact", "randomized"], "how value maps are factorised"] = "exact"
 
+    attention: Annotated[str | None, "a name in ATTENTION; None: what the flags say"] = None
+
     def __post_init__(self) -> None:
         from nanomla.settings import check
+
         check(self)  # types and ranges, as declared above
-        C, nh, rope = self.n_embd, self.n_head, self.pos_emb == "rope"
-        fits = self.head_dim is not None or C % nh == 0
-        _require(fits, "n_head", nh, f"a divisor of n_embd={C}: {_divisors(C)}; or set head_dim")
-        works = f"a divisor of n_head={nh}: {_divisors(nh)}"
-        _require(nh % self.nkv == 0, "n_kv_head", self.nkv, works)
-        if self.use_latent_tokens:
-            m = self.n_latent_tokens
-            _require(m is not None, "n_latent_tokens", m, "a number, such as 16")
-            for name, needs in (("use_mla", False), ("use_svd", False), ("pos_emb", "learned")):
-                has = getattr(self, name)
-                _require(has == needs, name, has, f"{needs!r} with use_latent_tokens")
-        elif self.use_mla:
-            (self._resolve_mla if self.mla_rope == "decoupled" else self._resolve_rotary_latent)()
-        elif rope:
-            name, works = "head_dim" if self.head_dim else "n_head", "one for an even head size"
-            _require(self.hs % 2 == 0, name, getattr(self, name), f"{works}, not {self.hs}")
-        pairs, wants = len(self.rope_freqs or ()), self.rotary_dim // 2
-        works = f"None or {wants} numbers, one per rotary pair"
-        _require(pairs in (0, wants) or not rope, "rope_freqs", self.rope_freqs, works)
+        self._set_flags()
+        name = self.attention_name
+        require(name in ATTENTION, "attention", name, f"None or one of {', '.join(ATTENTION)}")
+        if self.head_dim is None:
+            works = f"a divisor of n_embd={self.n_embd}: {_divisors(self.n_embd)}; or set head_dim"
+            require(self.n_embd % self.n_head == 0, "n_head", self.n_head, works)
+        works = f"a divisor of n_head={self.n_head}: {_divisors(self.n_head)}"
+        require(self.n_head % self.nkv == 0, "n_kv_head", self.nkv, works)
+        ATTENTION[name].check(self)
+        if self.pos_emb == "rope" and self.rope_freqs:
+            pairs = self.rotary_dim // 2
+            works = f"None or {pairs} numbers, one per rotary pair"
+            require(len(self.rope_freqs) == pairs, "rope_freqs", self.rope_freqs, works)
         if self.use_svd:
-            rv = self.svd_rank = self.hs if self.svd_rank is None else self.svd_rank
-            _require(rv <= self.hs, "svd_rank", rv, f"from 1 to the head size {self.hs}")
+            if self.svd_rank is None:
+                self.svd_rank = self.hs
+            works = f"from 1 to the head size {self.hs}"
+            require(self.svd_rank <= self.hs, "svd_rank", self.svd_rank, works)
 
-    def _resolve_mla(self) -> None:
-        """Replace None by what it stands for, and check MLA's sizes against each other."""
-        hs, rope = self.hs, self.pos_emb == "rope"
-        r = self.mla_rope_dim
-        if r is None:
-            r = self.mla_rope_dim = hs // 2 // 2 * 2 if rope else 0
-            works = f"2 with mla_nope_dim={hs}, or 0 for no positions: half of {hs} is no pair"
-            _require(r > 0 or not rope, "mla_rope_dim", None, works)
-        _require(r >= 0 and r % 2 == 0, "mla_rope_dim", r, "None or an even number")
-        fits = r < hs or self.mla_nope_dim is not None
-        _require(fits, "mla_rope_dim", r, f"an even number below the head size {hs}")
-        _require(r == 0 or rope, "mla_rope_dim", r, "0 with pos_emb='learned', or pos_emb='rope'")
-        self._check_latent(r, self.nope + r + hs)
+    def _set_flags(self) -> None:
+        """Let use_mla, mla_rope and use_latent_tokens say what the name of an attention says."""
+        if self.attention is None:
+            return
+        if self.attention in ("mla", "rotary_latent"):
+            self.use_mla = True
+            self.mla_rope = "decoupled" if self.attention == "mla" else "latent"
+        if self.attention == "latent_tokens":
+            self.use_latent_tokens = True
+        for flag, names in (("use_mla", ("mla", "rotary_latent")),
+                            ("use_latent_tokens", ("latent_tokens",))):  # fmt: skip
+            conflict = getattr(self, flag) and self.attention not in names
+            require(not conflict, flag, True, f"False with attention={self.attention!r}")
 
-    def _resolve_rotary_latent(self) -> None:
-        """The same for a latent that is key and value at once and turns with its position."""
-        nope = self.mla_nope_dim
-        _require(self.pos_emb == "rope", "mla_rope", "latent", "'decoupled' without pos_emb='rope'")
-        _require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
-        L = self._check_latent(0, 2 * self.hs)
-        if self.mla_rope_dim is None:
-            _require(L % 2 == 0, "mla_latent_dim", L, "an even number; or set mla_rope_dim")
-        r = self.mla_rope_dim = L if self.mla_rope_dim is None else self.mla_rope_dim
-        works = f"an even number up to the latent's {L}"
-        _require(0 < r <= L and r % 2 == 0, "mla_rope_dim", r, works)
-
-    def _check_latent(self, beside: int, per_head: int) -> int:
-        """A latent and what is beside it must be less than MHA's cache. Returns the narrowest."""
-        nh, G, full = self.n_head, self.mla_groups, self.n_head * per_head
-        _require(nh % G == 0, "mla_groups", G, f"a divisor of n_head={nh}: {_divisors(nh)}")
-        if self.mla_latent_dim is None:
-            works = f"a number, as head size {self.hs} has no half"
-            _require(self.hs > 1, "mla_latent_dim", None, works)
-            self.mla_latent_dim = nh // G * (self.hs // 2)
-        dims, n = self.mla_latent_dim, 1 if self.mla_share_latent else self.n_layer
-        if isinstance(dims, tuple):
-            fits = len(dims) == self.n_layer and len(set(dims)) <= n
-            works = f"one number{f', or one for each of {n} layers' * (n > 1)}"
-            _require(fits, "mla_latent_dim", [*dims], works)
-            self.mla_latent_dim = dims if len(set(dims)) > 1 else dims[0]
-        least, L = (min(dims), max(dims)) if isinstance(dims, tuple) else (dims, dims)
-        works = f"at most {(full - 1 - beside) // G}: {G} x {L} + {beside} cached numbers a token"
-        fewer = f"{works} would not be fewer than MHA's {full}"
-        _require(G * L + beside < full, "mla_latent_dim", L, fewer)
-        return least
+    @property
+    def attention_name(self) -> str:
+        """The key of ATTENTION that a given name, or else the flags, stand for."""
+        if self.attention is not None:
+            return self.attention
+        if self.use_mla:
+            return "mla" if self.mla_rope == "decoupled" else "rotary_latent"
+        return "latent_tokens" if self.use_latent_tokens else "mha"
 
     @property
     def hs(self) -> int:
@@ -166,8 +146,11 @@ class GPTConfig:
     @property
     def hidden(self) -> int:
         """The MLP's inner width; with swiglu three matrices have about as many weights as two."""
-        gelu, swiglu = 4 * self.n_embd, max(round(self.n_embd / 24), 1) * 64
-        return self.mlp_hidden or (gelu if self.mlp == "gelu" else swiglu)
+        if self.mlp_hidden is not None:
+            return self.mlp_hidden
+        if self.mlp == "gelu":
+            return 4 * self.n_embd
+        return max(round(self.n_embd / 24), 1) * 64
 
     @property
     def nope(self) -> int:
@@ -175,71 +158,35 @@ class GPTConfig:
         return self.hs - self.mla_rope_dim if self.mla_nope_dim is None else self.mla_nope_dim
 
     @property
-    def attention(self) -> str:
-        """Which attention this is: a key of ATTENTION."""
-        if self.use_mla:
-            return "mla" if self.mla_rope == "decoupled" else "rotary_latent"
-        return "latent_tokens" if self.use_latent_tokens else "mha"
-
-    @property
     def rotary_dim(self) -> int:
         """How many numbers of a query are rotated by its position."""
-        return 0 if self.pos_emb == "learned" else self.mla_rope_dim if self.use_mla else self.hs
+        if self.pos_emb == "learned":
+            return 0
+        return ATTENTION[self.attention_name].rotary_dim(self)
 
     @property
     def frequencies(self) -> Tensor:
         """Radians per token of every rotary pair, (rotary_dim / 2,) float64 on the CPU."""
-        plain, dim = {"dtype": torch.float64, "device": "cpu"}, self.rotary_dim
+        dim = self.rotary_dim
         if self.rope_freqs and dim:
-            return torch.tensor(self.rope_freqs, **plain)
-        return self.rope_theta ** (-torch.arange(0, dim, 2, **plain) / dim)
+            return torch.tensor(self.rope_freqs, dtype=torch.float64, device="cpu")
+        pair = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
+        return self.rope_theta ** (-pair / dim)
 
-    @property
-    def spans(self) -> list[tuple["GPTConfig", int]]:
-        """(config, number of layers) of runs of one shape: all, or each layer if latents differ."""
-        n = 1 if isinstance(self.mla_latent_dim, tuple) else self.n_layer
-        return [(self.of_layer(i), n) for i in range(0, self.n_layer, n)]
-
-    def of_layer(self, layer: int) -> "GPTConfig":
-        """This config with one latent width, that of this layer."""
-        L = self.mla_latent_dim
-        return dataclasses.replace(self, mla_latent_dim=L[layer]) if isinstance(L, tuple) else self
-
-
-def _require(holds: bool, field: str, value: object, works: str) -> None:
-    if not holds:
-        raise ValueError(f"{field}={value!r} does not work: {field} must be {works}")
+    def latent_dim(self, layer: int) -> int:
+        """The width of a layer's latents."""
+        widths = self.mla_latent_dim
+        return widths[layer] if isinstance(widths, tuple) else widths
 
 
 def _divisors(n: int, most: int = 24) -> str:
     """The smallest divisors of n, as many as fit a line."""
-    found = [str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0]
-    return ", ".join(found[:most]) + ", ..." * (len(found) > most)
+    divisors = [str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0]
+    text = ", ".join(divisors[:most])
+    return f"{text}, ..." if len(divisors) > most else text
 
 
-# ---- Linear maps, norms, positions
-class Linear(nn.Linear):
-    """nn.Linear by kernels.linear, which is faster for the few rows of a decoding step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def per_group(c: Tensor, weight: Tensor) -> Tensor:
-    """c (B, T, G, L) through weight (G * d, L), whose g-th d rows read group g: (B, T, G * d)."""
-    B, T, G, L = c.shape
-    if G == 1:
-        return F.linear(c.squeeze(2), weight)
-    return torch.einsum("btgl,gdl->btgd", c, weight.view(G, -1, L)).reshape(B, T, -1)
-
-
-def per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, nh, T, a) through weight (nh, a, b): (B, nh, T, b), each head by its own matrix."""
-    B, nh, T, a = x.shape
-    x = x.transpose(0, 1).reshape(nh, B * T, a)
-    return torch.bmm(x, weight).view(nh, B, T, -1).transpose(0, 1)
-
-
+# ---- Norms, positions, maps that differ by head
 class RMSNorm(nn.RMSNorm):
     """arXiv:1910.07467, in the activations' dtype, so that autocast keeps the fused kernel."""
 
@@ -248,12 +195,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 def latent_norm(kind: str, width: int) -> nn.Module:
+    """The norm on a latent of so many numbers."""
     if kind == "none":
         return nn.Identity()
-    return RMSNorm(width, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(width, bias=False)
+    if kind == "layernorm":
+        return nn.LayerNorm(width, bias=False)
+    return RMSNorm(width, eps=1e-6)
 
 
 def block_norm(config: GPTConfig) -> nn.Module:
+    """The norm before attention, MLP and head."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
@@ -266,355 +217,287 @@ def rope_tables(start: int, end: int, config: GPTConfig, dtype: torch.dtype) -> 
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
+def rotation_alone(config: GPTConfig, x: Tensor, pos: int) -> Rotation:
+    """The rotation of x (B, T, C) from position pos on, for a block that is used without a GPT."""
+    if config.rotary_dim == 0:
+        return None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = rope_tables(pos, pos + x.size(1), config, dtype)
+    return cos.to(x.device), sin.to(x.device)
+
+
 def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate x (B, T, n, dim), or not; the first half of dim pairs with the second half."""
     if rotation is None:
         return x
-    cos, sin = (t.unsqueeze(-2).to(x.dtype) for t in rotation)  # (..., T, 1, dim / 2)
+    cos, sin = rotation
+    cos = cos.unsqueeze(-2).to(x.dtype)  # (..., T, 1, dim / 2)
+    sin = sin.unsqueeze(-2).to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-class LowRankValues(NamedTuple):
-    """The value maps of all heads in a subspace of rank rv: head h's map is up[h] @ down[h]."""
-
-    down: Tensor  # (nh * rv, in)
-    up: Tensor  # (nh, hs, rv)
-
-    def dense(self) -> Tensor:
-        """The maps multiplied out, (nh * hs, in): in training faster than both per token."""
-        nh, _, rank = self.up.shape
-        return torch.bmm(self.up, self.down.view(nh, rank, -1)).flatten(0, 1)
-
-    def expand(self, y: Tensor) -> Tensor:
-        """From coordinates in the subspace, (B, nh, T, rv), to values, (B, nh, T, hs)."""
-        return per_head(y, self.up.to(y.dtype).mT)
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, nh, T, a) through weight (nh, a, b): (B, nh, T, b), each head by its own matrix."""
+    B, nh, T, a = x.shape
+    x = x.transpose(0, 1).reshape(nh, B * T, a)
+    return torch.bmm(x, weight).view(nh, B, T, -1).transpose(0, 1)
 
 
-# ---- What all attention shares
-class Cache:
+def per_group(c: Tensor, weight: Tensor) -> Tensor:
+    """c (B, S, G, L) through weight (G * d, L), whose g-th d rows read group g: (B, S, G * d)."""
+    B, S, G, L = c.shape
+    if G == 1:
+        return F.linear(c.squeeze(2), weight)
+    return torch.einsum("bsgl,gdl->bsgd", c, weight.view(G, -1, L)).reshape(B, S, -1)
+
+
+# ---- Values in a low-rank subspace (SVD)
+#
+# Head h's value map W_h (hs, in) is kept as up_h down_h, of rank rv. In training both are
+# multiplied out, which is faster than both per token. In decoding MHA caches down_h x, rv numbers a
+# head, and MLA reads its average of latents by down_h; up_h comes last, behind the average.
+def dense_values(down: Tensor, up: Tensor) -> Tensor:
+    """down (nh * rv, in) and up (nh, hs, rv) multiplied out: (nh * hs, in)."""
+    heads, _, rank = up.shape
+    return torch.bmm(up, down.view(heads, rank, -1)).flatten(0, 1)
+
+
+def factorise(W: Tensor, rank: int, method: str = "exact") -> tuple[Tensor, Tensor, float]:
     """
-    What attention keeps of the tokens it has seen, in all layers. It is allocated once and belongs
-    to the caller. It holds pos tokens, which only its methods change; layout decides what is kept.
+    Truncated SVD of every head's value map, the singular values split evenly between the factors.
+
+    W: (nh, hs, in), from the attention's input (C numbers, or L with MLA) to the head's values.
+    rank: from 1 to hs. method: 'exact' is torch.linalg.svd, 'randomized' is Halko's range finder
+    (arXiv:0909.4061) with a fixed seed; both compute in float64.
+    Returns down (nh * rank, in) and up (nh, hs, rank), so that up[h] @ down[h] is the best
+    approximation of W[h] of that rank, and the share of the squared singular values that is kept.
     """
-
-    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
-    grows = True  # with every token; else it is a state of n_latent_tokens rows
-    lengths: Tensor | None = None  # (B,) tokens held of every row, where they differ; pos: the most
-    layout: Callable[[GPTConfig], list[tuple[int, int]]]  # (heads, width) of a layer's tensors
-
-    def __init__(
-        self, config: GPTConfig, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
-    ) -> None:
-        from nanomla import costs
-        for name, size in (("batch_size", batch_size), ("max_len", max_len)):
-            _require(size >= 1, name, size, "at least 1")
-        works = "one of " + ", ".join(str(known).removeprefix("torch.") for known in self.DTYPES)
-        _require(dtype in self.DTYPES, "dtype", dtype, works)
-        self.batch_size, self.max_len, self.dtype, self._pos = batch_size, max_len, dtype, 0
-        self.config = config
-        kinds = itertools.cycle([dtype] if dtype != torch.int8 else [dtype, torch.float16])
-        shapes = [*zip(self.shapes(config), kinds, strict=False)]
-        nbytes = sum(math.prod(shape) * kind.itemsize for shape, kind in shapes)
-        remedy = "make it for fewer rows or tokens, or of a narrower dtype"
-        costs.require_memory(nbytes, "the cache", device, remedy)
-        self.tensors = [torch.zeros(*shape, dtype=kind, device=device) for shape, kind in shapes]
-        self.parts = len(self.tensors) // len(config.spans)  # tensors that hold a layer
-
-    def shapes(self, config: GPTConfig) -> list[tuple[int, ...]]:
-        """(layers, B, heads, rows, width) of every tensor; with int8 its scales follow each."""
-        rows = self.max_len if self.grows else config.n_latent_tokens
-        scale = [1] if self.dtype == torch.int8 else []
-        parts = [(n, h, w) for of, n in config.spans for h, w in self.layout(of)]
-        widths = [(n, h, width) for n, h, w in parts for width in [w, *scale]]
-        return [(n, self.batch_size, h, rows, w) for n, h, w in widths]
-
-    @classmethod
-    def numbers_at(cls, config: GPTConfig, n: int) -> int:
-        """Numbers that n tokens take in all layers."""
-        rows = n if cls.grows else config.n_latent_tokens
-        return rows * sum(n * h * w for of, n in config.spans for h, w in cls.layout(of))
-
-    def of_layer(self, layer: int) -> list[Tensor]:
-        """What is held in one layer, each (B, heads, rows, width)."""
-        span, i = divmod(layer, self.tensors[0].size(0))
-        return [t[i] for t in self.tensors[span * self.parts : (span + 1) * self.parts]]
-
-    @property
-    def pos(self) -> int:
-        """How many tokens are held."""
-        return self._pos
-
-    def positions(self, T: int) -> slice | Tensor:
-        """Those of T new tokens: the same for all rows, or (B, T)."""
-        if self.lengths is None:
-            return slice(self.pos, self.pos + T)
-        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
-
-    def nbytes_at(self, n: int) -> int:
-        """Bytes that n tokens take in all layers and rows."""
-        return sum(t.nbytes // t.size(3) * (n if self.grows else t.size(3)) for t in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers and rows, as allocated."""
-        return self.nbytes_at(self.max_len)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one more token of one row takes in all layers."""
-        return (self.nbytes_at(1) - self.nbytes_at(0)) // self.batch_size
-
-    def advance(self, T: int) -> None:
-        """Count T more tokens as held, after every layer has written them."""
-        _require(0 <= T <= self.max_len - self.pos, "T", T, f"from 0 to {self.max_len - self.pos}")
-        self._pos += T
-        self.lengths = None if self.lengths is None else self.lengths + T
-
-    def truncate(self, pos: int) -> None:
-        """Forget all but the first pos tokens; a state can only forget all."""
-        can = range(self.pos + 1) if self.grows else (0, self.pos)
-        works = f"from 0 to the {self.pos} tokens held" if self.grows else f"0 or {self.pos}"
-        _require(pos in can, "pos", pos, works)
-        self._pos = int(pos)
-
-    def rewind(self, pos: int) -> None:
-        """Forget all but the first pos tokens, or all of them where that is impossible."""
-        self.truncate(min(pos, self.pos) if self.grows or pos >= self.pos else 0)
-
-    def row(self, i: int) -> "Cache":
-        """A cache for row i that shares this one's memory; it has its own pos."""
-        _require(i in range(self.batch_size), "i", i, f"from 0 to {self.batch_size - 1}")
-        view = copy.copy(self)
-        view.batch_size, view.tensors = 1, [t[:, i : i + 1] for t in self.tensors]
-        return view
-
-    def rows(self, lengths: list[int] | Tensor) -> "Cache":
-        """The first rows, in the same memory, row i with lengths[i] tokens: for passes only."""
-        view, n = copy.copy(self), len(lengths)
-        _require(0 < n <= self.batch_size, "lengths", lengths, f"1 to {self.batch_size} numbers")
-        view.batch_size, view.tensors = n, [t[:, :n] for t in self.tensors]
-        told = not isinstance(lengths, Tensor)  # what is in a tensor only kernels read
-        view._pos, same = max(lengths) if told else self.max_len - 1, told and len({*lengths}) == 1
-        view.lengths = None if same else torch.as_tensor(lengths, device=self.tensors[0].device)
-        return view
-
-    def copy_from(self, row: "Cache") -> None:
-        """Hold in every row what a cache of one row holds."""
-        self._pos, end = row.pos, row.pos if self.grows else None
-        for t, new in zip(self.tensors, row.tensors, strict=True):
-            t[:, :, :, :end] = new[:, :, :, :end].clone()
-
-    def broadcast_row(self, i: int) -> None:
-        """Copy the tokens held in row i to all rows."""
-        self.copy_from(self.row(i))
-
-    def check(self, config: GPTConfig, B: int, T: int, device: torch.device) -> None:
-        """Raise ValueError if this model cannot write T tokens of B rows, before it writes any."""
-        kind, needs = type(self), ATTENTION[config.attention].Cache
-        if kind is not needs:
-            raise ValueError(f"this model needs a {needs.__name__}, not a {kind.__name__}")
-        has = [tuple(t.shape) for t in self.tensors]
-        if config is not self.config and has != (wants := self.shapes(config)):
-            raise ValueError(f"the cache was made for another model: it has {has}, not {wants}")
-        if (where := self.tensors[0].device) != device:
-            raise ValueError(f"the cache is on {where}, the model on {device}")
-        if self.batch_size != B:
-            raise ValueError(f"the cache has {self.batch_size} rows, the input {B}; make another")
-        if self.pos + T > self.max_len:
-            full = f"{self.pos} tokens held, {T} to add, max_len={self.max_len}"
-            raise ValueError(f"the cache is full: {full}; truncate it, or make a longer one")
-
-    @staticmethod
-    def pack(*parts: Tensor) -> tuple[Tensor, ...]:
-        """The parts of new tokens, (B, heads, T, width), as the tensors that layout names."""
-        return parts
-
-    def update(self, layer: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Write the parts of T new tokens in one layer; returns what there is to attend to then."""
-        if torch.is_grad_enabled():
-            raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
-        return self._write(layer, *parts)
-
-    def _write(self, layer: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Returns all S tokens, packed, uncopied."""
-        end, parts = self.pos + parts[0].size(2), self.pack(*parts)
-        if self.dtype == torch.int8:
-            parts = [t for part in parts for t in quantise(part)]
-        tensors, at = self.of_layer(layer), self.positions(parts[0].size(2))
-        for t, new in zip(tensors, parts, strict=True):
-            if self.lengths is None:
-                t[:, :, at] = new
-            else:
-                row = torch.arange(len(at), device=at.device)[:, None]
-                t[row, :, at] = new.transpose(1, 2).to(t.dtype)
-        rows = tuple(t[:, :, :end] for t in tensors)
-        return rows if self.dtype != torch.int8 else tuple(map(Quantized, rows[::2], rows[1::2]))
+    nh, _, width = W.shape
+    W64 = W.detach().double()
+    U, singular, Vh = truncated_svd(W64, rank, method)
+    root = singular[:, :rank].sqrt()  # (nh, min(rank, width))
+    up = U[:, :, :rank].clone()  # (nh, hs, rank)
+    down = W64.new_zeros(nh, rank, width)
+    # With rank > width there are only `width` singular values. The rows of down beyond them stay
+    # zero, while the columns of up keep their directions, so that training can use them.
+    down[:, : root.size(1)] = Vh[:, : root.size(1)] * root[:, :, None]
+    up[:, :, : root.size(1)] *= root[:, None, :]
+    total = W64.square().sum()
+    share = 1.0
+    if total > 0:
+        share = float(singular[:, :rank].square().sum() / total)
+    return down.reshape(nh * rank, width).to(W), up.to(W), share
 
 
-class Costs:
-    """Analysis of a GPT or an attention block, against MHA of the same n_embd and n_head."""
-
-    def get_compression_ratio(self) -> float:
-        """Key and value parameters of MHA over this module's; shared ones count once."""
-        from nanomla import costs
-        return costs.compression_ratio(self)
-
-    def get_memory_savings(self, sequence_length: int) -> float:
-        """MHA cache bytes at that length over this module's."""
-        from nanomla import costs
-        return costs.memory_savings(self.config, sequence_length)
-
-    def get_cache_size_ratio(self) -> float:
-        """This module's cache bytes over MHA's."""
-        return 1 / self.get_memory_savings(1)
+def truncated_svd(W: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U, the singular values and V^T of matrices (..., m, n); 'randomized': about rank of them."""
+    smaller = min(W.shape[-2:])
+    if method == "exact" or rank >= smaller:
+        return torch.linalg.svd(W, full_matrices=rank > W.size(-1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        U, singular, V = torch.svd_lowrank(W.cpu(), q=min(rank + 8, smaller), niter=4)
+    return U.to(W.device), singular.to(W.device), V.mT.to(W.device)
 
 
-class Attention(Costs, nn.Module):
-    """What every attention block has: its shape, low-rank values, the way back to the stream."""
+class AttentionWithValues(Attention):
+    """What MHA and MLA share: c_proj, and values that use_svd keeps in a low-rank subspace."""
 
-    Cache: type[Cache]  # what keeps the past tokens of this attention
-    # Multiplications per head: of a query with a key, in score and average; and of a new token.
-    numbers_per_key: dict[str, int]  # "training", "decoding"
-    numbers_per_token = 0
-
-    def __init__(self, config: GPTConfig, layer: int, query_width: int) -> None:
-        super().__init__()
-        self.config, self.layer = config.of_layer(layer), layer
-        self.nh, self.hs, self.scale = config.n_head, config.hs, 1 / math.sqrt(query_width)
+    multiplies_out = True  # the value maps, in training
 
     def _add_output(self, value_in: int, value_heads: int) -> None:
         """Register c_proj and low-rank values, in the order that optimizer states rely on."""
         config = self.config
+        self.low_rank = config.use_svd
+        self.value_heads = value_heads
         self.c_proj = Linear(self.nh * self.hs, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        if config.use_svd:
+        if self.low_rank:
             self.v_down = Linear(value_in, value_heads * config.svd_rank, bias=False)
             self.v_up = nn.Parameter(torch.zeros(value_heads, self.hs, config.svd_rank))
-
-    @property
-    def values(self) -> LowRankValues | None:
-        """The value maps under use_svd."""
-        return LowRankValues(self.v_down.weight, self.v_up) if self.config.use_svd else None
-
-    def _rotation(self, x: Tensor, pos: int, given: Rotation) -> Rotation:
-        """The tables for x (B, T, C) from position pos on: GPT's, or made here when used alone."""
-        if given is not None or not self.config.rotary_dim:
-            return given
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        tables = rope_tables(pos, pos + x.size(1), self.config, dtype)
-        return tuple(t.to(x.device) for t in tables)
 
     def _output(self, y: Tensor) -> Tensor:
         """Heads side by side, y (B, nh, T, hs) -> (B, T, C), and back into the residual stream."""
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
+    @torch.no_grad()
+    def init_values(self) -> None:
+        """Factorise value maps that are drawn as any other matrix."""
+        if self.low_rank:
+            size = (self.value_heads, self.hs, self.v_down.in_features)
+            dense = torch.randn(size, device=self.v_up.device) * 0.02
+            down, up, _ = factorise(dense, self.config.svd_rank, self.config.svd_method)
+            self.v_down.weight.copy_(down)
+            self.v_up.copy_(up)
+
+    @property
+    def words(self) -> str:
+        if self.low_rank:
+            return f"{self._words()}, values of rank {self.config.svd_rank}"
+        return self._words()
+
+    def flops_per_token(self, decoding: bool) -> int:
+        """Two per weight of every matrix, the value maps in the form that is used."""
+        if not self.low_rank:
+            return super().flops_per_token(decoding)
+        factors = self.v_down.weight.numel() + self.v_up.numel()
+        dense = self.value_heads * self.hs * self.v_down.in_features
+        up_for_every_query = self.v_up.numel() * (self.nh // self.value_heads)
+        in_subspace = self.v_down.weight.numel() + up_for_every_query
+        used = in_subspace if decoding or not self.multiplies_out else dense
+        return super().flops_per_token(decoding) + 2 * (used - factors)
+
 
 # ---- MHA
-class KVCache(Cache):
-    """MHA's cache: keys of width hs, values of width rv (hs without SVD), for nkv heads."""
-
-    @staticmethod
-    def layout(config: GPTConfig) -> list[tuple[int, int]]:
-        rv = config.svd_rank if config.use_svd else config.hs
-        return [(config.nkv, config.hs), (config.nkv, rv)]
-
-
-class CausalSelfAttention(Attention):
+class CausalSelfAttention(AttentionWithValues):
     """
     GPT-2's attention (MHA), with rotary positions where the config says so. With fewer key/value
     heads, nh / nkv query heads share each: grouped queries (arXiv:2305.13245), multi-query with 1.
     """
 
-    Cache = KVCache
+    @staticmethod
+    def check(config: GPTConfig) -> None:
+        if config.pos_emb == "rope":
+            name = "head_dim" if config.head_dim else "n_head"
+            works = f"one for an even head size, not {config.hs}"
+            require(config.hs % 2 == 0, name, getattr(config, name), works)
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
-        super().__init__(config, layer, config.hs)
+        super().__init__(config, layer)
         self.nkv = config.nkv
-        keys = self.nkv * self.hs  # as many numbers as values, which are apart if they are low-rank
-        self.parts = [self.nh * self.hs, keys] + [keys] * (not config.use_svd)
+        self.scale = 1 / math.sqrt(self.hs)
+        keys = self.nkv * self.hs
+        self.parts = [self.nh * self.hs, keys]  # of c_attn's output
+        if not config.use_svd:  # else values have maps of their own
+            self.parts.append(keys)
         self.c_attn = Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self._add_output(config.n_embd, self.nkv)
-        rv = config.svd_rank if config.use_svd else self.hs
-        self.numbers_per_key = {"training": 2 * self.hs, "decoding": self.hs + rv}
+        self.init_alone()
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, rotation: Rotation = None) -> Tensor:
+    def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
+        """Keys, and values or their coordinates in the subspace, of every key/value head."""
+        value_width = self.config.svd_rank if self.low_rank else self.hs
+        sizes = [(self.nkv, self.hs), (self.nkv, value_width)]
+        return LayerCache(sizes, batch_size, max_len, dtype, device)
+
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+    ) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
-        (B, T, _), pos = x.shape, 0 if cache is None else cache.pos
-        values, rotation = self.values, self._rotation(x, pos, rotation)
-        q, k, *v = self.c_attn(x).split(self.parts, dim=2)
-        q, k = (apply_rope(t.view(B, T, -1, self.hs), rotation) for t in (q, k))
-        if values is not None:  # with a cache, the coordinates in the subspace that it keeps
-            v = [F.linear(x, values.dense()) if cache is None else self.v_down(x)]
-        v = v[0].view(B, T, self.nkv, -1)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs), (B, nkv, T, .)
-        if cache is not None:
-            past = cache.update(self.layer, k, v)
-        if pos > 0:
-            q = by_group(q, self.nkv)  # each key is read once for its m heads
-            y = attend(q, *past, T, self.scale, held=cache.lengths).to(x.dtype)
-            return self._output(by_head(y if values is None else values.expand(y), T))
-        if cache is not None and values is not None:
-            v = values.expand(v)  # the new tokens are all there is, and need no rounding
-        if self.nkv < self.nh:
-            k, v = (t.repeat_interleave(self.nh // self.nkv, dim=1) for t in (k, v))
-        dropout = self.config.dropout * self.training
-        return self._output(attend(q, k, v, T, self.scale, dropout=dropout))
+        q, k, v = self._project(x, cache, rotation)
+        if cache is None:
+            dropout = self.config.dropout if self.training else 0.0
+            return self._output(attend(q, k, v, scale=self.scale, dropout=dropout))
+        cached_k, cached_v = cache.append(k, v)  # (B, nkv, S, hs), (B, nkv, S, hs or rv)
+        if cache.pos > 0:  # else the new tokens are all there is, and need no rounding
+            k, v = cached_k, cached_v
+        y = attend(q, k, v, scale=self.scale, lengths=cache.lengths).to(x.dtype)
+        if self.low_rank:
+            up = self.v_up.to(y.dtype).repeat_interleave(self.nh // self.nkv, dim=0)
+            y = per_head(y, up.mT)  # from (B, nh, T, rv) to (B, nh, T, hs)
+        return self._output(y)
+
+    def _project(
+        self, x: Tensor, cache: LayerCache | None, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, nh, T, hs), k (B, nkv, T, hs) and values, or with a cache what it keeps of them."""
+        B, T, _ = x.shape
+        if rotation is None:
+            rotation = rotation_alone(self.config, x, 0 if cache is None else cache.pos)
+        if not self.low_rank:
+            q, k, v = self.c_attn(x).split(self.parts, dim=2)
+        else:
+            q, k = self.c_attn(x).split(self.parts, dim=2)
+            if cache is None:
+                v = F.linear(x, dense_values(self.v_down.weight, self.v_up))
+            else:
+                v = self.v_down(x)
+        q = apply_rope(q.view(B, T, self.nh, self.hs), rotation)
+        k = apply_rope(k.view(B, T, self.nkv, self.hs), rotation)
+        v = v.view(B, T, self.nkv, -1)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
+        """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
+        q, k, _ = self._project(x, None, rotation)
+        k = k.repeat_interleave(self.nh // self.nkv, dim=1)
+        return causal_weights(q, k, self.scale)
+
+    def _words(self) -> str:
+        if self.nkv == self.nh:
+            return f"MHA, {self.nh} heads of {self.hs}"
+        kind = "MQA" if self.nkv == 1 else "GQA"
+        return f"{kind}, {self.nh} heads of {self.hs} on {self.nkv}"
+
+    def flops_per_key(self, decoding: bool) -> int:
+        """Of scores and averages, values in the subspace when decoding."""
+        value_width = self.config.svd_rank if decoding and self.low_rank else self.hs
+        return 2 * self.nh * (self.hs + value_width)
 
 
 # ---- MLA
-class LatentCache(Cache):
-    """
-    MLA's cache: G * L latent numbers after their norm and, unless they rotate themselves, r rotary
-    numbers after their rotation. With one group they lie side by side, [c ; kr]: a row is read once
-    as key and value. With several, each group's latents are contiguous, the rotary key kept once.
-    """
-
-    @staticmethod
-    def layout(config: GPTConfig) -> list[tuple[int, int]]:
-        G, L, r = config.mla_groups, config.mla_latent_dim, config.mla_rope_dim
-        r = r if config.mla_rope == "decoupled" else 0
-        return [(1, L + r)] if G == 1 else [(G, L)] + [(1, r)] * (r > 0)
-
-    @staticmethod
-    def pack(c: Tensor, *kr: Tensor) -> tuple[Tensor, ...]:
-        """c (B, G, T, L) and, with r > 0, kr (B, 1, T, r) as rows and what is kept beside them."""
-        return (torch.cat([c, *kr], dim=-1),) if kr and c.size(1) == 1 else (c, *kr)
-
-
-class LatentAttention(Attention):
+class LatentAttention(AttentionWithValues):
     """What attention through a latent has in common: its projections, and values out of latents."""
 
-    def _add_projections(self, query_width: int, beside: int, nope: int) -> None:
+    @staticmethod
+    def rotary_dim(config: GPTConfig) -> int:
+        return config.mla_rope_dim
+
+    def _add_projections(self, layer: int, query_width: int, beside: int, nope: int) -> None:
         """Register queries of every head, latents with what is cached beside them, expansions."""
-        config, C, bias = self.config, self.config.n_embd, self.config.bias
-        self.G, self.L, self.r = config.mla_groups, config.mla_latent_dim, config.mla_rope_dim
+        config = self.config
+        C = config.n_embd
+        self.G = config.mla_groups
+        self.L = config.latent_dim(layer)
+        self.r = config.mla_rope_dim
+        self.query_width = query_width
+        self.beside = beside
         self._add_output(self.L, self.nh)
-        if (width := config.mla_q_latent_dim) is None:
-            self.q_proj = Linear(C, self.nh * query_width, bias=bias)
+        if config.mla_q_latent_dim is None:
+            self.q_proj = Linear(C, self.nh * query_width, bias=config.bias)
         else:
+            width = config.mla_q_latent_dim
             self.q_latent_proj = Linear(C, width, bias=False)  # [q_a_proj]
             self.q_latent_norm = latent_norm(config.mla_norm, width)
             self.q_expand = Linear(width, self.nh * query_width, bias=False)  # [q_b_proj]
-        self.kv_latent_proj = Linear(C, self.G * self.L + beside, bias=bias)  # [kv_a_proj_with_mqa]
+        latents = self.G * self.L + beside
+        self.kv_latent_proj = Linear(C, latents, bias=config.bias)  # [kv_a_proj_with_mqa]
         self.latent_norm = latent_norm(config.mla_norm, self.L)
         if nope:
             self.k_expand = Linear(self.L, self.nh * nope, bias=False)  # W_UK [kv_b_proj]
         if not config.use_svd:
             self.v_expand = Linear(self.L, self.nh * self.hs, bias=False)  # W_UV [kv_b_proj]
+        self.init_alone()
 
     def _queries(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, nh, .)."""
-        full = self.config.mla_q_latent_dim is None
-        q = self.q_proj(x) if full else self.q_expand(self.q_latent_norm(self.q_latent_proj(x)))
-        return q.view(*x.shape[:2], self.nh, -1)
+        """x (B, T, C) -> (B, T, nh, query_width)."""
+        B, T, _ = x.shape
+        if self.config.mla_q_latent_dim is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_expand(self.q_latent_norm(self.q_latent_proj(x)))
+        return q.view(B, T, self.nh, self.query_width)
 
     def _read_values(self, o: Tensor) -> Tensor:
         """From every head's average of latents, (B, nh, T, L), to its values, (B, nh, T, hs)."""
-        values = self.values
-        if values is None:
-            return per_head(o, self.v_expand.weight.view(self.nh, self.hs, self.L).mT)
-        return values.expand(per_head(o, values.down.view(self.nh, -1, self.L).mT))
+        if not self.low_rank:
+            W_UV = self.v_expand.weight.view(self.nh, self.hs, self.L)
+            return per_head(o, W_UV.mT)
+        down = self.v_down.weight.view(self.nh, -1, self.L)
+        return per_head(per_head(o, down.mT), self.v_up.to(o.dtype).mT)
+
+    def _group_words(self) -> str:
+        """The sizes of what is cached, for people to read."""
+        widths = self.config.mla_latent_dim
+        if isinstance(widths, tuple):
+            widths = "/".join(map(str, widths))
+        words = f"L = {widths}"
+        if self.beside:
+            words += f", r = {self.r}"
+        if self.G > 1:
+            words += f", {self.G} groups"
+        return words
 
 
 class MultiHeadLatentAttention(LatentAttention):
@@ -623,40 +506,136 @@ class MultiHeadLatentAttention(LatentAttention):
     are on top of this file. With groups, head h reads latent h // m (arXiv:2505.21487).
     """
 
-    Cache = LatentCache
+    @staticmethod
+    def check(config: GPTConfig) -> None:
+        hs = config.hs
+        rope = config.pos_emb == "rope"
+        if config.mla_rope_dim is None:
+            config.mla_rope_dim = hs // 2 // 2 * 2 if rope else 0
+            works = f"2 with mla_nope_dim={hs}, or 0 for no positions: half of {hs} is no pair"
+            require(config.mla_rope_dim > 0 or not rope, "mla_rope_dim", None, works)
+        r = config.mla_rope_dim
+        require(r >= 0 and r % 2 == 0, "mla_rope_dim", r, "None or an even number")
+        if config.mla_nope_dim is None:
+            require(r < hs, "mla_rope_dim", r, f"an even number below the head size {hs}")
+        works = "0 with pos_emb='learned', or pos_emb='rope'"
+        require(r == 0 or rope, "mla_rope_dim", r, works)
+        check_latent(config, beside=r, full=config.n_head * (config.nope + r + hs))
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
+        super().__init__(config, layer)
         self.nope = config.nope  # [qk_nope_head_dim]
-        super().__init__(config, layer, self.nope + config.mla_rope_dim)
-        self._add_projections(self.nope + config.mla_rope_dim, config.mla_rope_dim, self.nope)
-        self.numbers_per_key = {"training": 2 * self.hs, "decoding": 2 * self.L + self.r}
+        r = config.mla_rope_dim
+        self.scale = 1 / math.sqrt(self.nope + r)
+        self._add_projections(layer, query_width=self.nope + r, beside=r, nope=self.nope)
+
+    def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
+        """Latents after their norm, and the rotary key, after its rotation, that heads share."""
+        if self.G == 1:
+            sizes = [(1, self.L + self.r)]
+        else:
+            sizes = [(self.G, self.L), (1, self.r)]
+        return LayerCache(sizes, batch_size, max_len, dtype, device)
 
     def forward(
-        self, x: Tensor, cache: LatentCache | None = None, rotation: Rotation = None,
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation = None,
         absorb: bool | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """
         x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it.
         absorb: attend over latents (True) or expanded keys (False); None: the cheaper with a cache.
         """
-        T, pos = x.size(1), 0 if cache is None else cache.pos
-        q, *latent = self._project(x, self._rotation(x, pos, rotation))
+        T = x.size(1)
+        pos = 0 if cache is None else cache.pos
+        if rotation is None:
+            rotation = rotation_alone(self.config, x, pos)
+        q_nope, q_rope = self._split_queries(x, rotation)  # (B, nh, T, nope), (B, nh, T, r)
+        c, kr = self._latents(x, rotation)  # (B, G, T, L), (B, 1, T, r)
         if absorb is None:
             absorb = cache is not None and self.absorbing_is_cheaper(T, pos + T)
+
+        # With one group [c ; kr] lie side by side, so that they are read once as key and value.
+        keys = torch.cat([c, kr], dim=-1) if self.G == 1 else c
+        beside = kr if self.G > 1 and self.r > 0 else None
+        lengths = None
         if cache is not None:
-            packed = cache.update(self.layer, *latent)
-        elif absorb:
-            packed = LatentCache.pack(*latent)
-        held = None if cache is None else cache.lengths
+            lengths = cache.lengths
+            keys, beside = cache.append(keys, beside)  # all S
+
         if absorb:
-            return self._output(self._absorbed(q, held, *packed))
-        if pos > 0:  # the keys and values of earlier tokens have to be built again
-            latent = [dequantise(t, q.dtype) for t in packed]
-            if self.G == 1 and self.r > 0:  # laid side by side by pack
-                latent = latent[0].split([self.L, self.r], dim=-1)
-        k, v = self._expand(*latent)
-        dropout = self.config.dropout * (self.training and pos == 0)
-        return self._output(attend(q, k, v, T, self.scale, dropout=dropout, held=held))
+            return self._output(self._absorbed(q_nope, q_rope, keys, beside, lengths))
+        if pos > 0:  # else the new tokens are all there is, and need no rounding
+            keys = dequantise(keys, x.dtype)
+            c, kr = keys.split([self.L, keys.size(-1) - self.L], dim=-1)
+            if beside is not None:
+                kr = dequantise(beside, x.dtype)
+        dropout = self.config.dropout if self.training and cache is None else 0.0
+        return self._output(self._expanded(q_nope, q_rope, c, kr, lengths, dropout))
+
+    def _split_queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Queries without position (B, nh, T, nope), and rotated ones (B, nh, T, r)."""
+        q_nope, q_rope = self._queries(x).split([self.nope, self.r], dim=-1)
+        if self.r:
+            q_rope = apply_rope(q_rope, rotation)
+        return q_nope.transpose(1, 2), q_rope.transpose(1, 2)
+
+    def _latents(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """c (B, G, T, L) after its norm, and the rotary key kr (B, 1, T, r)."""
+        B, T, _ = x.shape
+        c, kr = self.kv_latent_proj(x).split([self.G * self.L, self.r], dim=-1)
+        c = self.latent_norm(c.reshape(B, T, self.G, self.L))
+        kr = kr.unsqueeze(2)
+        if self.r:
+            kr = apply_rope(kr, rotation)
+        return c.transpose(1, 2), kr.transpose(1, 2)
+
+    def _expanded(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        c: Tensor,
+        kr: Tensor,
+        lengths: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """Build keys and values of every head, then attend: (B, nh, T, hs)."""
+        k, v = self._keys_and_values(c, kr)  # (B, nh, S, nope + r), (B, nh, S, hs)
+        q = torch.cat([q_nope, q_rope], dim=-1) if self.r else q_nope  # (B, nh, T, nope + r)
+        return attend(q, k, v, scale=self.scale, lengths=lengths, dropout=dropout)
+
+    def _keys_and_values(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
+        """c (B, G, S, L), kr (B, 1, S, r) -> keys (B, nh, S, nope + r), values (B, nh, S, hs)."""
+        B, _, S, _ = c.shape
+        c = c.transpose(1, 2)  # (B, S, G, L)
+        k = per_group(c, self.k_expand.weight).view(B, S, self.nh, self.nope)
+        if self.low_rank:
+            W_UV = dense_values(self.v_down.weight, self.v_up)
+        else:
+            W_UV = self.v_expand.weight
+        v = per_group(c, W_UV).view(B, S, self.nh, self.hs)
+        if self.r:
+            kr = kr.transpose(1, 2).expand(-1, -1, self.nh, -1)  # (B, S, nh, r)
+            k = torch.cat([k, kr], dim=-1)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def _absorbed(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        keys: Tensor | Quantized,
+        beside: Tensor | Quantized | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        """Move W_UK to the query and W_UV behind the average of latents: (B, nh, T, hs)."""
+        W_UK = self.k_expand.weight.view(self.nh, self.nope, self.L)
+        q = per_head(q_nope, W_UK)  # W_UK_h^T q_h, (B, nh, T, L)
+        if self.r:
+            q = torch.cat([q, q_rope], dim=-1)  # (B, nh, T, L + r)
+        o = attend(q, keys, scale=self.scale, beside=beside, lengths=lengths)
+        return self._read_values(o[..., : self.L].to(q.dtype))
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """
@@ -664,159 +643,155 @@ class MultiHeadLatentAttention(LatentAttention):
         a key it sees, 2 max(nope + r, hs) expanded, as values are padded to the keys' width, and
         2 (L + r) absorbed; besides S L D and T L D. docs/results.md has the times of both.
         """
-        D, pairs = self.nope + self.hs, T * (2 * S - T + 1) // 2
+        D = self.nope + self.hs
+        pairs = T * (2 * S - T + 1) // 2
         expanded = S * self.L * D + 2 * pairs * max(self.nope + self.r, self.hs)
-        return T * self.L * D + 2 * pairs * (self.L + self.r) < expanded
+        absorbed = T * self.L * D + 2 * pairs * (self.L + self.r)
+        return absorbed < expanded
 
-    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, ...]:
-        """q (B, nh, T, nope + r), c (B, G, T, L) after its norm; with r > 0, kr (B, 1, T, r)."""
-        (B, T, _), q = x.shape, self._queries(x)
-        c, kr = self.kv_latent_proj(x).split([self.G * self.L, self.r], dim=-1)
-        c = self.latent_norm(c.reshape(B, T, self.G, self.L)).transpose(1, 2)
-        if self.r == 0:
-            return q.transpose(1, 2), c
-        content, q_rope = q.split([self.nope, self.r], dim=-1)
-        q = torch.cat([content, apply_rope(q_rope, rotation)], dim=-1)
-        return q.transpose(1, 2), c, apply_rope(kr.unsqueeze(2), rotation).transpose(1, 2)
+    def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
+        """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
+        if rotation is None:
+            rotation = rotation_alone(self.config, x, 0)
+        q_nope, q_rope = self._split_queries(x, rotation)
+        c, kr = self._latents(x, rotation)
+        k, _ = self._keys_and_values(c, kr)
+        return causal_weights(torch.cat([q_nope, q_rope], dim=-1), k, self.scale)
 
-    def _expand(self, c: Tensor, kr: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """c (B, G, S, L), kr (B, 1, S, r) -> keys (B, nh, S, nope + r), values (B, nh, S, hs)."""
-        c, values = c.transpose(1, 2), self.values  # (B, S, G, L)
-        B, S = c.shape[:2]
-        k = per_group(c, self.k_expand.weight).view(B, S, self.nh, self.nope)
-        if kr is not None:
-            k = torch.cat([k, kr.transpose(1, 2).expand(-1, -1, self.nh, -1)], dim=-1)
-        v = per_group(c, self.v_expand.weight if values is None else values.dense())
-        return k.transpose(1, 2), v.view(B, S, self.nh, self.hs).transpose(1, 2)
+    def _words(self) -> str:
+        return f"MLA, {self._group_words()}"
 
-    def _absorbed(self, q: Tensor, held: Tensor | None, rows: Tensor, *kr: Tensor) -> Tensor:
-        """q (B, nh, T, nope + r) against S packed tokens -> (B, nh, T, hs)."""
-        T, G = q.size(2), self.G
-        q, q_rope = q.split([self.nope, self.r], dim=-1)
-        q = per_head(q, self.k_expand.weight.view(self.nh, -1, self.L))  # W_UK_h^T q_h
-        if self.r:
-            q = torch.cat([q, q_rope], dim=-1)
-        o = attend(by_group(q, G), rows, None, T, self.scale, *kr, held=held)[..., : self.L]
-        return self._read_values(by_head(o.to(q.dtype), T))  # from (B, G, T * m, L)
+    def flops_per_key(self, decoding: bool) -> int:
+        """Over latents when decoding, else over expanded keys and values."""
+        if decoding:
+            return 2 * self.nh * (2 * self.L + self.r)
+        return 2 * self.nh * (self.nope + self.r + self.hs)
 
 
 class RotaryLatentAttention(LatentAttention):
     """
     The latent is key and value at once and carries the position itself (DeepSeek-V4's shared
-    key-value): row_j = R_j norm(W_down x_j), R_j rotating the last r numbers by position j, and
+    key-value): c_j = R_j norm(W_down x_j), R_j rotating the last r numbers by position j, and
 
-        s_hij = (R_i q_hi) . row_j / sqrt(L)    o_hi = W_UV_h R_i^-1 sum_j p_hij row_j
+        s_hij = (R_i q_hi) . c_j / sqrt(L)    o_hi = W_UV_h R_i^-1 sum_j p_hij c_j
 
     so that both scores and values depend on the distance i - j. There is no expanded form.
     """
 
-    Cache = LatentCache
+    multiplies_out = False
+
+    @staticmethod
+    def check(config: GPTConfig) -> None:
+        works = "'decoupled' without pos_emb='rope'"
+        require(config.pos_emb == "rope", "mla_rope", "latent", works)
+        nope = config.mla_nope_dim
+        require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
+        L = check_latent(config, beside=0, full=config.n_head * 2 * config.hs)
+        if config.mla_rope_dim is None:
+            require(L % 2 == 0, "mla_latent_dim", L, "an even number; or set mla_rope_dim")
+            config.mla_rope_dim = L
+        r = config.mla_rope_dim
+        works = f"an even number up to the latent's {L}"
+        require(0 < r <= L and r % 2 == 0, "mla_rope_dim", r, works)
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
-        L = config.of_layer(layer).mla_latent_dim
-        super().__init__(config, layer, L)
-        self._add_projections(L, 0, 0)
-        self.numbers_per_key = dict.fromkeys(("training", "decoding"), 2 * L)
+        super().__init__(config, layer)
+        L = config.latent_dim(layer)
+        self.scale = 1 / math.sqrt(L)
+        self._add_projections(layer, query_width=L, beside=0, nope=0)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
+    def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
+        """The rotated latents of every group."""
+        return LayerCache([(self.G, self.L)], batch_size, max_len, dtype, device)
+
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+    ) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
-        (B, T, _), pos = x.shape, 0 if cache is None else cache.pos
-        cos, sin = self._rotation(x, pos, rotation)
-        rows = self.latent_norm(self.kv_latent_proj(x).view(B, T, self.G, self.L))
-        rows = self._turn(rows, (cos, sin)).transpose(1, 2)  # (B, G, T, L)
-        q = self._turn(self._queries(x), (cos, sin)).transpose(1, 2)  # (B, nh, T, L)
+        if rotation is None:
+            rotation = rotation_alone(self.config, x, 0 if cache is None else cache.pos)
+        q, c = self._project(x, rotation)  # (B, nh, T, L), (B, G, T, L)
+        dropout = self.config.dropout if self.training and cache is None else 0.0
+        lengths = None
         if cache is not None:
-            (past,) = cache.update(self.layer, rows)
-        rows = past if pos > 0 else rows  # new tokens that are all there is need no rounding
-        dropout = self.config.dropout * (self.training and pos == 0)
-        held = None if cache is None else cache.lengths
-        o = attend(by_group(q, self.G), rows, None, T, self.scale, dropout=dropout, held=held)
-        o = by_head(o.to(x.dtype), T)
-        o = self._turn(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
+            cached, _ = cache.append(c)
+            lengths = cache.lengths
+            if cache.pos > 0:  # else the new tokens are all there is, and need no rounding
+                c = cached
+        o = attend(q, c, scale=self.scale, lengths=lengths, dropout=dropout)
+        cos, sin = rotation
+        o = self._rotate(o.to(x.dtype).transpose(1, 2), (cos, -sin)).transpose(1, 2)  # R_i^-1
         return self._output(self._read_values(o))
 
-    def _turn(self, x: Tensor, rotation: Rotation) -> Tensor:
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Rotated queries (B, nh, T, L) and latents (B, G, T, L)."""
+        B, T, _ = x.shape
+        c = self.latent_norm(self.kv_latent_proj(x).view(B, T, self.G, self.L))
+        c = self._rotate(c, rotation)
+        q = self._rotate(self._queries(x), rotation)
+        return q.transpose(1, 2), c.transpose(1, 2)
+
+    def _rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Rotate the last r of L numbers of x (B, T, n, L)."""
         still, turned = x.split([self.L - self.r, self.r], dim=-1)
         return torch.cat([still, apply_rope(turned, rotation)], dim=-1)
 
+    def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
+        """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
+        if rotation is None:
+            rotation = rotation_alone(self.config, x, 0)
+        q, c = self._project(x, rotation)
+        c = c.repeat_interleave(self.nh // self.G, dim=1)
+        return causal_weights(q, c, self.scale)
 
-# ---- Latent tokens
-class LatentTokenCache(Cache):
+    def _words(self) -> str:
+        return f"MLA with a rotary latent, {self._group_words()}"
+
+    def flops_per_key(self, decoding: bool) -> int:
+        """Over latents, in training too."""
+        return 2 * self.nh * 2 * self.L
+
+
+def check_latent(config: GPTConfig, beside: int, full: int) -> int:
     """
-    A state of m slots of 2 hs numbers per head, [K~ ; V~], however long the context. A pass leaves
-    its new state in pending until advance, so that a pass that is repeated counts no token twice.
-    A row shares the state: once it has moved on, broadcast it or truncate this cache.
+    A token's latents and what is cached beside them must be fewer numbers than `full`, MHA's.
+    Fills in mla_latent_dim; returns the narrowest layer's.
     """
-
-    DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # rounded at each token
-    grows = False
-    pending: dict[int, Tensor] | None = None  # by layer
-
-    @staticmethod
-    def layout(config: GPTConfig) -> list[tuple[int, int]]:
-        return [(config.n_head, 2 * config.hs)]
-
-    def advance(self, T: int) -> None:
-        """Count T more tokens as held: the pending state is the state now."""
-        super().advance(T)
-        for layer, state in (self.pending or {}).items():
-            self.tensors[0][layer] = state
-        self.pending = None
-
-    def truncate(self, pos: int) -> None:
-        """Forget all tokens, with pos 0, or none, with the current pos."""
-        super().truncate(pos)
-        self.pending = None
-        if pos == 0:
-            self.tensors[0].zero_()
-
-    def _write(self, layer: int, state: Tensor) -> tuple[Tensor]:
-        """Take state (B, nh, m, 2 hs) as that of the next advance."""
-        self.pending = {**(self.pending or {}), layer: state}
-        return (state,)
+    groups = config.mla_groups
+    works = f"a divisor of n_head={config.n_head}: {_divisors(config.n_head)}"
+    require(config.n_head % groups == 0, "mla_groups", groups, works)
+    if config.mla_latent_dim is None:
+        works = f"a number, as head size {config.hs} has no half"
+        require(config.hs > 1, "mla_latent_dim", None, works)
+        config.mla_latent_dim = config.n_head // groups * (config.hs // 2)
+    if isinstance(config.mla_latent_dim, tuple):
+        config.mla_latent_dim = _widths_of_layers(config, config.mla_latent_dim)
+    widths = config.mla_latent_dim
+    if not isinstance(widths, tuple):
+        widths = (widths,)
+    L = max(widths)
+    most = (full - 1 - beside) // groups
+    works = (
+        f"at most {most}: {groups} x {L} + {beside} cached numbers a token "
+        f"would not be fewer than MHA's {full}"
+    )
+    require(groups * L + beside < full, "mla_latent_dim", L, works)
+    return min(widths)
 
 
-class LatentTokenAttention(Attention):
-    """
-    Gated slot attention (arXiv:2409.07146, section 3): m latent tokens per head, the slots K~ and
-    V~ (m, hs), summarise the past. With gates a_t = sigmoid(W_a x_t)^(1/8) in (0, 1)^m,
-
-        K~_t = diag(a_t) K~_{t-1} + (1 - a_t) k_t^T, V~ alike
-        o_t = V~_t^T softmax(K~_t q_t / sqrt(hs))
-    """
-
-    Cache = LatentTokenCache
-
-    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
-        super().__init__(config, layer, config.hs)
-        self.m = config.n_latent_tokens
-        self.c_attn = Linear(config.n_embd, 3 * self.nh * self.hs, bias=config.bias)
-        self._add_output(config.n_embd, self.nh)
-        self.gate = Linear(config.n_embd, self.nh * self.m)
-        self.numbers_per_key = dict.fromkeys(("training", "decoding"), 0)
-        self.numbers_per_token = 4 * self.m * self.hs  # into the slots, and out of them
-
-    def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
-        (B, T, _), nh, hs, m = x.shape, self.nh, self.hs, self.m
-        qkv = self.c_attn(x).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        gate = self.gate(x).view(B, T, nh, m).transpose(1, 2).flatten(0, 1)
-        dtype = torch.promote_types(x.dtype, torch.float32)  # as these sums run over all the past
-        with torch.autocast(x.device.type, enabled=False):
-            q, k, v = qkv.to(dtype).flatten(1, 2)  # (B * nh, T, hs)
-            log_a = F.logsigmoid(gate.to(dtype)) / 8
-            state = q.new_zeros(B * nh, m, 2 * hs)
-            if cache is not None:
-                state = cache.tensors[0][self.layer].to(dtype).flatten(0, 1)
-            y, state = slot_attention(state, q, torch.cat([k, v], dim=-1), log_a, self.scale)
-        if cache is not None:
-            cache.update(self.layer, state.view(B, nh, m, 2 * hs))
-        return self._output(y.view(B, nh, T, hs).to(qkv.dtype))
+def _widths_of_layers(config: GPTConfig, widths: tuple[int, ...]) -> int | tuple[int, ...]:
+    """One width for each layer, or one number if they are all the same."""
+    works = "one number"
+    different = 1 if config.mla_share_latent else config.n_layer
+    if different > 1:
+        works = f"one number, or one for each of {different} layers"
+    fit = len(widths) == config.n_layer and len(set(widths)) <= different
+    require(fit, "mla_latent_dim", list(widths), works)
+    return widths if len(set(widths)) > 1 else widths[0]
 
 
-# A new attention is a class above, its cache if it needs a new one, and an entry here.
-ATTENTION = {
+# A new attention is a class above, or in a file of its own, and an entry here: docs/extending.md.
+ATTENTION: dict[str, type[Attention]] = {
     "mha": CausalSelfAttention,
     "mla": MultiHeadLatentAttention,
     "rotary_latent": RotaryLatentAttention,
@@ -826,37 +801,46 @@ ATTENTION = {
 
 # ---- The transformer
 class MLP(nn.Module):
+    """Two matrices with a GELU between them, or three with a gate: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        C, hidden = config.n_embd, config.hidden
-        self.c_fc = Linear(C, hidden, bias=config.bias)
-        if config.mlp == "swiglu":  # arXiv:2002.05202
-            self.c_gate = Linear(C, hidden, bias=config.bias)
-        self.c_proj = Linear(hidden, C, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
-        self.gated = config.mlp == "swiglu"
+        C = config.n_embd
+        self.gated = config.mlp == "swiglu"  # arXiv:2002.05202
         self.approximate = "tanh" if config.gelu == "tanh" else "none"  # torch's names
+        self.c_fc = Linear(C, config.hidden, bias=config.bias)
+        if self.gated:
+            self.c_gate = Linear(C, config.hidden, bias=config.bias)
+        self.c_proj = Linear(config.hidden, C, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gated:
-            return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
+            h = F.silu(self.c_gate(x)) * self.c_fc(x)
+        else:
+            h = F.gelu(self.c_fc(x), approximate=self.approximate)
+        return self.dropout(self.c_proj(h))
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = block_norm(config)
-        self.attn = ATTENTION[config.attention](config, layer)
+        self.attn = ATTENTION[config.attention_name](config, layer)
         self.ln_2 = block_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
         x = x + self.attn(self.ln_1(x), cache, rotation)
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(Costs, nn.Module):
+class GPT(nn.Module):
     """
     GPT-2's architecture around any attention; with MHA the state dict has nanoGPT's names. Built
     under torch.device("meta") it has no weights before load_state_dict(assign=True), tie_weights().
@@ -881,7 +865,7 @@ class GPT(Costs, nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)  # one table for all layers
         self.register_buffer("rope_sin", sin, persistent=False)
         if not self.lm_head.weight.is_meta:
-            self._init_weights()
+            init_weights(self, config.n_layer)
         self.tie_weights()
 
     @classmethod
@@ -891,30 +875,10 @@ class GPT(Costs, nn.Module):
         override_args: dropout and the svd settings. Raises UserError for what cannot be read.
         """
         from nanomla import checkpoint, formats
-        return checkpoint.build(formats.open_weights(source, True), **(override_args or {}))[0]
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """
-        Draw every weight. Matrices and embeddings are normal, standard deviation 0.02, but c_proj's
-        0.02 / sqrt(2 n_layer), which keeps the residual stream's variance over depth (GPT-2).
-        v_down and v_up factorise a value map drawn with 0.02. Biases 0, norms 1.
-        """
-        from nanomla import surgery
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-        for block in self.transformer.h if self.config.use_svd else ():
-            down, up = block.attn.values
-            dense = torch.randn(*up.shape[:2], down.size(1), device=up.device) * 0.02
-            factors = surgery.factorise(dense, up.size(2), self.config.svd_method)
-            down.copy_(factors[0])
-            up.copy_(factors[1])
+        weights = formats.open_weights(source, prefer_best=True)
+        model, _ = checkpoint.build(weights, **(override_args or {}))
+        return model
 
     def tie_weights(self) -> None:
         """Make one of the weights that are shared: lm_head and wte, and all latent projections."""
@@ -925,76 +889,161 @@ class GPT(Costs, nn.Module):
                 block.attn.kv_latent_proj = self.transformer.h[0].attn.kv_latent_proj
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        all_logits: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """
         idx (B, T) int64. With targets (B, T): logits (B, T, V) and the mean cross-entropy over all
-        but -1. Without: logits of the last position, (B, 1, V), and None. With a cache, idx goes on
-        from what it holds. Raises ValueError for a context or a cache that does not fit.
+        but -1. Without: logits of the last position, (B, 1, V), or with all_logits of all, and
+        None. With a cache, idx goes on from what it holds. Raises ValueError for a context or a
+        cache that does not fit.
         """
-        (B, T), cfg, pos = idx.shape, self.config, 0 if cache is None else cache.pos
         if cache is not None:
-            cache.check(cfg, B, T, self.lm_head.weight.device)
-        if pos + T > cfg.block_size:
-            raise ValueError(f"{pos + T} tokens do not fit block_size={cfg.block_size}; crop them")
-        x, rotation = self.transformer.wte(idx), None  # (B, T, C)
-        at = slice(T) if cache is None else cache.positions(T)
-        if cfg.pos_emb == "learned":
-            x = x + self.transformer.wpe.weight[at]
-        else:
-            kept = self.rope_cos, self.rope_sin
-            tables = kept if x.dtype != torch.float64 else rope_tables(0, pos + T, cfg, x.dtype)
-            rotation = tuple(t.to(x.device)[at] for t in tables)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
+            self._check_cache(cache, idx)
+        x, rotation = self._embed(idx, cache)  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            layer_cache = None if cache is None else cache.layers[layer]
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, cache, rotation, use_reentrant=False)
+                x = checkpoint(block, x, layer_cache, rotation, use_reentrant=False)
             else:
-                x = block(x, cache, rotation)
+                x = block(x, layer_cache, rotation)
         if cache is not None:
-            cache.advance(T)  # once, after all layers have written at the old position
-        if targets is None:
-            return self.lm_head(self.transformer.ln_f(x[:, -1:])), None
+            cache.advance(idx.size(1))  # once, after all layers have written at the old position
+        if targets is None and not all_logits:
+            x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))
+        if targets is None:
+            return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def _embed(self, idx: Tensor, cache: Cache | None) -> tuple[Tensor, Rotation]:
+        """The residual stream before the first block, (B, T, C), and the rotation of positions."""
+        T = idx.size(1)
+        pos = 0 if cache is None else cache.pos
+        limit = self.config.block_size
+        if pos + T > limit:
+            raise ValueError(f"{pos + T} tokens do not fit block_size={limit}; crop them")
+        at = slice(T) if cache is None else cache.positions(T)
+        x = self.transformer.wte(idx)
+        rotation = None
+        if self.config.pos_emb == "learned":
+            x = x + self.transformer.wpe.weight[at]
+        elif x.dtype == torch.float64:
+            cos, sin = rope_tables(0, pos + T, self.config, x.dtype)
+            rotation = cos.to(x.device)[at], sin.to(x.device)[at]
+        else:
+            rotation = self.rope_cos[at], self.rope_sin[at]
+        return self.transformer.drop(x), rotation
+
+    @torch.no_grad()
+    def attention_weights(self, idx: Tensor, layer: int) -> Tensor:
+        """
+        What every token of idx (B, T) reads of all in one layer, for pictures: (B, nh, T, T), row i
+        what token i reads of tokens 0 to i. Raises ValueError for a layer that is not there.
+        """
+        blocks = self.transformer.h
+        require(layer in range(len(blocks)), "layer", layer, f"from 0 to {len(blocks) - 1}")
+        x, rotation = self._embed(idx, None)
+        for block in blocks[:layer]:
+            x = block(x, rotation=rotation)
+        block = blocks[layer]
+        return block.attn.weights(block.ln_1(x), rotation)
 
     def make_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Cache:
         """
-        An empty cache for max_len tokens of batch_size rows. dtype None: that of the activations,
-        but at least float32 for a state, which every token rounds again. Raises ValueError for a
-        max_len over block_size or a dtype not in Cache.DTYPES, UserError if memory is short.
+        An empty cache for max_len tokens of batch_size sequences. dtype None: that of the
+        activations, but at least float32 for a state, which every token rounds again. Raises
+        ValueError for a max_len over block_size or a dtype that this attention cannot keep,
+        UserError if memory is short.
         """
-        limit, weight = self.config.block_size, self.lm_head.weight
-        kind = ATTENTION[self.config.attention].Cache
-        _require(1 <= max_len <= limit, "max_len", max_len, f"from 1 to block_size={limit}")
+        limit = self.config.block_size
+        device = self.lm_head.weight.device
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        require(1 <= max_len <= limit, "max_len", max_len, f"from 1 to block_size={limit}")
         if dtype is None:
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-            dtype = dtype if kind.grows else torch.promote_types(dtype, torch.float32)
-        return kind(self.config, batch_size, max_len, dtype, weight.device)
+            dtype = self.lm_head.weight.dtype
+            if torch.is_autocast_enabled(device.type):
+                dtype = torch.get_autocast_dtype(device.type)
+            if not self._new_cache(1, 1, dtype, "meta").grows:
+                dtype = torch.promote_types(dtype, torch.float32)
+        nbytes = self._new_cache(batch_size, max_len, dtype, "meta").nbytes
+        remedy = "make it for fewer rows or tokens, or of a narrower dtype"
+        require_memory(nbytes, "the cache", device, remedy)
+        return self._new_cache(batch_size, max_len, dtype, device)
+
+    def _new_cache(
+        self, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Cache:
+        layers = []
+        for block in self.transformer.h:
+            layers.append(block.attn.new_cache(batch_size, max_len, dtype, device))
+        return Cache(layers, made_for=self.config)
+
+    def _check_cache(self, cache: Cache, idx: Tensor) -> None:
+        """Raise ValueError for a cache that cannot take idx, before anything is written to it."""
+        if cache.made_for is not self.config:
+            has = (cache.made_for.attention_name, *cache.sizes())
+            fresh = self._new_cache(1, 1, cache.dtype, "meta")
+            needs = (self.config.attention_name, *fresh.sizes())
+            if has != needs:
+                raise ValueError(f"the cache was made for another model: {has}, not {needs}")
+        B, T = idx.shape
+        cache.check(B, T, self.lm_head.weight.device)
 
     def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-        top_p: float | None = None, stop: int | Iterable[int] | None = None, use_cache: bool = True,
-        generator: torch.Generator | None = None, cache_dtype: torch.dtype | None = None,
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | Iterable[int] | None = None,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+        cache_dtype: torch.dtype | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """
         Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n), without dropout.
 
-        temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a row
-        that drew one repeats it, and when all have, generation ends. use_cache=False recomputes a
-        sliding window every step. A given cache holds the first cache.pos tokens of idx, and then
-        all of the result but its last, or the newest if it cannot hold them; cache_dtype is that of
-        the cache made otherwise. Raises ValueError for arguments out of range.
+        temperature 0 is argmax; top_k None or 0 and top_p None or 1 are off. stop: token ids; a
+        sequence that drew one repeats it, and when all have, generation ends. use_cache=False
+        recomputes a sliding window every step. A given cache holds the first cache.pos tokens of
+        idx, and then all of the result but its last, or the newest if it cannot hold them;
+        cache_dtype is that of the cache made otherwise. Raises ValueError for arguments out of
+        range.
         """
-        from nanomla.sampling import Sampler, stream_tokens
         sampler = Sampler(temperature, top_k, top_p, generator)
-        how = (use_cache, cache_dtype, cache, stop)
-        return torch.cat([idx, *stream_tokens(self, idx, max_new_tokens, sampler, *how)], dim=1)
+        for token in stream_tokens(
+            self, idx, max_new_tokens, sampler, use_cache, cache_dtype, cache, stop
+        ):
+            idx = torch.cat([idx, token], dim=1)
+        return idx
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters, shared ones once; non_embedding omits the position table, as in nanoGPT."""
         n = sum(p.numel() for p in self.parameters())
-        learned = non_embedding and self.config.pos_emb == "learned"
-        return n - self.transformer.wpe.weight.numel() if learned else n
+        if non_embedding and self.config.pos_emb == "learned":
+            n -= self.transformer.wpe.weight.numel()
+        return n
+
+    def get_compression_ratio(self) -> float:
+        """Key and value parameters of MHA over this model's; shared ones count once."""
+        counts = {}
+        for block in self.transformer.h:
+            counts |= block.attn.key_value_parameters()
+        mha = len(self.transformer.h) * mha_key_value_parameters(self.config)
+        return mha / sum(counts.values())
+
+    def get_memory_savings(self, sequence_length: int) -> float:
+        """MHA cache bytes at that length, at least 1, over this model's."""
+        numbers = sum(cached_numbers_at(b.attn, sequence_length) for b in self.transformer.h)
+        mha = 2 * self.config.n_layer * self.config.n_head * self.config.hs * sequence_length
+        return mha / numbers
+
+    def get_cache_size_ratio(self) -> float:
+        """This model's cache bytes over MHA's, at one token."""
+        return 1 / self.get_memory_savings(1)

@@ -32,7 +32,7 @@ from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.distributed import resolve_device
 from nanomla.engine import Chat, Engine, Sampling
-from nanomla.sampling import PREFILL_CHUNK
+from nanomla.generate import PREFILL_CHUNK
 from nanomla.settings import check, configure
 from nanomla.surgery import SVD_SETTINGS
 from nanomla.tokenizer import Tokenizer

@@ -244,7 +244,7 @@ class Run:
         shape = (*shape[:2], config.block_size)
         self.tokens_per_iter = math.prod(shape)
         print0(
-            f"model: {self.model.get_num_params():,} parameters, {costs.cache_in_words(config)}",
+            f"model: {self.model.get_num_params():,} parameters, {costs.cache_in_words(self.model)}",
             f"run: {world.device}, {self.dtype}, {world.size} process{'es' * (world.size > 1)}, "
             f"{self.tokens_per_iter:,} tokens per iteration ({' x '.join(map(str, shape))}), "
             f"iterations {self.first} to {cfg.max_iters}",

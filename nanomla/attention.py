@@ -1,73 +1,134 @@
-"""What every token of a text looks at: the weights of one layer's attention, for pictures."""
+"""
+What every attention block is asked for. model.py and latent_tokens.py have the blocks themselves;
+docs/extending.md adds one.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Letters: B sequences, T new tokens, C = n_embd, nh heads, hs head size.
+"""
+
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import model as gpt
-from nanomla.kernels import by_head
-from nanomla.kernels.reference import causal_mask
+from nanomla.cache import LayerCache
+
+# cos and sin, each (T, dim / 2), or (B, T, dim / 2) if sequences differ; None: nothing is rotated
+Rotation = tuple[Tensor, Tensor] | None
 
 
-@torch.inference_mode()
-def attention_weights(model: gpt.GPT, tokens: list[int], layer: int) -> Tensor:
+class Attention(nn.Module):
     """
-    The weights of a layer's heads over a text, (nh, T, T) float32 on the CPU: row i is what token i
-    reads of tokens 0 to i. They sum to 1; with latent tokens, of which the first hold nothing yet,
-    to less, and a weight is that of a token in the slots times that of the slots.
+    An attention block: x (B, T, C) -> (B, T, C). config is a GPTConfig.
 
-    They are computed as in training, from keys of every head or from rotated latents. Not while
-    another thread runs a model. Raises ValueError for a layer or a text that the model cannot have.
+    A subclass registers its modules in __init__ and ends it with self.init_alone(); it defines
+    new_cache, forward, weights, flops_per_key and words, and check if it has settings.
     """
-    layers, T, most = len(model.transformer.h), len(tokens), model.config.block_size
-    if layer not in range(layers):
-        raise ValueError(f"layer={layer} does not work: layer must be from 0 to {layers - 1}")
-    if not 0 < T <= most:
-        raise ValueError(f"{T} tokens do not work: there must be from 1 to block_size={most}")
-    idx = torch.tensor([tokens], device=model.lm_head.weight.device)
-    kernel = "slot_attention" if model.config.attention == "latent_tokens" else "attend"
-    with _calls_of(kernel) as calls:
-        model(idx)
-    weights = (_of_slots if kernel == "slot_attention" else _of_keys)(*calls[layer])
-    return weights.float().cpu()
+
+    def __init__(self, config: Any, layer: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.nh = config.n_head
+        self.hs = config.hs
+
+    @staticmethod
+    def check(config: Any) -> None:
+        """Fill in what None stands for. Raises ValueError naming field, value and what works."""
+
+    @staticmethod
+    def rotary_dim(config: Any) -> int:
+        """How many numbers of a query are rotated by its position, under pos_emb='rope'."""
+        return config.hs
+
+    def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
+        """An empty cache for max_len tokens of batch_size sequences."""
+        raise TypeError(f"{type(self).__name__} has no cache")
+
+    def forward(
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
+        raise TypeError(f"{type(self).__name__} has no forward pass")
+
+    def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
+        """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
+        raise TypeError(f"{type(self).__name__} does not say what a token reads")
+
+    @property
+    def words(self) -> str:
+        """What a person calls this attention, with its sizes."""
+        return type(self).__name__
+
+    def flops_per_key(self, decoding: bool) -> int:
+        """Operations of one new token for every key that it sees, in scores and averages."""
+        return 4 * self.nh * self.hs
+
+    def flops_per_token(self, decoding: bool) -> int:
+        """Operations of one new token besides: two per weight of every matrix."""
+        return 2 * sum(p.numel() for p in self.parameters() if p.dim() > 1)
+
+    def key_value_parameters(self) -> dict[nn.Parameter, int]:
+        """Of every parameter, how many numbers make keys and values."""
+        counts = {}
+        for name, parameter in self.named_parameters():
+            if name.startswith("c_attn"):  # its first nh * hs rows make queries
+                rows = parameter.size(0)
+                counts[parameter] = parameter.numel() // rows * (rows - self.nh * self.hs)
+            elif not name.startswith(("q_", "c_proj")):
+                counts[parameter] = parameter.numel()
+        return counts
+
+    def get_compression_ratio(self) -> float:
+        """Key and value parameters of MHA with as many heads over this block's."""
+        return mha_key_value_parameters(self.config) / sum(self.key_value_parameters().values())
+
+    def get_memory_savings(self, sequence_length: int) -> float:
+        """MHA's cache bytes at that length over this block's."""
+        mha = 2 * self.nh * self.hs * sequence_length
+        return mha / cached_numbers_at(self, sequence_length)
+
+    def get_cache_size_ratio(self) -> float:
+        """This block's cache bytes over MHA's, at one token."""
+        return 1 / self.get_memory_savings(1)
+
+    def init_alone(self) -> None:
+        """Draw the weights as a GPT does, which draws them again in its own order."""
+        if not next(self.parameters()).is_meta:
+            with torch.random.fork_rng(devices=[]):
+                init_weights(self, self.config.n_layer)
+
+    def init_values(self) -> None:
+        """Draw what init_weights leaves: value maps that are kept as factors, if there are any."""
 
 
-@contextmanager
-def _calls_of(name: str) -> Iterator[list[tuple]]:
-    """What model.py gives one of its kernels inside, call by call, which is layer by layer."""
-    calls, kernel = [], getattr(gpt, name)
-
-    def noted(*args: Any, **how: Any) -> Any:
-        calls.append(args)
-        return kernel(*args, **how)
-
-    setattr(gpt, name, noted)
-    try:
-        yield calls
-    finally:
-        setattr(gpt, name, kernel)
-
-
-def _of_keys(q: Tensor, k: Tensor, _v: Tensor | None, T: int, scale: float) -> Tensor:
-    """Softmax over the keys, for the arguments of nanomla.kernels.attend on a whole text."""
-    scores = q.float() @ k.float().mT * scale  # (1, X, T * m, T)
-    mask = causal_mask(T, T, q.size(2) // T, q.device)
-    return by_head(scores.masked_fill(~mask, float("-inf")).softmax(dim=-1), T)[0]
-
-
-def _of_slots(_state: Tensor, q: Tensor, kv: Tensor, log_a: Tensor, scale: float) -> Tensor:
+@torch.no_grad()
+def init_weights(module: nn.Module, n_layer: int) -> None:
     """
-    For the arguments of slots.slot_attention: slot i holds (1 - a_j) a_(j+1) ... a_t of token j at
-    time t, and a query reads the slots by the softmax of their keys.
+    Draw every weight. Matrices and embeddings are normal, standard deviation 0.02, but c_proj's
+    0.02 / sqrt(2 n_layer), which keeps the residual stream's variance over depth (GPT-2). Biases
+    are 0, norms 1.
     """
-    (heads, T, _), k = q.shape, kv[..., : q.size(-1)]
-    decay = log_a.cumsum(dim=1).transpose(1, 2)  # (nh, m, T)
-    seen = causal_mask(T, T, 1, q.device)
-    kept = (decay[..., :, None] - decay[..., None, :]).masked_fill(~seen, float("-inf")).exp()
-    share = kept * -torch.expm1(log_a).transpose(1, 2)[:, :, None, :]  # (nh, m, T, T)
-    keys = share @ k[:, None]  # (nh, m, T, hs): the slots' keys at every time
-    p = (torch.einsum("hmtd,htd->hmt", keys, q) * scale).softmax(dim=1)
-    return torch.einsum("hmt,hmts->hts", p, share).view(heads, T, T)
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.endswith("c_proj.weight"):
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layer))
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.init_values()
+
+
+def mha_key_value_parameters(config: Any) -> int:
+    """How many numbers make keys and values in a block of MHA of the same width."""
+    return 2 * config.n_head * config.hs * (config.n_embd + config.bias)
+
+
+def cached_numbers_at(attention: Attention, n: int) -> int:
+    """Numbers that n >= 1 tokens take in a block's cache."""
+    if n < 1:
+        raise ValueError(f"sequence_length={n} does not work: it must be at least 1")
+    cache = attention.new_cache(1, n, torch.float32, "meta")
+    return cache.nbytes_at(n) // torch.float32.itemsize

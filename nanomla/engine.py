@@ -22,9 +22,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import GPT, Cache
+from model import GPT
+from nanomla.cache import Cache
 from nanomla.errors import UserError
-from nanomla.sampling import NOT_FINITE, PREFILL_CHUNK, Sampler, draw_rows, stream_tokens
+from nanomla.generate import (
+    NOT_FINITE,
+    PREFILL_CHUNK,
+    Sampler,
+    draw_each,
+    newer_half,
+    stream_tokens,
+)
 from nanomla.tokenizer import StreamDecoder, Tokenizer
 
 ROWS = 64  # samples side by side, unless a caller says otherwise
@@ -231,7 +239,7 @@ class Chat:
         first = len(self.engine.encode(""))  # tokens that a tokenizer puts before every text
         self.context += new[first:] if self.context else new
         if len(self.context) > self.cache.max_len:
-            tail = self.context[-max(self.cache.max_len // 2 - first, 1) :]
+            tail = self.context[-max(newer_half(self.cache.max_len) - first, 1) :]
             self.context = new[:first] + tail
             self.cache.truncate(0)
         sample = Sample(self.engine.tokenizer, self.engine.sampling.stop)
@@ -541,7 +549,7 @@ class Batch:
         if not request.prompt_logprobs:
             self.model(idx, cache=slot.cache)
             return
-        logits = self.model(idx, targets=idx, cache=slot.cache)[0][0]  # (T, V), of all positions
+        logits = self.model(idx, cache=slot.cache, all_logits=True)[0][0]  # (T, V)
         if not bool(logits.isfinite().all()):
             raise UserError(NOT_FINITE)
         following = request.prompt[first + 1 : first + 1 + len(new)]
@@ -585,7 +593,7 @@ class Batch:
         errors = {**dict.fromkeys(bad, NOT_FINITE), **errors}
         if errors:
             logits[[*errors]] = 0  # their rows end here
-        tokens = draw_rows(logits, [slot.drawn.sampler for slot in slots])[:, 0].tolist()
+        tokens = draw_each(logits, [slot.drawn.sampler for slot in slots])[:, 0].tolist()
         scores = self._scores(logits, tokens)
         ended = []
         for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
@@ -609,7 +617,7 @@ class Batch:
         """The next token's logits of every slot, (B, V), and what went wrong by slot."""
         errors = self._shorten(slots)
         idx = torch.tensor([[slot.tokens[-1]] for slot in slots], device=self.device)
-        view = self.cache.rows([slot.cache.pos for slot in slots])
+        view = first_sequences(self.cache, [slot.cache.pos for slot in slots])
         try:
             logits = self.model(idx, cache=view)[0][:, -1]
         except ValueError:  # in one row or several: each alone
@@ -629,7 +637,8 @@ class Batch:
         Texts that have outgrown their rows go on with the newer half of what those can hold.
         Returns what went wrong by slot.
         """
-        half, errors = max(self.max_len // 2, 1), {}
+        half = newer_half(self.max_len)
+        errors = {}
         full = [i for i, s in enumerate(slots) if len(s.tokens) - s.start > self.max_len]
         for i in full:
             slots[i].start = len(slots[i].tokens) - half
@@ -702,6 +711,19 @@ class Joining(NamedTuple):
     request: Request
     slot: Slot
     decoder: StreamDecoder
+
+
+def first_sequences(cache: Cache, lengths: list[int]) -> Cache:
+    """
+    The first sequences of an empty cache, in the same memory, with so many tokens each: for one
+    pass.
+    """
+    view = cache.sequences(0, len(lengths))
+    if len(set(lengths)) == 1:
+        view.advance(lengths[0])
+    else:
+        view.set_lengths(torch.tensor(lengths, device=cache.device), max(lengths))
+    return view
 
 
 def log_probabilities(

@@ -173,14 +173,16 @@ def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """The rows of the maps in the matrices of attention that hold several."""
     maps = {}
     for attn in (module for module in model.modules() if isinstance(module, Attention)):
-        config, hs = attn.config, attn.hs
         for name, p in attn.named_parameters():
+            rows = p.size(0)
             if name == "c_attn.weight":  # queries, keys and, unless they are low-rank, values
-                keys = config.nkv * hs
-                maps[p] = [attn.nh * hs, *[keys] * ((p.size(0) - attn.nh * hs) // keys)]
+                queries = attn.nh * attn.hs
+                keys = attn.config.nkv * attn.hs
+                maps[p] = [queries] + [keys] * ((rows - queries) // keys)
             elif name == "kv_latent_proj.weight":  # a latent for every group, the rotary key
-                latents = [config.mla_latent_dim] * config.mla_groups
-                maps[p] = [n for n in (*latents, p.size(0) - sum(latents)) if n]
+                maps[p] = [attn.L] * attn.G
+                if rows > attn.G * attn.L:
+                    maps[p].append(rows - attn.G * attn.L)
     return maps
 
 

@@ -21,6 +21,7 @@ from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, resolve_device, warn0
 from nanomla.errors import UserError
+from nanomla.memory import require_memory
 from nanomla.runlog import read_log
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only", "lr_find", "lr_find_iters")
@@ -139,11 +140,11 @@ def _require_memory(cfg: Any, config: GPTConfig) -> None:
     """Raise UserError if a new run cannot fit: its shards' share, for all of FSDP's processes."""
     device, remedy = resolve_device(cfg.device), "use a smaller model, batch_size or block_size"
     weights = 4 * costs.parameters(config)
-    costs.require_memory(weights, "a model of this size", "cpu", remedy)  # where it is made
+    require_memory(weights, "a model of this size", "cpu", remedy)  # where it is made
     needs = costs.training_bytes(config, cfg.batch_size)
     if cfg.parallel == "fsdp":
         needs -= 4 * weights  # weights, gradients and two moments are shared out
-    costs.require_memory(needs, "training this model with this batch", device, remedy)
+    require_memory(needs, "training this model with this batch", device, remedy)
 
 
 def _not_latent(cfg: Any, origins: dict[str, str], source: str) -> UserError:

@@ -17,46 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, Attention, GPTConfig, Rotation, apply_rope
+from model import GPT, GPTConfig, apply_rope, dense_values, factorise, truncated_svd
+from nanomla.attention import Attention, Rotation
 from nanomla.kernels import attend
 
 SVD_SETTINGS = ("use_svd", "svd_rank", "svd_method")  # of GPTConfig
-
-
-def factorise(W: Tensor, rank: int, method: str = "exact") -> tuple[Tensor, Tensor, float]:
-    """
-    Truncated SVD of every head's value map, the singular values split evenly between the factors.
-
-    W: (nh, hs, in), from the attention's input (C numbers, or L with MLA) to the head's values.
-    rank: from 1 to hs. method: 'exact' is torch.linalg.svd, 'randomized' is Halko's range finder
-    (arXiv:0909.4061) with a fixed seed; both compute in float64.
-    Returns v_down (nh * rank, in) and v_up (nh, hs, rank), so that v_up[h] @ v_down[h] is the best
-    approximation of W[h] of that rank, and the share of the squared singular values that is kept.
-    """
-    nh, _, width = W.shape
-    W64 = W.detach().double()
-    U, sv, Vh = _svd(W64, rank, method)
-    root = sv[:, :rank].sqrt()  # (nh, min(rank, width))
-    v_up = U[:, :, :rank].clone()  # (nh, hs, rank)
-    v_down = W64.new_zeros(nh, rank, width)
-    # With rank > width there are only `width` singular values. The rows of v_down beyond them stay
-    # zero, while the columns of v_up keep their directions, so that training can use them.
-    v_down[:, : root.size(1)] = Vh[:, : root.size(1)] * root[:, :, None]
-    v_up[:, :, : root.size(1)] *= root[:, None, :]
-    total = W64.square().sum()
-    kept = float(sv[:, :rank].square().sum() / total) if total > 0 else 1.0
-    return v_down.reshape(nh * rank, width).to(W), v_up.to(W), kept
-
-
-def _svd(W: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U, the singular values and V^T of matrices (..., m, n); 'randomized': about rank of them."""
-    smaller = min(W.shape[-2:])
-    if method == "exact" or rank >= smaller:
-        return torch.linalg.svd(W, full_matrices=rank > W.size(-1))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        U, sv, V = torch.svd_lowrank(W.cpu(), q=min(rank + 8, smaller), niter=4)
-    return U.to(W.device), sv.to(W.device), V.mT.to(W.device)
 
 
 def factorise_values(
@@ -254,7 +219,7 @@ def _recorded(model: GPT, parts: int, seen: list[tuple[Tensor, Tensor]]) -> Iter
             seen.append((x, added))
             q, k, v = (t.transpose(1, 2) for t in (q, k, v + last))
             k, v = (t.repeat_interleave(attn.nh // attn.nkv, dim=1) for t in (k, v))
-            return attn._output(attend(q, k, v, T, attn.scale))
+            return attn._output(attend(q, k, v, scale=attn.scale))
 
         return forward
 
@@ -279,7 +244,8 @@ def without_svd(model: GPT) -> GPT:
         return model
     state = model.state_dict()
     for i, block in enumerate(model.transformer.h):
-        attn, values = f"transformer.h.{i}.attn.", block.attn.values.dense().detach()
+        attn = f"transformer.h.{i}.attn."
+        values = dense_values(block.attn.v_down.weight, block.attn.v_up).detach()
         del state[attn + "v_up"], state[attn + "v_down.weight"]
         for name, rows in (("weight", values), ("bias", values.new_zeros(len(values)))):
             if attn + f"c_attn.{name}" in state:
@@ -504,7 +470,7 @@ def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Pl
     root, inverse = _roots(moments[:-1, :-1] - torch.outer(mean, mean))
     weighted = _roots(metric)[0] @ W @ root
     # randomized: up to four times the average rank, as one layer may get more than its share
-    _, s, Vh = _svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
+    _, s, Vh = truncated_svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
     up, down = _balanced(W @ root @ Vh.mT, Vh @ inverse)
     return Factors(up, down, s.square(), weighted.square().sum())
 

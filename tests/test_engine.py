@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from model import GPT
-from nanomla.engine import Batch, Engine, Request, Sampling, StopText
 from nanomla.sampling import (
     Sampler,
     draw_rows,
@@ -17,6 +14,9 @@ from nanomla.sampling import (
     stop_ids,
     stream_tokens,
 )
+
+from model import GPT
+from nanomla.engine import Batch, Engine, Request, Sampling, StopText
 from nanomla.settings import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import TINY_MLA, randomise, tiny_config

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import prometheus_client as prometheus
+import torch
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -555,16 +556,15 @@ class Site:
             raise ApiError(400, f"layer={brief(given.layer)} must be {works}", "layer")
 
         def weights() -> list:
-            from nanomla.attention import attention_weights
-
             if served.batch.busy:
                 message = f"{served.name} is generating; ask again when it has finished"
                 raise ApiError(409, message, code="busy")
             try:
-                heads = attention_weights(served.model, tokens, given.layer)
+                idx = torch.tensor([tokens], device=served.model.lm_head.weight.device)
+                heads = served.model.attention_weights(idx, given.layer)[0]
             except (UserError, ValueError) as error:
                 raise ApiError(400, str(error)) from None
-            return heads.double().mul(1e4).round().div(1e4).tolist()
+            return heads.cpu().double().mul(1e4).round().div(1e4).tolist()
 
         if self.drawing:  # completions wait for a picture, so there is never more than one
             raise ApiError(503, "another picture is being computed; ask again", code="busy")

@@ -40,17 +40,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import ATTENTION, GPT, Cache, GPTConfig
+from model import ATTENTION, GPT, GPTConfig, factorise
 from nanomla import checkpoint, costs, formats
+from nanomla.cache import Cache
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype, warn0
-from nanomla.graph import DecodingStep
+from nanomla.generate import PREFILL_CHUNK, DecodingStep, next_logits
 from nanomla.kernels import on_gpu
+from nanomla.memory import free_memory, in_units, require_memory
 from nanomla.optim import make_optimizers
-from nanomla.sampling import PREFILL_CHUNK, next_logits
 from nanomla.settings import check, configure, declared, run_config_file
 from nanomla.start import padded_vocab
-from nanomla.surgery import factorise
 from tools import kernel
 from train import TrainConfig
 
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(cfg, ProfileConfig):
         known = dataclasses.replace(cfg.train.model, vocab_size=cfg.train.vocab_size or 1)
         least = costs.training_bytes(known, cfg.train.batch_size, optimizer_bytes_per_parameter=4)
-        costs.require_memory(least, "the run", device, "use a smaller model or --batch_size")
+        require_memory(least, "the run", device, "use a smaller model or --batch_size")
     if command is not report:
         print(f"{machine(device)}, torch {torch.__version__}, seed {cfg.seed}")
         torch.manual_seed(cfg.seed)
@@ -358,26 +358,27 @@ def bench_layer(cfg: DecodeConfig, device: str, dtype: torch.dtype, limits: Limi
     for name, extra in layer_variants(L).items():
         models[name] = model = GPT(GPTConfig(**base, **extra)).to(device, dtype).eval()
         attn, cache = model.transformer.h[0].attn, fill(model.make_cache(1, S), S - 1)
-        flops = 2 * nh * (attn.numbers_per_key["decoding"] * S + attn.numbers_per_token)
+        weights = sum(p.numel() for p in attn.parameters() if p.dim() > 1)
+        flops = attn.flops_per_key(True) * S + attn.flops_per_token(True) - 2 * weights
         turn = (model.rope_cos[-1:], model.rope_sin[-1:]) if model.config.rotary_dim else None
-        run = lambda attn=attn, cache=cache, turn=turn: attn(x, cache, turn)
+        run = lambda attn=attn, kept=cache.layers[0], turn=turn: attn(x, kept, turn)
         entries.append(Timed(name, run, cache=cache, nbytes=cache.nbytes, flops=flops))
     mha, mla = entries[0], entries[1]
     for e in (mha, mla):
         attn = models[e.name].transformer.h[0].attn
         cache = fill(models[e.name].make_cache(1, S, torch.int8), S - 1)
-        run = lambda attn=attn, cache=cache: attn(x, cache)
+        run = lambda attn=attn, kept=cache.layers[0]: attn(x, kept)
         name, nbytes = f"{e.name}, int8 cache", cache.nbytes
         entries.append(dataclasses.replace(e, name=name, run=run, cache=cache, nbytes=nbytes))
     dense, latent = (models[e.name].transformer.h[0].attn for e in (mha, mla))
-    k, v = (t[0] for t in mha.cache.tensors)
+    k, v = mha.cache.tensors
 
     def plain() -> Tensor:  # what most code does with a cache; it writes nothing, which favours it
         q = dense.c_attn(x).split(C, dim=2)[0].view(1, 1, nh, C // nh).transpose(1, 2)
         return dense.c_proj(F.scaled_dot_product_attention(q, k, v).view(1, 1, C))
 
     def expand() -> Tensor:
-        return latent(x, mla.cache, absorb=False)
+        return latent(x, mla.cache.layers[0], absorb=False)
 
     name = "MHA by scaled_dot_product_attention"
     entries.append(dataclasses.replace(mha, name=name, run=plain))
@@ -507,8 +508,8 @@ def bench_equal_memory(cfg: DecodeConfig, device: str, base: GPTConfig, rows: in
     mha = dataclasses.replace(base, pos_emb="rope")
     latent = {"mla_latent_dim": C // 4 - C // 24, "mla_rope_dim": C // 24}
     mla = dataclasses.replace(mha, use_mla=True, **latent)
-    row_bytes = [ATTENTION[c.attention].Cache.numbers_at(c, S) * dtype.itemsize for c in (mha, mla)]
-    free = costs.free_memory(device) or 2**60
+    row_bytes = [costs.on_meta(c).make_cache(1, S, dtype).nbytes for c in (mha, mla)]
+    free = free_memory(device) or 2**60
     while rows > 1 and 2 * rows * row_bytes[0] > free / 2:
         rows //= 2
     entries, parallel = [], [rows, rows * row_bytes[0] // row_bytes[1]]
@@ -522,7 +523,7 @@ def bench_equal_memory(cfg: DecodeConfig, device: str, base: GPTConfig, rows: in
     alternate(entries, max(cfg.rounds // 3, 3), device)
     figures, rates = [], [B / e.seconds for B, e in zip(parallel, entries, strict=True)]
     for e, B, rate in zip(entries, parallel, rates, strict=True):
-        row = {"model": e.name, "rows": f"{B:,}", "cache": costs.in_units(e.cache.nbytes)}
+        row = {"model": e.name, "rows": f"{B:,}", "cache": in_units(e.cache.nbytes)}
         row |= {"ms/step": in_ms(e.seconds), "tokens/s": f"{rate:,.0f}"}
         figures.append(row | {"this / MHA": f"{rate / rates[0]:.2f}"})
     shape = f"{base.n_layer} layers, {C} wide, {S:,} tokens of context"
@@ -743,9 +744,9 @@ def bench_prompt(device: str, T: int, rounds: int) -> Rows:
         model = GPT(GPTConfig(**base, **extra)).to(device).eval()
         attns[name] = attn = model.transformer.h[0].attn
         turn = (model.rope_cos, model.rope_sin) if model.config.rotary_dim else None
-        call = functools.partial(attn, x, model.make_cache(1, T), turn)
+        call = functools.partial(attn, x, model.make_cache(1, T).layers[0], turn)
         calls = {"": call}
-        if model.config.attention == "mla":
+        if hasattr(attn, "absorbing_is_cheaper"):
             calls = {form: functools.partial(call, absorb=form == "absorbed") for form in FORMS}
         for form, forward in calls.items():
             entries.append(Timed(name + form, functools.partial(run, name + form, forward)))
@@ -961,7 +962,7 @@ def bench_training_lengths(cfg: RoundsConfig, device: str, dtype: torch.dtype) -
     base = {"block_size": lengths[-1], "n_embd": 128, "n_head": 4, "bias": False}
 
     def new_layer(config: GPTConfig) -> nn.Module:
-        return ATTENTION[config.attention](config).to(device)
+        return ATTENTION[config.attention_name](config).to(device)
 
     layers = {"MHA": new_layer(GPTConfig(**base))}
     for m in (16, 64):
@@ -1110,7 +1111,7 @@ class Counted:
     def __init__(self, config: GPTConfig) -> None:
         if costs.parameters(config) >= 2**60:
             raise UserError("a model of over 2^60 parameters cannot be counted; make it smaller")
-        costs.require_memory(
+        require_memory(
             32 * config.block_size * (1 + config.rotary_dim), "a table of all positions", "cpu",
             "use less --block_size",
         )  # fmt: skip

@@ -367,7 +367,7 @@ def measure(folder: Path, eval_tokens: int) -> dict[str, Any]:
         "attention_parameters": sum(
             p.numel() for b in model.transformer.h for p in b.attn.parameters()
         ),
-        "cached_numbers": costs.cached_numbers(config),
+        "cached_numbers": costs.cached_numbers(model),
         "cache_bytes": cache_bytes(model),
         "training_flops": 3 * costs.flops_per_token(model, config.block_size) * tokens,
         "ms": statistics.median(ms) if ms else None,

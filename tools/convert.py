@@ -128,7 +128,7 @@ class Source:
             raise UserError(f"--block_size={cfg.block_size} does not work: {only}")
         self.data = Dataset(cfg.data, self.block_size)
         self.tokenizer = self._tokenizer()
-        self.numbers = costs.cached_numbers(model.config)  # of the source's cache
+        self.numbers = costs.cached_numbers(model)  # of the source's cache
         self.bytes_per_token = model.make_cache(1, 1).bytes_per_token
 
     def _tokenizer(self) -> dict[str, Any] | None:
@@ -355,7 +355,7 @@ def make_record(source: Source, made: surgery.Converted, asked: dict[str, Any]) 
         calibration_tokens=source.calibration.tokens,
         layers=[layer._asdict() for layer in made.layers],
         loss={"source": source.loss, "converted": converted},
-        cached_numbers=[source.numbers, costs.cached_numbers(made.model.config)],
+        cached_numbers=[source.numbers, costs.cached_numbers(made.model)],
         bytes_per_token=[source.bytes_per_token, made.model.make_cache(1, 1).bytes_per_token],
         asked=asked,
     )

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import model as gpt
-from model import ATTENTION, GPT, Cache, GPTConfig, RMSNorm, Rotation
+from model import ATTENTION, GPT, GPTConfig, RMSNorm
 from nanomla import checkpoint, costs
+from nanomla.attention import Rotation
+from nanomla.cache import LayerCache
 from nanomla.dataset import Dataset
 from nanomla.kernels import attend, dequantise
 from tools import svd_forward, three_step
@@ -36,19 +38,22 @@ class RotatedKeys(ATTENTION["mla"]):
         self.tables = gpt.rope_tables(0, config.block_size, heads, torch.float32)
 
     def forward(
-        self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None,
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None,
         absorb: bool | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, T, C) -> (B, T, C)."""
-        T, pos = x.size(1), 0 if cache is None else cache.pos
-        q, c = self._project(x, None)
+        T = x.size(1)
+        pos = 0 if cache is None else cache.pos
+        q, _ = self._split_queries(x, None)
+        c, kr = self._latents(x, None)
         if cache is not None:
-            c = dequantise(cache.update(self.layer, c)[0], q.dtype)
-        k, v = self._expand(c)
+            c = dequantise(cache.append(c)[0], q.dtype)
+            kr = c[..., :0]
+        k, v = self._keys_and_values(c, kr)
         cos, sin = (t.to(x.device) for t in self.tables)
         q = gpt.apply_rope(q.transpose(1, 2), (cos[pos : pos + T], sin[pos : pos + T]))
         k = gpt.apply_rope(k.transpose(1, 2), (cos[: pos + T], sin[: pos + T]))
-        return self._output(attend(q.transpose(1, 2), k.transpose(1, 2), v, T, self.scale))
+        return self._output(attend(q.transpose(1, 2), k.transpose(1, 2), v, scale=self.scale))
 
 
 class NormedKeysAndValues(ATTENTION["mla"]):
@@ -59,14 +64,14 @@ class NormedKeysAndValues(ATTENTION["mla"]):
         self.k_norm, self.v_norm = RMSNorm(self.nope, eps=1e-6), RMSNorm(self.hs, eps=1e-6)
 
     def forward(
-        self, x: Tensor, cache: Cache | None = None, rotation: Rotation = None,
+        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None,
         absorb: bool | None = None,
     ) -> Tensor:  # fmt: skip
         """x (B, T, C) -> (B, T, C)."""
         return super().forward(x, cache, rotation, absorb=False)
 
-    def _expand(self, c: Tensor, kr: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        k, v = super()._expand(c, kr)
+    def _keys_and_values(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super()._keys_and_values(c, kr)
         content, rotary = k.split([self.nope, self.r], dim=-1)
         return torch.cat([self.k_norm(content), rotary], dim=-1), self.v_norm(v)
 
@@ -84,19 +89,19 @@ def _attention(kind: str, attention: type) -> Iterator[None]:
 @contextlib.contextmanager
 def _xavier() -> Iterator[None]:
     """Draw the blocks' matrices with variance 2 / (rows + columns) (Glorot and Bengio, 2010)."""
-    before = GPT._init_weights
+    before = gpt.init_weights
 
-    def draw(model: GPT) -> None:
-        before(model)
+    def draw(model: nn.Module, n_layer: int) -> None:
+        before(model, n_layer)
         for module in model.transformer.h.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_normal_(module.weight)
 
-    GPT._init_weights = draw
+    gpt.init_weights = draw
     try:
         yield
     finally:
-        GPT._init_weights = before
+        gpt.init_weights = before
 
 
 CHANGES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
@@ -155,10 +160,11 @@ def measure_costs(cfg: Any, device: str, variants: dict[str, GPTConfig], rows: R
             model = GPT(config)
         attns = [block.attn for block in model.transformer.h]
         per_layer = sum(p.numel() for p in attns[0].parameters())
-        numbers = costs.cached_numbers(config)
+        numbers = costs.cached_numbers(model)
         # a query meets half of a context's keys on average
-        per_head = attns[0].numbers_per_key["training"] * context / 2
-        arithmetic = config.n_head * (per_head + attns[0].numbers_per_token)
+        weights = sum(p.numel() for p in attns[0].parameters() if p.dim() > 1)
+        own = attns[0].flops_per_token(False) / 2 - weights
+        arithmetic = attns[0].flops_per_key(False) / 2 * context / 2 + own
         figures = [per_layer, numbers, arithmetic]
         first = first or figures
         row = {"variant": name, "attention parameters a layer": f"{per_layer:,}"}
@@ -216,7 +222,7 @@ def measure_cached_loss(
         whole = sum(loaded(x, y)[1].item() for x, y in batches) / len(batches)
         row = {"variant": name, "without a cache": f"{whole:.6f}"}
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
-            if dtype not in ATTENTION[loaded.config.attention].Cache.DTYPES:
+            if dtype == torch.int8 and not loaded.make_cache(1, 1).grows:
                 continue
             loss = sum(_cached_loss(loaded, x, y, dtype) for x, y in batches) / len(batches)
             row[str(dtype).removeprefix("torch.")] = f"{loss - whole:+.6f}"

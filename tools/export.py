@@ -104,7 +104,7 @@ def _tokenizer(
 def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, argv: list[str]) -> str:
     """The text of an export's README.md: metadata, what the model is, where it comes from."""
     config, foreign = model.config, kind != "nanomla"
-    best, cache, numbers = stored.best_val_loss, model.make_cache(1, 1), cached_numbers(config)
+    best, cache, numbers = stored.best_val_loss, model.make_cache(1, 1), cached_numbers(model)
     fewer = f"{model.get_memory_savings(1):.3g}x fewer than MHA of this width" if numbers else ""
     rows = {
         "format": f"{kind}: {why}",
@@ -132,7 +132,7 @@ def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, argv: list[s
         f"library_name: {'transformers' if foreign else 'nanomla'}",
         "pipeline_tag: text-generation",
         "tags:",
-        *(f"- {tag}" for tag in dict.fromkeys(("nanomla", kind, config.attention))),
+        *(f"- {tag}" for tag in dict.fromkeys(("nanomla", kind, config.attention_name))),
         "---",
         "",
         "# A GPT exported by nanoMLA",

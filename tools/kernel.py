@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanomla import costs
 from nanomla.distributed import warn0
 from nanomla.kernels import attend
+from nanomla.memory import free_memory
 
 HS = 64  # numbers of a head's value, and of its key without position
 BEYOND_CACHES = 2**28  # bytes after which no cache of a processor still has the first of them
@@ -58,14 +58,14 @@ def cases(device: str) -> list[Case]:
         heads, tokens, batches = [12, 24], [1024, 4096], [1]
     every = itertools.product(dtypes, heads, widths, tokens, batches)
     all_cases = [Case(nh, L, r, S, B, dtype) for dtype, nh, (L, r), S, B in every]
-    free = costs.free_memory(device)
+    free = free_memory(device)
     return [case for case in all_cases if free is None or case.nbytes <= free / 2]
 
 
 def ways(case: Case, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """
     Functions of the cached rows, all of one query: "this" is nanomla.kernels.attend. They average
-    the rows, (B, 1, nh, L + r) or (B, nh, 1, L + r), but "expanding" the values (B, nh, 1, HS).
+    the rows, (B, nh, 1, L + r), but "expanding" the values (B, nh, 1, HS).
     """
     nh, L, r, like = case.heads, case.L, case.r, {"device": device, "dtype": case.dtype}
     q = torch.randn(case.batch, nh, 1, HS + r, **like)
@@ -90,8 +90,7 @@ def ways(case: Case, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
         v = F.pad(v, (0, r)).transpose(1, 2)  # torch's fast kernels need one width
         return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :HS]
 
-    together = absorbed.transpose(1, 2).contiguous()  # (B, 1, nh, L + r)
-    found = {"this": lambda rows: attend(together, rows, None, 1, scale), "SDPA": sdpa}
+    found = {"this": lambda rows: attend(absorbed, rows, scale=scale), "SDPA": sdpa}
     if device.startswith("cuda"):
         found["FlashAttention"] = flash
     return found | {"expanding": expanding}

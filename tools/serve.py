@@ -33,7 +33,7 @@ from typing import Annotated, Any
 
 import torch
 
-from model import ATTENTION, GPTConfig
+from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.costs import cache_in_words, cached_numbers
@@ -187,7 +187,7 @@ def open_model(cfg: ServeConfig, stored: Checkpoint, name: str, folder: Path) ->
         raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
     log = folder / "log.jsonl"
     about = {
-        **describe(model.config, batch), "device": device, "dtype": _short(dtype),
+        **describe(model, batch), "device": device, "dtype": _short(dtype),
         "parameters": model.get_num_params(non_embedding=False), "iteration": stored.iter_num,
         "val_loss": stored.best_val_loss if stored.best_val_loss < float("inf") else None,
         "has_log": log.is_file(), "max_tokens": cfg.max_tokens,
@@ -198,14 +198,17 @@ def open_model(cfg: ServeConfig, stored: Checkpoint, name: str, folder: Path) ->
     return Served(name, model, tokenizer, batch, about, settings, log, most)
 
 
-def describe(config: GPTConfig, batch: Batch) -> dict[str, Any]:
+def describe(model: GPT, batch: Batch) -> dict[str, Any]:
     """What a model and its cache are, for /v1/models; sizes of the cache are those of one row."""
-    cache, numbers, heads = batch.cache, cached_numbers(config), 2 * config.n_head
+    config = model.config
+    cache = batch.cache
+    numbers = cached_numbers(model)
+    heads = 2 * config.n_head
     scale = torch.float16.itemsize if cache.dtype == torch.int8 else 0  # of every token and head
     mha = config.n_layer * heads * (config.hs * cache.dtype.itemsize + scale)
     return {
-        "attention": config.attention, "attention_name": attention_name(config),
-        "cache_in_words": cache_in_words(config), "layers": config.n_layer,
+        "attention": config.attention_name, "attention_name": model.transformer.h[0].attn.words,
+        "cache_in_words": cache_in_words(model), "layers": config.n_layer,
         "heads": config.n_head, "width": config.n_embd, "context": config.block_size,
         "vocabulary": config.vocab_size,
         "numbers_per_token_and_layer": int(numbers) if numbers == int(numbers) else numbers,
@@ -215,27 +218,6 @@ def describe(config: GPTConfig, batch: Batch) -> dict[str, Any]:
         "mha_bytes_per_token": mha, "rows": batch.rows,
     }  # fmt: skip
 
-
-def attention_name(config: GPTConfig) -> str:
-    """An attention with its sizes, for people to read."""
-    L, r, G = config.mla_latent_dim, config.mla_rope_dim, config.mla_groups
-    L = "/".join(map(str, L)) if isinstance(L, tuple) else L
-    groups = f", {G} groups" if G > 1 else ""
-    kind = config.attention
-    if kind == "mla":
-        name = f"MLA, L = {L}{f', r = {r}' if r else ''}{groups}"
-    elif kind == "rotary_latent":
-        name = f"MLA with a rotary latent, L = {L}{groups}"
-    elif kind == "latent_tokens":
-        name = f"latent tokens, m = {config.n_latent_tokens}"
-    elif config.nkv == 1 < config.n_head:
-        name = f"MQA, {config.n_head} heads of {config.hs} on 1"
-    elif config.nkv < config.n_head:
-        name = f"GQA, {config.n_head} heads of {config.hs} on {config.nkv}"
-    else:
-        name = f"MHA, {config.n_head} heads of {config.hs}"
-    assert kind in ATTENTION
-    return f"{name}, values of rank {config.svd_rank}" if config.use_svd else name
 
 
 def _short(dtype: torch.dtype) -> str:

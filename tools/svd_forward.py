@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ATTENTION, GPT, GPTConfig, Rotation
+from model import ATTENTION, GPT, GPTConfig
+from nanomla.attention import Rotation
 from nanomla.dataset import Dataset
 from nanomla.settings import configure
 from tools.bench import Rows, Timed, alternate, table, write_json
@@ -108,8 +109,8 @@ class SvdForwardAttention(ATTENTION["mla"]):
             raise ValueError("cache must be None: a new token changes the values of all others")
         return super().forward(x, rotation=rotation, absorb=False)
 
-    def _expand(self, *latent: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = super()._expand(*latent)
+    def _keys_and_values(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = super()._keys_and_values(c, kr)
         return k, self.low_rank(v, self.rank)  # v (B, nh, T, hs)
 
 

@@ -268,7 +268,7 @@ def leak(model: GPT, data: Dataset, device: str) -> float:
     before = data.eval_batch("val", 0, 1, 1)[0].to(device)  # (1, T)
     after = before.clone()
     after[:, -1] = (after[:, -1] + 1) % model.config.vocab_size
-    logits = [model(idx, targets=idx)[0][:, :-1] for idx in (before, after)]
+    logits = [model(idx, all_logits=True)[0][:, :-1] for idx in (before, after)]
     return (logits[0] - logits[1]).abs().max().item()
 
 

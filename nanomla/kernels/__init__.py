@@ -1,64 +1,87 @@
 """
-The two functions that model.py spends its time in, computed the fastest way that a device has.
+The two functions that the model spends its time in, computed the fastest way that a device has.
 
-reference.py defines each in a few lines; cpu.py holds what is faster on a CPU, blocks.py what takes
-narrow rows, int8.py rows of 8-bit integers, triton.py what is faster on a GPU. This module chooses.
-slots.py computes latent tokens, which have no keys.
+    attend    causal attention of T new tokens over S cached and new ones
+    linear    a matrix product, faster for the few rows of a decoding step
+
+reference.py defines both in a few lines, and the others are tested against it. This is the table of
+attend; the first line that fits computes it. "Few" are at most 8 new tokens, without gradients.
+
+    few, on a GPU that has the kernel        triton.py    reads every key once, in parts
+    few, on a CPU, keys in a narrow dtype    blocks.py    converts a block of keys at a time
+    few, keys in two parts                   reference.py
+    few, on a CPU, sequences of any lengths  reference.py
+    few, on a CPU, after earlier tokens      cpu.py       splits the keys over the cores
+    few, after earlier tokens                sdpa.py      torch's attention with a small mask
+    many, or all the tokens that there are   sdpa.py      torch's attention without T x S scores
 """
 
 import functools
 import sys
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from nanomla.kernels import blocks, cpu, reference
+from nanomla.kernels import blocks, cpu, reference, sdpa
 from nanomla.kernels.int8 import Quantized, dequantise, quantise
-from nanomla.kernels.reference import by_group, by_head
+from nanomla.kernels.reference import by_group, by_head, causal_weights
 
-__all__ = ["Quantized", "attend", "by_group", "by_head", "dequantise", "linear", "quantise"]
+__all__ = ["Linear", "Quantized", "attend", "causal_weights", "dequantise", "linear", "quantise"]
+
+FEW = 8  # new tokens that are computed as in decoding
 
 
 def attend(
     q: Tensor,
     k: Tensor | Quantized,
-    v: Tensor | Quantized | None,
-    T: int,
+    v: Tensor | Quantized | None = None,
+    *,
     scale: float,
     beside: Tensor | Quantized | None = None,
+    lengths: Tensor | None = None,
     dropout: float = 0.0,
-    held: Tensor | None = None,
 ) -> Tensor:
     """
-    Causal attention of the last T of S tokens.
+    Causal attention of the last T of S tokens: softmax(q [k ; beside]^T scale) v, (B, nh, T, W).
 
-    q (B, X, T * m, D): m query heads share each of X key heads; row t * m + i is token t's i-th.
-    k (B, X, S, D) and v (B, X, S, W); v None: the rows of k are values too, as latents are.
+    q (B, nh, T, D). k (B, X, S, D) and v (B, X, S, W), of X heads that nh / X query heads each
+    share; v None: the keys are values too, as latents are.
     beside (B, 1, S, r): r more numbers of every key, the same in all X heads; q has them last.
-    held (B,): rows of different lengths. The new tokens of row b come after its first held[b] keys,
-    and what follows has no weight, but must be finite. None: after the first S - T in every row.
-    Returns (B, X, T * m, W) in the wider dtype of q and k, in which all is computed, or in q's if k
-    is Quantized. Many queries on narrower rows take them converted as a whole.
+    lengths (B,): sequences of unequal lengths. The new tokens of sequence b come after its first
+    lengths[b] keys, and what follows has no weight, but must be finite. None: they are the last T.
+    All is computed in the wider dtype of q and k, or in q's if k is Quantized.
     """
-    dtype = q.dtype if isinstance(k, Quantized) else torch.promote_types(q.dtype, k.dtype)
-    few, q = T <= 8 and not torch.is_grad_enabled() and dropout == 0, q.to(dtype)
-    gpu = on_gpu(q.device) if few else None
-    if gpu is not None and gpu.supports(q, k, v, beside):
-        return gpu.attend(q, k, v, T, scale, beside, held)
-    on_cpu, narrow = few and q.device.type == "cpu", isinstance(k, Quantized) or k.itemsize == 2
-    if not (on_cpu and narrow):
-        k, v, beside = (t if t is None else dequantise(t, dtype) for t in (k, v, beside))
-    if on_cpu:
-        return _few_on_cpu(q, k, v, T, scale, beside, held)
-    if few and beside is not None:
-        return reference.attend(q, k, v, T, scale, beside, held)
-    W = (k if v is None else v).size(-1)
-    if beside is not None:
-        k = torch.cat([k, beside.expand(-1, k.size(1), -1, -1)], dim=-1)
-    return _causal(q, k, k if v is None else v, T, scale, dropout, held)[..., :W]
+    T = q.size(2)
+    X = k.size(1)
+    narrow = isinstance(k, Quantized) or k.itemsize == 2
+    if not isinstance(k, Quantized):
+        q = q.to(torch.promote_types(q.dtype, k.dtype))
+    few = T <= FEW and dropout == 0 and not torch.is_grad_enabled()
+    on_cpu = q.device.type == "cpu"
+
+    if few and not on_cpu:
+        gpu = on_gpu(q.device)
+        if gpu is not None and gpu.supports(q, k, v, beside):
+            return by_head(gpu.attend(by_group(q, X), k, v, T, scale, beside, lengths), T)
+    if few and on_cpu and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):  # it would round scores and weights
+            return attend(q, k, v, scale=scale, beside=beside, lengths=lengths)
+    if few and on_cpu and narrow:
+        return by_head(blocks.attend(by_group(q, X), k, v, T, scale, beside, lengths), T)
+
+    if narrow or k.dtype != q.dtype:
+        k = dequantise(k, q.dtype)
+        v = None if v is None else dequantise(v, q.dtype)
+        beside = None if beside is None else dequantise(beside, q.dtype)
+    if few and (beside is not None or (on_cpu and lengths is not None)):
+        return by_head(reference.attend(by_group(q, X), k, v, T, scale, beside, lengths), T)
+    if few and on_cpu and T < k.size(2):
+        return by_head(cpu.attend(by_group(q, X), k, v, T, scale), T)
+    if few and (T < k.size(2) or lengths is not None):
+        return by_head(sdpa.few(by_group(q, X), k, v, T, scale, lengths), T)
+    return sdpa.many(q, k, v, scale, beside, lengths, dropout)
 
 
 @functools.cache
@@ -81,79 +104,18 @@ def on_gpu(device: torch.device) -> ModuleType | None:
     return triton
 
 
-def _few_on_cpu(
-    q: Tensor,
-    k: Tensor | Quantized,
-    v: Tensor | Quantized | None,
-    T: int,
-    scale: float,
-    beside: Tensor | Quantized | None,
-    held: Tensor | None,
-) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):  # which would round scores and weights
-        with torch.autocast("cpu", enabled=False):
-            return _few_on_cpu(q, k, v, T, scale, beside, held)
-    if isinstance(k, Quantized) or k.itemsize == 2:
-        return blocks.attend(q, k, v, T, scale, beside, held)
-    if beside is not None or held is not None:
-        return reference.attend(q, k, v, T, scale, beside, held)
-    out = cpu.attend(q, k, v, T, scale) if T < k.size(2) else None
-    return _causal(q, k, k if v is None else v, T, scale, 0.0, None) if out is None else out
-
-
-def _causal(
-    q: Tensor, k: Tensor, v: Tensor, T: int, scale: float, dropout: float, held: Tensor | None
-) -> Tensor:
-    """nanomla.kernels.attend by torch's attention, with no T x S mask or scores for large T."""
-    (B, X, rows, _), S = q.shape, k.size(2)
-    if T <= 8 and (T < S or held is not None):
-        last = T == 1 and held is None
-        mask = None if last else reference.causal_mask(T, S, rows // T, q.device, held)
-        return _sdpa(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    if (m := rows // T) > 1:  # the m query heads become heads, for which keys are not copied
-        q = q.reshape(B * X, T, m, -1).transpose(1, 2)  # (B * X, m, T, D)
-        k, v = (t.flatten(0, 1).unsqueeze(1).expand(-1, m, -1, -1) for t in (k, v))
-        held = None if held is None else held.repeat_interleave(X)
-    on_cpu = q.device.type == "cpu" and not torch.is_grad_enabled() and dropout == 0
-    if T == S and held is None:
-        out = _sdpa(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-    elif on_cpu and held is None and k.size(-1) == v.size(-1):
-        out = cpu.go_on(q, k, v, scale)
-    else:
-        # Queries at a time: a mask that a CPU's cache holds, or that occupies a GPU.
-        numbers = (2**21 if q.device.type == "cpu" else 2**26) // (S if held is None else S * B)
-        n, outs = max(min(numbers, 256) if q.device.type == "cpu" else numbers, 32), []
-        for i, part in zip(range(0, T, n), q.split(n, dim=2), strict=True):
-            new = part.size(2)
-            end = S if held is not None else S - T + i + new  # what follows is masked for all
-            before = None if held is None else held + i
-            mask = reference.causal_mask(new, end, 1, q.device, before)
-            how = {"attn_mask": mask, "dropout_p": dropout, "scale": scale}
-            outs.append(_sdpa(part, k[:, :, :end], v[:, :, :end], **how))
-        out = torch.cat(outs, dim=2)
-    return out if m == 1 else out.transpose(1, 2).reshape(B, X, rows, -1)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-    """torch's attention, whose fast kernels need keys and values of one width: zeros fill up."""
-    missing = k.size(-1) - v.size(-1)
-    if missing == 0:
-        return F.scaled_dot_product_attention(q, k, v, **how)
-    if missing > 0:
-        return F.scaled_dot_product_attention(q, k, F.pad(v, (0, missing)), **how)[..., :-missing]
-    q, k = F.pad(q, (0, -missing)), F.pad(k, (0, -missing))
-    return F.scaled_dot_product_attention(q, k, v, **how)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in) through weight (out, in): (..., out)."""
-    if (
-        not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and x.numel() <= 16 * weight.size(1)  # at most 16 rows
-        and weight.numel() >= 2**17
-        and weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-    ):
+    few_rows = x.numel() <= 16 * weight.size(1)
+    large = weight.numel() >= 2**17 and weight.dtype == torch.float32
+    as_usual = torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+    if few_rows and large and not as_usual:
         return cpu.linear(x, weight, bias)
-    return reference.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the function above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)

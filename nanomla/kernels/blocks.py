@@ -20,7 +20,7 @@ def attend(
     T: int,
     scale: float,
     beside: Tensor | Quantized | None = None,
-    held: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """
     nanomla.kernels.attend for a few new tokens, in q's dtype.
@@ -40,8 +40,8 @@ def attend(
     if beside is not None:
         q, q_beside = q.split([D, q.size(-1) - D], dim=-1)
         extra = scores_beside(q_beside.unflatten(0, (B, X)), dequantise(beside, wide)).flatten(0, 1)
-    if held is not None:
-        seen = causal_mask(T, tensors(k)[0].size(2), rows // T, q.device, held)
+    if lengths is not None:
+        seen = causal_mask(T, tensors(k)[0].size(2), rows // T, q.device, lengths)
         hidden = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, HIDDEN)
         hidden = hidden.expand(-1, X, -1, -1).flatten(0, 1)  # (B * X, T * m, S)
         extra = hidden if extra is None else extra + hidden

@@ -22,6 +22,15 @@ class Quantized(NamedTuple):
     values: Tensor  # (..., S, W) int8, from -127 to 127
     scale: Tensor  # (..., S, 1) float16, 0 or more
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch.int8."""
+        return self.values.dtype
+
+    def size(self, dim: int) -> int:
+        """That of the values."""
+        return self.values.size(dim)
+
 
 def quantise(x: Tensor) -> Quantized:
     """x (..., S, W) rounded to nearest. On a CPU, ValueError for a number that no scale reaches."""

@@ -6,30 +6,34 @@ from torch import Tensor
 
 
 def causal_mask(
-    T: int, S: int, m: int, device: torch.device, held: Tensor | None = None
+    T: int, S: int, m: int, device: torch.device, lengths: Tensor | None = None
 ) -> Tensor:
     """
-    (T * m, S) bool, True where the t-th of T new tokens may look; a token has m rows. With held
-    (B,), the keys before row b's new ones, which then need not be the last: (B, 1, T * m, S).
+    (T * m, S) bool, True where the t-th of T new tokens may look; a token has m queries. With
+    lengths (B,), the keys before sequence b's new ones, which then need not be the last:
+    (B, 1, T * m, S).
     """
-    if held is None:
+    if lengths is None:
         last = torch.arange(S - T, S, device=device)
     else:
-        last = held[:, None, None] + torch.arange(T, device=device)  # (B, 1, T)
+        last = lengths[:, None, None] + torch.arange(T, device=device)  # (B, 1, T)
     return torch.arange(S, device=device) <= last.repeat_interleave(m, dim=-1).unsqueeze(-1)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float, beside: Tensor | None = None,
-    held: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """softmax(q [k ; beside]^T scale) v, causal; the shapes are those of nanomla.kernels.attend."""
+    """
+    nanomla.kernels.attend, softmax(q [k ; beside]^T scale) v, for query heads that are grouped by
+    the key head that they share: q (B, X, T * m, D), as by_group makes it, to (B, X, T * m, W).
+    """
     q = q * scale  # queries are fewer than keys, so they are scaled
     scores = q[..., : k.size(-1)] @ k.mT  # (..., T * m, S)
     if beside is not None:
         scores = scores + scores_beside(q[..., k.size(-1) :], beside)
-    if T > 1 or held is not None:
-        mask = causal_mask(T, k.size(-2), q.size(-2) // T, q.device, held)
+    if T > 1 or lengths is not None:
+        mask = causal_mask(T, k.size(-2), q.size(-2) // T, q.device, lengths)
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.softmax(scores, dim=-1) @ (k if v is None else v)
 
@@ -39,15 +43,19 @@ def scores_beside(q: Tensor, beside: Tensor) -> Tensor:
     return (q.flatten(1, 2) @ beside.squeeze(1).mT).unflatten(1, (q.size(1), -1))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) through weight (out, in): (..., out)."""
-    return F.linear(x, weight, bias)
+def causal_weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What every token reads of all, (B, nh, T, T): softmax(q k^T scale), q and k (B, nh, T, D)."""
+    T = q.size(2)
+    scores = q @ k.mT * scale
+    seen = causal_mask(T, T, 1, q.device)
+    return scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
 
 
 def by_group(y: Tensor, G: int) -> Tensor:
-    """y (B, nh, T, w) -> (B, G, T * m, w), row t * m + i: token t's i-th of m = nh / G."""
+    """y (B, nh, T, w) -> (B, G, T * m, w), at t * m + i: token t's i-th of m = nh / G heads."""
     B, nh, T, w = y.shape
-    return y.unflatten(1, (G, nh // G)).transpose(2, 3).reshape(B, G, T * (nh // G), w)
+    m = nh // G
+    return y.view(B, G, m, T, w).transpose(2, 3).reshape(B, G, T * m, w)
 
 
 def by_head(y: Tensor, T: int) -> Tensor:

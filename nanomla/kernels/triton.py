@@ -50,7 +50,7 @@ def attend(
     T: int,
     scale: float,
     beside: Tensor | Quantized | None = None,
-    held: Tensor | None = None,
+    lengths: Tensor | None = None,
     cut: Plan | None = None,
 ) -> Tensor:
     """
@@ -58,7 +58,7 @@ def attend(
 
     Products are taken in q's dtype, sums and the softmax in float32. Rows of int8 are never
     multiplied by their scales: the scores and the weights are. What follows a row's last key is not
-    read. The result is the same whatever S is, if held and cut are.
+    read. The result is the same whatever S is, if lengths and cut are.
     """
     (B, X, n, _), m, q = q.shape, q.size(2) // T, q.contiguous()
     kept = [_tensors(rows) for rows in (k, v, beside)]
@@ -74,7 +74,7 @@ def attend(
     halves = [half for width in widths for half in _halves(width)]
     with torch.cuda.device_of(q):
         attend_part[(B * X * triton.cdiv(n, cut.rows), cut.splits)](
-            q, *args, held, averages, sums, n, m, keys.size(2) - T, T, X, scale / math.log(2),
+            q, *args, lengths, averages, sums, n, m, keys.size(2) - T, T, X, scale / math.log(2),
             *widths, *halves, cut.rows, cut.block, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         if sums is not None:
@@ -239,7 +239,7 @@ def store_rows(
 @triton.jit(do_not_specialize=["n", "m", "before", "T", "X"])
 def attend_part(
     q, k, k_b, k_x, k_s, k_scale, ks_b, ks_x, ks_s, v, v_b, v_x, v_s, v_scale, vs_b, vs_x, vs_s,
-    e, e_b, e_x, e_s, e_scale, es_b, es_x, es_s, held, out, sums, n, m, before, T, X, scale,
+    e, e_b, e_x, e_s, e_scale, es_b, es_x, es_s, lengths, out, sums, n, m, before, T, X, scale,
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     W1: tl.constexpr, W2: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -253,8 +253,8 @@ def attend_part(
     DTYPE: tl.constexpr = q.dtype.element_ty
     head, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     head, b, x = head.to(tl.int64), (head // X).to(tl.int64), (head % X).to(tl.int64)
-    if held is not None:
-        before = tl.load(held + b).to(tl.int32)
+    if lengths is not None:
+        before = tl.load(lengths + b).to(tl.int32)
     begin, end = keys_of_part(part, before + T, BLOCK)
     newest = (before + row // m)[:, None]  # the last key that a row sees
     q += head * n * (D + R)
