@@ -390,9 +390,11 @@ class CausalSelfAttention(AttentionWithValues):
             dropout = self.config.dropout if self.training else 0.0
             return self._output(attend(q, k, v, scale=self.scale, dropout=dropout))
         cached_k, cached_v = cache.append(k, v)  # (B, nkv, S, hs), (B, nkv, S, hs or rv)
-        if cache.pos > 0:  # else the new tokens are all there is, and need no rounding
-            k, v = cached_k, cached_v
-        y = attend(q, k, v, scale=self.scale, lengths=cache.lengths).to(x.dtype)
+        if cache.pos == 0:  # the new tokens are all there is, and need no rounding
+            if self.low_rank:
+                v = per_head(v, self.v_up.to(v.dtype).mT)  # from (B, nkv, T, rv) to its hs numbers
+            return self._output(attend(q, k, v, scale=self.scale))
+        y = attend(q, cached_k, cached_v, scale=self.scale, lengths=cache.lengths).to(x.dtype)
         if self.low_rank:
             up = self.v_up.to(y.dtype).repeat_interleave(self.nh // self.nkv, dim=0)
             y = per_head(y, up.mT)  # from (B, nh, T, rv) to (B, nh, T, hs)
