@@ -50,12 +50,12 @@ def test_weights_average_what_attention_averages(settings, layer):
     assert weights.shape == (4, 11, 11) and weights.dtype == torch.float32
     assert torch.equal(weights, weights.tril()) and bool((weights >= 0).all())
     total = weights.sum(dim=-1)
-    if model.config.attention == "latent_tokens":
+    if model.config.attention_name == "latent_tokens":
         assert bool((total < 1).all()) and bool((total > 0).all())
     else:
         torch.testing.assert_close(total, torch.ones(4, 11))
     o = weights @ values(attn, seen["x"], seen["rotation"])  # (nh, T, .)
-    if model.config.attention == "rotary_latent":
+    if model.config.attention_name == "rotary_latent":
         cos, sin = seen["rotation"]
         o = attn._turn(o.transpose(0, 1)[None], (cos, -sin)).transpose(1, 2)
         o = attn._read_values(o)[0]

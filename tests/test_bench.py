@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from nanomla.graph import DecodingStep
+from nanomla.generate import DecodingStep
 
 from model import GPT, GPTConfig
 from nanomla import costs

@@ -73,7 +73,7 @@ def test_a_conversion_is_a_run_like_any_other(tmp_path, source, dataset):
     assert [p.name for p in folder.parent.iterdir()] == ["latent"]
     model = GPT.from_pretrained(folder)
     numbers = [layer["latent"] for layer in record(folder)["layers"]]
-    assert model.config.attention == "mla" and sum(numbers) == 2 * 16
+    assert model.config.attention_name == "mla" and sum(numbers) == 2 * 16
     assert model.make_cache(1, 2).bytes_per_token == 4 * sum(numbers)
     assert record(folder)["bytes_per_token"] == [4 * 2 * 64, 4 * sum(numbers)]
     report = (folder / "conversion.md").read_text()
@@ -326,7 +326,7 @@ def test_unusual_sources(tmp_path, dataset, settings):
     source = save(tmp_path / "source", **settings)
     done = convert(source, dataset, tmp_path / "to", "--cache=2x", "--ranks=spectrum")
     assert done.returncode == 0, done.stderr
-    assert GPT.from_pretrained(tmp_path / "to").config.attention == "mla"
+    assert GPT.from_pretrained(tmp_path / "to").config.attention_name == "mla"
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_against_transformers(tmp_path, dataset, kind, cache):
     done = convert(tmp_path / "hf", dataset, tmp_path / "to", f"--cache={cache}")
     assert done.returncode == 0, done.stderr
     ours, idx = GPT.from_pretrained(tmp_path / "to").eval(), torch.randint(23, (3, 16))
-    assert ours.config.attention == "mla"
+    assert ours.config.attention_name == "mla"
     with torch.no_grad():
         want = theirs(idx).logits
         torch.testing.assert_close(ours(idx, idx)[0], want, atol=1e-4, rtol=1e-4)

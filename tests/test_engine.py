@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nanomla.sampling import (
+from nanomla.generate import (
     Sampler,
-    draw_rows,
+    draw_each,
     next_logits,
     prefill_shared,
     stop_ids,
@@ -378,7 +378,7 @@ def test_short_prompts_are_read_in_one_pass():
 
 
 def test_rows_drawn_together_and_alone():
-    """draw_rows takes what each row's own Sampler takes, whatever the settings beside it."""
+    """draw_each takes what each row's own Sampler takes, whatever the settings beside it."""
     logits = torch.randn(40, 23) * 3
     settings = [(1.0, None, None), (0.7, 5, None), (1.5, None, 0.8), (0.0, None, None), (2, 9, 0.5)]
 
@@ -389,7 +389,7 @@ def test_rows_drawn_together_and_alone():
     ones, all_of_them = samplers(), samplers()
     for _ in range(3):
         alone = torch.cat([s(logits[i : i + 1]) for i, s in enumerate(ones)])
-        assert torch.equal(draw_rows(logits, all_of_them), alone)
+        assert torch.equal(draw_each(logits, all_of_them), alone)
 
 
 @pytest.mark.parametrize("chunk", [256, 3])
@@ -409,7 +409,7 @@ def test_log_probabilities(settings, chunk):
         assert ids[:6] == prompt and len(ids) == 15
         idx = torch.tensor([ids])
         with torch.no_grad():
-            want = served.model(idx, targets=idx)[0][0].log_softmax(dim=-1)
+            want = served.model(idx, all_logits=True)[0][0].log_softmax(dim=-1)
         assert text[0].logprob is None and text[0].top == ()
         for i, token in enumerate(text[1:]):
             assert token.logprob == pytest.approx(float(want[i, token.id]), abs=1e-4)

@@ -32,10 +32,10 @@ def test_rotated_keys():
     """Causal; equal with a cache of the latent alone; scores depend on the distance."""
     model = randomise(changed_gpt("rotated_keys", **UNROTATED))
     idx = torch.randint(23, (2, 12))
-    whole = model(idx, targets=idx)[0]
+    whole = model(idx, all_logits=True)[0]
     other = idx.clone()
     other[:, -1] = (other[:, -1] + 1) % 23
-    assert torch.equal(model(other, targets=idx)[0][:, :-1], whole[:, :-1])
+    assert torch.equal(model(other, all_logits=True)[0][:, :-1], whole[:, :-1])
     with torch.no_grad(), experiments.changed("rotated_keys"):
         cache = model.make_cache(2, 12)
         assert cache.bytes_per_token == 2 * 7 * 4  # layers x latent x float32
@@ -43,7 +43,7 @@ def test_rotated_keys():
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-4, rtol=1e-4)
     plain = GPT(tiny_config(**UNROTATED)).eval()
     plain.load_state_dict(model.state_dict())
-    assert (plain(idx, targets=idx)[0] - whole).abs().max() > 0.01  # the rotation matters
+    assert (plain(idx, all_logits=True)[0] - whole).abs().max() > 0.01  # the rotation matters
 
     attn, x = model.transformer.h[0].attn, torch.randn(1, 8, 24)
     q, c = attn._project(x, None)
@@ -65,7 +65,7 @@ def test_normed_keys_and_values():
         torch.testing.assert_close(part.square().mean(-1), torch.ones(2, 4, 5), atol=0.01, rtol=0)
     torch.testing.assert_close(k[..., attn.nope :], kr.expand(-1, 4, -1, -1))
     idx = torch.randint(23, (2, 12))
-    whole = randomise(model)(idx, targets=idx)[0]
+    whole = randomise(model)(idx, all_logits=True)[0]
     with torch.no_grad(), experiments.changed("normed_kv"):
         cache = model.make_cache(2, 12)
         steps = [model(idx[:, t : t + 1], cache=cache)[0] for t in range(12)]

@@ -6,8 +6,8 @@ Run: python -m pytest tests/test_graph.py
 
 import pytest
 import torch
-from nanomla.graph import DecodingStep
-from nanomla.sampling import Sampler, stream_tokens
+from nanomla.generate import DecodingStep
+from nanomla.generate import Sampler, stream_tokens
 
 from model import GPT
 from nanomla import graph, kernels

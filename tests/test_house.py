@@ -94,7 +94,7 @@ def test_one_table_decides_the_attention():
     """Every entry is an attention block that names its cache; nothing else looks at the class."""
     for key, block in ATTENTION.items():
         assert issubclass(block, Attention) and issubclass(block.Cache, Cache), key
-    assert tiny_config().attention == "mha" and tiny_config(**TINY_MLA).attention == "mla"
+    assert tiny_config().attention_name == "mha" and tiny_config(**TINY_MLA).attention_name == "mla"
     classes = [block.__name__ for block in ATTENTION.values()]
     naming = {n for n, tree in TREES.items() if any(c in ast.dump(tree) for c in classes)}
     assert naming == {"model"}

@@ -139,7 +139,7 @@ def test_whole_grid(settings):
         assert cache.bytes_per_token == pytest.approx(cfg.n_layer * numbers * 4)
         state = 4 * 2 * cfg.hs * (cfg.n_latent_tokens or 0)
         assert cache.nbytes == 3 * (12 * cache.bytes_per_token + 2 * state * 4)
-        if cfg.attention == "mla":
+        if cfg.attention_name == "mla":
             x, attn = torch.randn(3, 12, cfg.n_embd), model.transformer.h[1].attn
             torch.testing.assert_close(
                 attn(x, absorb=True), attn(x, absorb=False), atol=1e-5, rtol=1e-4

@@ -136,7 +136,7 @@ def test_the_rank_of_keys_and_values_is_exact(kind, method):
     config, found = model.config, calibrate(model, [ids() for _ in range(4)])
     L = min(config.n_embd, 2 * config.nkv * config.hs)
     twin, layers = to_mla(model, found, Plan(L, method))
-    assert twin.config.attention == "mla" and twin.config.mla_latent_dim == L
+    assert twin.config.attention_name == "mla" and twin.config.mla_latent_dim == L
     idx = ids()
     torch.testing.assert_close(all_logits(twin, idx), all_logits(model, idx), atol=1e-4, rtol=1e-4)
     texts = [m.generate(idx[:, :3], 13, temperature=0) for m in (model, twin)]
