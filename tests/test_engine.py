@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from model import GPT
+from nanomla.cache import Cache
+from nanomla.engine import Batch, Engine, Request, Sampling, StopText
+from nanomla.errors import UserError
 from nanomla.generate import (
     Sampler,
     draw_each,
@@ -14,10 +19,6 @@ from nanomla.generate import (
     stop_ids,
     stream_tokens,
 )
-
-from model import GPT
-from nanomla.engine import Batch, Engine, Request, Sampling, StopText
-from nanomla.settings import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import TINY_MLA, randomise, tiny_config
 from tools.bench import peak_bytes
@@ -284,9 +285,10 @@ def test_a_cache_shorter_than_the_prompt(settings, length):
 
 
 def test_a_cache_longer_than_the_context():
-    """Made by its class, it is used as far as block_size."""
+    """Made of the layers' own caches, it is used as far as block_size."""
     model, idx = make(TINY_MLA), torch.randint(23, (1, 5))
-    cache = type(model.make_cache(1, 1))(model.config, 1, 40)
+    layers = [block.attn.new_cache(1, 40) for block in model.transformer.h]
+    cache = Cache(layers, made_for=model.config)
     out = model.generate(idx, 40, temperature=0, cache=cache)
     assert torch.equal(out, model.generate(idx, 40, temperature=0))
 
