@@ -356,6 +356,8 @@ class CausalSelfAttention(AttentionWithValues):
     heads, nh / nkv query heads share each: grouped queries (arXiv:2305.13245), multi-query with 1.
     """
 
+    reads = ("n_kv_head",)
+
     @staticmethod
     def check(config: GPTConfig) -> None:
         if config.pos_emb == "rope":
@@ -388,17 +390,28 @@ class CausalSelfAttention(AttentionWithValues):
         q, k, v = self._project(x, cache, rotation)
         if cache is None:
             dropout = self.config.dropout if self.training else 0.0
-            return self._output(attend(q, k, v, scale=self.scale, dropout=dropout))
+            return self._output(self._attend(q, k, v, None, dropout))
         cached_k, cached_v = cache.append(k, v)  # (B, nkv, S, hs), (B, nkv, S, hs or rv)
         if cache.pos == 0:  # the new tokens are all there is, and need no rounding
             if self.low_rank:
                 v = per_head(v, self.v_up.to(v.dtype).mT)  # from (B, nkv, T, rv) to its hs numbers
-            return self._output(attend(q, k, v, scale=self.scale))
-        y = attend(q, cached_k, cached_v, scale=self.scale, lengths=cache.lengths).to(x.dtype)
+            return self._output(self._attend(q, k, v))
+        y = self._attend(q, cached_k, cached_v, cache.lengths).to(x.dtype)
         if self.low_rank:
             up = self.v_up.to(y.dtype).repeat_interleave(self.nh // self.nkv, dim=0)
             y = per_head(y, up.mT)  # from (B, nh, T, rv) to (B, nh, T, hs)
         return self._output(y)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor | Quantized,
+        v: Tensor | Quantized,
+        lengths: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """The last T of S tokens over all: q (B, nh, T, hs), k and v (B, nkv, S, .)."""
+        return attend(q, k, v, scale=self.scale, lengths=lengths, dropout=dropout)
 
     def _project(
         self, x: Tensor, cache: LayerCache | None, rotation: Rotation
@@ -441,6 +454,8 @@ class CausalSelfAttention(AttentionWithValues):
 # ---- MLA
 class LatentAttention(AttentionWithValues):
     """What attention through a latent has in common: its projections, and values out of latents."""
+
+    reads = ("mla_",)
 
     @staticmethod
     def rotary_dim(config: GPTConfig) -> int:
@@ -886,9 +901,10 @@ class GPT(nn.Module):
         """Make one of the weights that are shared: lm_head and wte, and all latent projections."""
         if self.config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # arXiv:1608.05859
-        if self.config.use_mla and self.config.mla_share_latent:
+        first = self.transformer.h[0].attn
+        if isinstance(first, LatentAttention) and self.config.mla_share_latent:
             for block in self.transformer.h:
-                block.attn.kv_latent_proj = self.transformer.h[0].attn.kv_latent_proj
+                block.attn.kv_latent_proj = first.kv_latent_proj
 
     def forward(
         self,

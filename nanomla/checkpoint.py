@@ -460,7 +460,7 @@ def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
         if not same:
             problem = "lm_head and wte are different weights"
             raise ValueError(f"{problem}; with tie_weights=True they must be one")
-    if config.use_mla and config.mla_share_latent:
+    if config.mla_share_latent:
         for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
             for layer in range(1, config.n_layer):
                 state.setdefault(name.replace(".h.0.", f".h.{layer}."), state[name])

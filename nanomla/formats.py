@@ -243,6 +243,7 @@ GPT2_FIELDS = {
     "bias": anything,  # GPT-2 always has biases; a model without them gets zeros
     "n_kv_head": lambda config: config.nkv == config.n_head,
     "head_dim": lambda config: config.hs * config.n_head == config.n_embd,
+    "attention": lambda config: config.attention in (None, "mha"),
     **dict.fromkeys(("rope_theta", "rope_freqs", *WITHOUT_MLA, *IDLE), anything),
 }
 
@@ -333,6 +334,7 @@ LLAMA_FIELDS = {
     "n_kv_head": anything,
     # transformers' LlamaConfig wants this of the width, also where head_dim is given.
     "head_dim": lambda config: config.n_embd % config.n_head == 0,
+    "attention": lambda config: config.attention in (None, "mha"),
     **dict.fromkeys(WITHOUT_MLA, anything),
 }
 
@@ -563,6 +565,7 @@ DEEPSEEK_FIELDS = {
     **ROPE_BLOCK,
     "bias": only("bias", False),
     "n_kv_head": anything,  # without effect with use_mla
+    "attention": lambda config: config.attention in (None, "mla"),
     "head_dim": anything,
     "use_mla": only("use_mla", True),
     **dict.fromkeys(("mla_nope_dim", "mla_q_latent_dim"), anything),
