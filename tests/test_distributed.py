@@ -169,7 +169,7 @@ def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
         "import os\n"
         "import train\n"
         "from nanomla.dataset import Dataset\n"
-        "from nanomla.settings import UserError, run_script\n"
+        "from nanomla.errors import UserError, run_script\n"
         "batch = Dataset.batch\n"
         "def failing(self, seed, iteration, rows):\n"
         f"    if iteration == 15 and os.environ['RANK'] == '{rank}':\n"

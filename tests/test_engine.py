@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from model import GPT
 from nanomla.engine import Batch, Engine, Request, Sampling, StopText
+from nanomla.errors import UserError
 from nanomla.sampling import (
     Sampler,
     draw_rows,
@@ -17,7 +18,6 @@ from nanomla.sampling import (
     stop_ids,
     stream_tokens,
 )
-from nanomla.settings import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import TINY_MLA, randomise, tiny_config
 from tools.bench import peak_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 from model import ATTENTION, GPT, Attention, Cache
 from tests.conftest import ROOT, TINY_MLA, tiny_config
 
-FLOORS = ["nanomla.kernels", "model", "nanomla", "train sample", "tools data"]  # bottom to top
+FLOORS = ["nanomla.kernels nanomla.checks", "model", "nanomla", "train sample", "tools data"]  # bottom to top
 
 
 def modules() -> dict[str, Path]:
