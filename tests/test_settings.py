@@ -195,7 +195,7 @@ def test_plain_values_whatever_is_given():
 
 
 def test_every_setting_is_declared_in_full():
-    """All scripts' settings have a heading and a sentence; a TypeError tells an author who forgot."""
+    """All scripts' settings have a heading and a sentence; an author who forgot gets an error."""
     from data.openwebtext.prepare import PrepareConfig as OpenWebText
     from data.text.prepare import PrepareConfig as Text
     from sample import SampleConfig
