@@ -5,7 +5,7 @@ Typed settings: dataclass defaults <- config files <- --key=value, later wins.
 
 A script declares its settings as one dataclass, each field as
 
-    name: Annotated[type, "A sentence that --help prints."] = default
+    name: Annotated[type, bounds, "A sentence that --help prints."] = default
 
 with types and bounds as in nanomla/checks.py. A field whose type is a dataclass lends its fields,
 which are set by their own names: train.py's settings have a GPTConfig, and --n_layer=3 sets its
@@ -39,13 +39,14 @@ from nanomla.errors import UsageError, UserError
 Config = TypeVar("Config")
 
 HELP = ("--help", "-h")
-USAGE = "[CONFIG.py ...] [--key=value ...]"
 SWITCHES = ("True", "False", "true", "false")  # what may follow a bool's flag, after a space
-SPELLINGS = {"true": "True", "false": "False"}
 SYNONYMS = {  # names from elsewhere that difflib finds nothing like
     "lr": "learning_rate", "steps": "max_iters", "tokens": "max_iters", "ctx": "block_size",
     "hidden_size": "n_embd", "prompt": "start", "temp": "temperature",
 }  # fmt: skip
+_wrap = functools.partial(
+    textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False
+)
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,13 @@ class Setting:
     type: Any  # with its bounds, as nanomla.checks.fit takes it
     default: Any
     heading: str
-    meaning: str
+    sentence: str
     part: str | None  # the field of the outer dataclass that it belongs to, if it is a nested one's
 
 
 @functools.cache
 def declared(config_class: type) -> dict[str, Setting]:
-    """
-    The settings of a dataclass by name, nested ones too; an outer name hides a nested one.
-
-    Raises TypeError for a field without a sentence.
-    """
+    """The settings of a dataclass by name, nested ones too; an outer name hides a nested one."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     headings = getattr(config_class, "headings", {})
     heading = "settings"
@@ -81,16 +78,9 @@ def declared(config_class: type) -> dict[str, Setting]:
                 default = defaults[name]
                 nested[name] = dataclasses.replace(setting, default=default, part=field.name)
         else:
-            meaning = _meaning(field.name, hint)
-            own[field.name] = Setting(field.name, hint, field.default, heading, meaning, None)
+            sentence = typing.get_args(hint)[-1]
+            own[field.name] = Setting(field.name, hint, field.default, heading, sentence, None)
     return nested | own
-
-
-def _meaning(name: str, hint: Any) -> str:
-    sentences = [note for note in typing.get_args(hint) if isinstance(note, str)]
-    if len(sentences) != 1:
-        raise TypeError(f"{name} must be declared with one sentence, not {sentences}")
-    return sentences[0]
 
 
 def flat(config: object) -> dict[str, Any]:
@@ -121,18 +111,6 @@ def configure(
     """
     values, origins = read_arguments(config_class, argv, hints, ignored_in_files, files)
     return build(config_class, values), origins
-
-
-def build(config_class: type[Config], values: dict[str, Any]) -> Config:
-    """
-    A `config_class` with these settings, nested ones too; the others have their defaults.
-
-    Raises UsageError for values that do not go together.
-    """
-    try:
-        return _build(config_class, values)
-    except ValueError as error:  # the dataclasses check how their values fit together
-        raise UsageError(str(error)) from None
 
 
 def read_arguments(
@@ -224,7 +202,7 @@ def _read_value(text: str, wanted: Any) -> Any:
     if fits(text, wanted):
         return text
     try:
-        return ast.literal_eval(SPELLINGS.get(text, text))
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
@@ -238,22 +216,14 @@ def _nearest(key: str, known: Collection[str]) -> str:
     return "; --help lists the keys"
 
 
-def replace(config: Config, values: dict[str, Any], where: str) -> Config:
-    """
-    A copy of a config with these settings, nested ones too.
-
-    Raises UserError naming `where`, for a value that does not work.
-    """
-    try:
-        return _build(type(config), values, config)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _build(
+def build(
     config_class: type[Config], values: dict[str, Any], base: Config | None = None
 ) -> Config:
-    """A `config_class` with these values, nested ones too; the rest is base's or the default."""
+    """
+    A `config_class` with these settings, nested ones too; the others are base's or the default.
+
+    Raises UsageError for values that do not work or do not go together.
+    """
     settings = declared(config_class)
     arguments = {}
     nested: dict[str, dict[str, Any]] = {}
@@ -266,10 +236,21 @@ def _build(
     for field in dataclasses.fields(config_class):
         if field.name in nested:
             inner = field.default_factory() if base is None else getattr(base, field.name)
-            arguments[field.name] = _build(type(inner), nested[field.name], inner)
-    if base is None:
-        return config_class(**arguments)
-    return dataclasses.replace(base, **arguments)
+            arguments[field.name] = build(type(inner), nested[field.name], inner)
+    try:
+        if base is None:
+            return config_class(**arguments)
+        return dataclasses.replace(base, **arguments)
+    except ValueError as error:  # the dataclasses check their values, and how these fit together
+        raise UsageError(str(error)) from None
+
+
+def replace(config: Config, values: dict[str, Any], where: str) -> Config:
+    """A copy of a config with the settings out of a file; UserError names it if one is wrong."""
+    try:
+        return build(type(config), values, config)
+    except UsageError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def run_config_file(path: str) -> dict[str, Any]:
@@ -293,10 +274,10 @@ def run_config_file(path: str) -> dict[str, Any]:
     return assigned
 
 
-def describe(config: object, origins: dict[str, str], most: int = 8, width: int = 100) -> list[str]:
+def describe(config: object, origins: dict[str, str], most: int = 8) -> list[str]:
     """
     The settings that have another value than their default, by where they came from, in at most so
-    many lines; the last then says how many are left out.
+    many lines of 100 characters; the last then says how many are left out.
     """
     settings = declared(type(config))
     values = flat(config)
@@ -307,26 +288,18 @@ def describe(config: object, origins: dict[str, str], most: int = 8, width: int 
             places.setdefault(place, []).append(f"{key}={values[key]!r}")
     lines = []
     for place, texts in places.items():
-        lines += _wrapped(f"{place}: {', '.join(texts)}", "", "   ", width)
+        lines += _wrap(f"{place}: {', '.join(texts)}", subsequent_indent="   ")
     if len(lines) > most:
         left_out = len(lines) - most + 1
         lines[most - 1 :] = [f"  ... and {left_out} more lines"]
     return lines
 
 
-def _wrapped(line: str, first: str, following: str, width: int = 100) -> list[str]:
-    """A line in several, without a break inside a word; indented by `first` and `following`."""
-    wrapper = textwrap.TextWrapper(width, first, following)
-    wrapper.break_long_words = False
-    wrapper.break_on_hyphens = False
-    return wrapper.wrap(line)
-
-
 def _help_text(config_class: type, values: dict[str, Any], origins: dict[str, str]) -> str:
     """Every setting under its heading, with the value in force and where that came from."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set when started with python -m
     script = sys.argv[0] if spec is None else f"-m {spec.name}"
-    usage = getattr(config_class, "usage", USAGE)
+    usage = getattr(config_class, "usage", "[CONFIG.py ...] [--key=value ...]")
     doc = sys.modules[config_class.__module__].__doc__ or ""
     lines = [f"usage: python {script} {usage}", "", doc.strip()]
     headings: dict[str, list[str]] = {}
@@ -334,8 +307,8 @@ def _help_text(config_class: type, values: dict[str, Any], origins: dict[str, st
         value = repr(values.get(name, setting.default))
         if name in origins:
             value += f" ({origins[name]})"
-        line = f"--{name}  {value}: {setting.meaning} ({in_words(setting.type)})"
-        headings.setdefault(setting.heading, []).extend(_wrapped(line, "  ", "        "))
+        line = f"  --{name}  {value}: {setting.sentence} ({in_words(setting.type)})"
+        headings.setdefault(setting.heading, []).extend(_wrap(line, subsequent_indent=" " * 8))
     for heading, settings in headings.items():
         lines += ["", f"{heading}:"]
         lines += settings

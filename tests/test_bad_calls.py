@@ -1,5 +1,6 @@
 """
-Calls that cannot work, one of each kind: one line on stderr, the right exit status, nothing written.
+Calls that cannot work, one of each kind: one line on stderr, the right exit status, and nothing is
+written.
 Run: python -m pytest tests/test_bad_calls.py
 """
 

@@ -56,8 +56,9 @@ def test_later_wins_over_files_and_flags(tmp_path):
     assert (cfg.count, cfg.rate, cfg.name, cfg.limit) == (9, 1.0, "file", None)
     assert isinstance(cfg.rate, float)
     assert origins["count"].endswith("b.py") and origins["limit"] == "--limit=None"
-    a, b = f"{tmp_path}/a.py: rate=1.0", f"{tmp_path}/b.py: count=9, name='file'"
-    assert sorted(describe(cfg, origins, width=1000)) == [a, b]
+    lines = " ".join(describe(cfg, origins))
+    assert f"{tmp_path}/a.py: rate=1.0" in lines and "b.py: count=9, name='file'" in lines
+    assert describe(cfg, origins, most=1) == ["  ... and 2 more lines"]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_plain_values_whatever_is_given():
 
 
 def test_every_setting_is_declared_in_full():
-    """All scripts' settings have a heading and a sentence; an author who forgot gets an error."""
+    """All scripts' settings have a heading and a sentence."""
     from data.openwebtext.prepare import PrepareConfig as OpenWebText
     from data.text.prepare import PrepareConfig as Text
     from sample import SampleConfig
@@ -211,18 +212,11 @@ def test_every_setting_is_declared_in_full():
         settings = declared(config_class)
         assert set(config_class.headings) <= set(settings), config_class
         for setting in settings.values():
-            sentence = setting.meaning
+            sentence = setting.sentence
             assert setting.heading != "settings", setting
             assert sentence[0].isupper() and sentence[-1] in ".,", setting
             assert len(sentence.split()) > 2, setting
     assert set(TrainConfig.decides_run) <= set(declared(TrainConfig))
-
-    @dataclass
-    class NoSentence:
-        x: Annotated[int, Field(ge=1)] = 1
-
-    with pytest.raises(TypeError, match="x must be declared with one sentence"):
-        declared(NoSentence)
 
 
 def test_files_may_hold_other_scripts_keys(tmp_path):
