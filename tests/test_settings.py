@@ -201,12 +201,14 @@ def test_every_setting_is_declared_in_full():
     from data.text.prepare import PrepareConfig as Text
     from sample import SampleConfig
     from tools.bench import DecodeConfig, ReportConfig
+    from tools.compare import CompareConfig
     from tools.convert import ConvertConfig
     from tools.export import ExportConfig
+    from tools.serve import ServeConfig
 
     scripts = (
-        TrainConfig, SampleConfig, DecodeConfig, ReportConfig, ConvertConfig, ExportConfig,
-        Text, OpenWebText,
+        TrainConfig, SampleConfig, DecodeConfig, ReportConfig, CompareConfig, ConvertConfig,
+        ExportConfig, ServeConfig, Text, OpenWebText,
     )  # fmt: skip
     for config_class in scripts:
         settings = declared(config_class)
@@ -214,7 +216,7 @@ def test_every_setting_is_declared_in_full():
         for setting in settings.values():
             sentence = setting.sentence
             assert setting.heading != "settings", setting
-            assert sentence[0].isupper() and sentence[-1] in ".,", setting
+            assert sentence[0].isupper() and sentence[-1] == ".", setting
             assert len(sentence.split()) > 2, setting
     assert set(TrainConfig.decides_run) <= set(declared(TrainConfig))
 

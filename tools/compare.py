@@ -94,7 +94,8 @@ class CompareConfig:
     ] = (0.6, 1.0, 1.6)
     seeds: Annotated[
         int | Several[int],
-        "The seeds at each variant's best rate: how many, or which ones, as in 5,6 or 5,",
+        "The seeds at each variant's best rate: how many, or which ones, as in 5,6 for two and 5, "
+        "for one.",
     ] = 3
     equal_parameters: Annotated[
         bool,
@@ -111,7 +112,7 @@ class CompareConfig:
         Natural, "The number of tokens of context to time decoding at. 0 times none."
     ] = 8192
     measure: Annotated[
-        str, f"What is measured besides: {', '.join(experiments.MEASURES)}, with spaces between."
+        str, f"What else is measured, with spaces between: {' '.join(experiments.MEASURES)}."
     ] = ""
     cache_budget: Annotated[
         Positive, "The size of all caches together with measure=decoding, in MB."
