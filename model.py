@@ -24,7 +24,7 @@ nanomla/kernels computes attend, softmax(q k^T) v, and Linear; nanomla/cache.py 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from nanomla.attention import (
     mha_key_value_parameters,
 )
 from nanomla.cache import Cache, LayerCache
-from nanomla.checks import require
+from nanomla.checks import Count, Positive, Several, Share, check, require
 from nanomla.generate import Sampler, stream_tokens
 from nanomla.kernels import Linear, Quantized, attend, causal_weights, dequantise
 from nanomla.latent_tokens import LatentTokenAttention
@@ -50,46 +50,95 @@ from nanomla.memory import require_memory
 class GPTConfig:
     """The model's shape. Raises ValueError naming the field, its value and what would work."""
 
-    block_size: Annotated[int, "#model", "longest context, in tokens", ">= 1"] = 1024
-    vocab_size: Annotated[int, "token ids the model knows", ">= 1"] = 50304
-    n_layer: Annotated[int, "transformer blocks", ">= 1"] = 12
-    n_head: Annotated[int, "attention heads per block", ">= 1"] = 12
-    n_embd: Annotated[int, "width of the residual stream", ">= 1"] = 768
-    dropout: Annotated[float, "share of values dropped", ">= 0", "< 1", "decides the run"] = 0.0
-    bias: Annotated[bool, "biases in linear layers and layer norms, as in GPT-2"] = True
-    norm: Annotated[Literal["layernorm", "rmsnorm"], "of the blocks"] = "layernorm"
-    norm_eps: Annotated[float, "added to the variance in those norms", "> 0"] = 1e-5
-    mlp: Annotated[Literal["gelu", "swiglu"], "two matrices, or three with a gate"] = "gelu"
-    mlp_hidden: Annotated[int | None, "inner width; None: 4 x n_embd, swiglu 8/3 x", ">= 1"] = None
-    gelu: Annotated[Literal["exact", "tanh"], "its formula; GPT-2's is tanh"] = "exact"
-    tie_weights: Annotated[bool, "lm_head is the token embedding"] = True
-    pos_emb: Annotated[Literal["learned", "rope"], "a table as in GPT-2, or rotary"] = "learned"
-    rope_theta: Annotated[float, "rotary base, usually 10000.0", "> 0"] = 10000.0
-    rope_freqs: Annotated[tuple[float, ...] | None, "each pair's radians per token", "> 0"] = None
-    n_kv_head: Annotated[int | None, "#attention", "key/value heads; None: n_head", ">= 1"] = None
-    head_dim: Annotated[int | None, "head size; None: n_embd / n_head", ">= 1"] = None
-    use_mla: Annotated[bool, "keys and values through a cached latent"] = False
-    mla_latent_dim: Annotated[
-        int | tuple[int, ...] | None, "latent's width, or each layer's; None: hs / 2 a head", ">= 1"
-    ] = None
-    mla_groups: Annotated[int, "latents per token, each for n_head / mla_groups heads", ">= 1"] = 1
-    mla_rope_dim: Annotated[int | None, "rotary key's width; None: half a head with rope"] = None
-    mla_nope_dim: Annotated[int | None, "query width without position", ">= 1"] = None
-    mla_rope: Annotated[Literal["decoupled", "latent"], "key or latent"] = "decoupled"
-    mla_q_latent_dim: Annotated[int | None, "rank of low-rank queries; None: full", ">= 1"] = None
-    mla_norm: Annotated[Literal["rmsnorm", "layernorm", "none"], "norm on the latent"] = "rmsnorm"
-    mla_share_latent: Annotated[bool, "all layers use layer 0's down-projection"] = False
-    use_latent_tokens: Annotated[bool, "attend to n_latent_tokens that summarise the past"] = False
-    n_latent_tokens: Annotated[int | None, "of every head, its constant state", ">= 1"] = None
-    use_svd: Annotated[bool, "keep every head's values in a subspace of rank svd_rank"] = False
-    svd_rank: Annotated[int | None, "that rank; None: full, as without use_svd", ">= 1"] = None
-    svd_method: Annotated[Literal["exact", "randomized"], "how value maps are factorised"] = "exact"
+    headings: ClassVar[dict[str, str]] = {"block_size": "model", "n_kv_head": "attention"}
 
-    attention: Annotated[str | None, "a name in ATTENTION; None: what the flags say"] = None
+    block_size: Annotated[Count, "The longest context of the model, in tokens."] = 1024
+    vocab_size: Annotated[Count, "The number of token ids that the model knows."] = 50304
+    n_layer: Annotated[Count, "The number of transformer blocks."] = 12
+    n_head: Annotated[Count, "The number of attention heads in every block."] = 12
+    n_embd: Annotated[Count, "The width of the residual stream."] = 768
+    dropout: Annotated[Share, "The share of values that dropout sets to 0 in training."] = 0.0
+    bias: Annotated[bool, "Linear layers and layer norms have biases, as in GPT-2."] = True
+    norm: Annotated[
+        Literal["layernorm", "rmsnorm"], "The norm before attention, before the MLP and at the end."
+    ] = "layernorm"
+    norm_eps: Annotated[Positive, "The number that these norms add to the variance."] = 1e-5
+    mlp: Annotated[
+        Literal["gelu", "swiglu"], "The MLP: gelu has two matrices, swiglu has three and a gate."
+    ] = "gelu"
+    mlp_hidden: Annotated[
+        Count | None,
+        "The inner width of the MLP. None stands for 4 x n_embd with gelu and about 8/3 x n_embd "
+        "with swiglu.",
+    ] = None
+    gelu: Annotated[
+        Literal["exact", "tanh"], "The formula of GELU: exact, or GPT-2's approximation by tanh."
+    ] = "exact"
+    tie_weights: Annotated[bool, "The output layer shares the token embedding's weights."] = True
+    pos_emb: Annotated[
+        Literal["learned", "rope"],
+        "How the model sees positions: by a learned table, as in GPT-2, or by rotary embedding.",
+    ] = "learned"
+    rope_theta: Annotated[Positive, "The base of the rotary frequencies."] = 10000.0
+    rope_freqs: Annotated[
+        Several[Positive] | None,
+        "The radians per token of every rotary pair. None computes them from rope_theta.",
+    ] = None
+
+    n_kv_head: Annotated[
+        Count | None, "The number of key/value heads of ordinary attention. None stands for n_head."
+    ] = None
+    head_dim: Annotated[
+        Count | None, "The size of an attention head. None stands for n_embd / n_head."
+    ] = None
+    use_mla: Annotated[bool, "Keys and values are computed from a latent, which is cached."] = False
+    mla_latent_dim: Annotated[
+        Count | Several[Count] | None,
+        "The width of the latent, or of each layer's. None stands for half a head size per head.",
+    ] = None
+    mla_groups: Annotated[
+        Count, "The number of latents per token, each for n_head / mla_groups heads."
+    ] = 1
+    mla_rope_dim: Annotated[
+        int | None,
+        "The width of the rotary key beside the latent. None stands for half a head size with "
+        "pos_emb='rope' and for 0 without.",
+    ] = None
+    mla_nope_dim: Annotated[
+        Count | None,
+        "The width of the part of a query that has no position. None stands for the rest of the "
+        "head size.",
+    ] = None
+    mla_rope: Annotated[
+        Literal["decoupled", "latent"],
+        "What rotates with the position: a key beside the latent, or the latent itself.",
+    ] = "decoupled"
+    mla_q_latent_dim: Annotated[
+        Count | None, "The rank of low-rank queries. None keeps queries of full rank."
+    ] = None
+    mla_norm: Annotated[
+        Literal["rmsnorm", "layernorm", "none"], "The norm that is applied to the latent."
+    ] = "rmsnorm"
+    mla_share_latent: Annotated[bool, "All layers use the down-projection of layer 0."] = False
+    use_latent_tokens: Annotated[
+        bool, "Every head attends to n_latent_tokens slots that summarise the past."
+    ] = False
+    n_latent_tokens: Annotated[
+        Count | None, "The number of latent tokens of every head, which use_latent_tokens needs."
+    ] = None
+    use_svd: Annotated[bool, "Every head's values stay in a subspace of rank svd_rank."] = False
+    svd_rank: Annotated[Count | None, "The rank of that subspace. None is full rank."] = None
+    svd_method: Annotated[
+        Literal["exact", "randomized"], "The method that factorises the value maps."
+    ] = "exact"
+
+    attention: Annotated[
+        str | None,
+        "The attention of every block, by its name in the table of model.py. None stands for what "
+        "use_mla, mla_rope and use_latent_tokens say.",
+    ] = None
 
     def __post_init__(self) -> None:
-        from nanomla.settings import check
-
         check(self)  # types and ranges, as declared above
         self._set_flags()
         name = self.attention_name

@@ -25,8 +25,9 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
+from nanomla.checks import brief
 from nanomla.errors import UserError
-from nanomla.files import brief, one_line, read_json, require_file
+from nanomla.files import one_line, read_json, require_file
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,

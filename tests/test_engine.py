@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from model import GPT
+from nanomla.engine import Batch, Engine, Request, Sampling, StopText
+from nanomla.errors import UserError
 from nanomla.generate import (
     Sampler,
     draw_each,
@@ -14,10 +18,6 @@ from nanomla.generate import (
     stop_ids,
     stream_tokens,
 )
-
-from model import GPT
-from nanomla.engine import Batch, Engine, Request, Sampling, StopText
-from nanomla.settings import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import TINY_MLA, randomise, tiny_config
 from tools.bench import peak_bytes

@@ -1,4 +1,8 @@
-"""The attention of docs/extending.md, added and removed. Run: python -m pytest tests/test_extending.py"""
+"""
+The attention of docs/extending.md, added and removed.
+
+Run: python -m pytest tests/test_extending.py
+"""
 
 import json
 import re
@@ -17,14 +21,15 @@ from nanomla.tokenizer import Tokenizer
 from tests.conftest import QUICK, ROOT, randomise, tiny_config
 from tools import serve
 
-CLASS, LINE = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
+PAGE = (ROOT / "docs/extending.md").read_text()
+CLASS, LINE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
 def window():
     """The class, in the table for one test."""
     scope = dict(vars(gpt))
-    exec(CLASS, scope)
+    exec(CLASS, scope)  # noqa: S102  it is our own page
     kind = scope["SlidingWindow"]
     kind.WIDTH = 4
     ATTENTION["sliding_window"] = kind
@@ -55,9 +60,8 @@ def test_it_decodes_on_its_cache(window, settings):
         for t in range(12):
             logits, _ = model(idx[:, t : t + 1], cache=cache)
             torch.testing.assert_close(logits[:, 0], whole[:, t], atol=tolerance, rtol=tolerance)
-    assert torch.equal(
-        model.generate(idx, 4, temperature=0), model.generate(idx, 4, temperature=0, use_cache=False)
-    )
+    uncached = model.generate(idx, 4, temperature=0, use_cache=False)
+    assert torch.equal(model.generate(idx, 4, temperature=0), uncached)
 
 
 @torch.no_grad()
