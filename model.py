@@ -24,7 +24,7 @@ nanomla/kernels computes attend, softmax(q k^T) v, and Linear; nanomla/cache.py 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from nanomla.attention import (
     mha_key_value_parameters,
 )
 from nanomla.cache import Cache, LayerCache
-from nanomla.checks import require
+from nanomla.checks import Count, Positive, Several, Share, check, require
 from nanomla.generate import Sampler, stream_tokens
 from nanomla.kernels import Linear, Quantized, attend, causal_weights, dequantise
 from nanomla.latent_tokens import LatentTokenAttention
@@ -50,98 +50,161 @@ from nanomla.memory import require_memory
 class GPTConfig:
     """The model's shape. Raises ValueError naming the field, its value and what would work."""
 
-    block_size: Annotated[int, "#model", "longest context, in tokens", ">= 1"] = 1024
-    vocab_size: Annotated[int, "token ids the model knows", ">= 1"] = 50304
-    n_layer: Annotated[int, "transformer blocks", ">= 1"] = 12
-    n_head: Annotated[int, "attention heads per block", ">= 1"] = 12
-    n_embd: Annotated[int, "width of the residual stream", ">= 1"] = 768
-    dropout: Annotated[float, "share of values dropped", ">= 0", "< 1", "decides the run"] = 0.0
-    bias: Annotated[bool, "biases in linear layers and layer norms, as in GPT-2"] = True
-    norm: Annotated[Literal["layernorm", "rmsnorm"], "of the blocks"] = "layernorm"
-    norm_eps: Annotated[float, "added to the variance in those norms", "> 0"] = 1e-5
-    mlp: Annotated[Literal["gelu", "swiglu"], "two matrices, or three with a gate"] = "gelu"
-    mlp_hidden: Annotated[int | None, "inner width; None: 4 x n_embd, swiglu 8/3 x", ">= 1"] = None
-    gelu: Annotated[Literal["exact", "tanh"], "its formula; GPT-2's is tanh"] = "exact"
-    tie_weights: Annotated[bool, "lm_head is the token embedding"] = True
-    pos_emb: Annotated[Literal["learned", "rope"], "a table as in GPT-2, or rotary"] = "learned"
-    rope_theta: Annotated[float, "rotary base, usually 10000.0", "> 0"] = 10000.0
-    rope_freqs: Annotated[tuple[float, ...] | None, "each pair's radians per token", "> 0"] = None
-    n_kv_head: Annotated[int | None, "#attention", "key/value heads; None: n_head", ">= 1"] = None
-    head_dim: Annotated[int | None, "head size; None: n_embd / n_head", ">= 1"] = None
-    use_mla: Annotated[bool, "keys and values through a cached latent"] = False
-    mla_latent_dim: Annotated[
-        int | tuple[int, ...] | None, "latent's width, or each layer's; None: hs / 2 a head", ">= 1"
-    ] = None
-    mla_groups: Annotated[int, "latents per token, each for n_head / mla_groups heads", ">= 1"] = 1
-    mla_rope_dim: Annotated[int | None, "rotary key's width; None: half a head with rope"] = None
-    mla_nope_dim: Annotated[int | None, "query width without position", ">= 1"] = None
-    mla_rope: Annotated[Literal["decoupled", "latent"], "key or latent"] = "decoupled"
-    mla_q_latent_dim: Annotated[int | None, "rank of low-rank queries; None: full", ">= 1"] = None
-    mla_norm: Annotated[Literal["rmsnorm", "layernorm", "none"], "norm on the latent"] = "rmsnorm"
-    mla_share_latent: Annotated[bool, "all layers use layer 0's down-projection"] = False
-    use_latent_tokens: Annotated[bool, "attend to n_latent_tokens that summarise the past"] = False
-    n_latent_tokens: Annotated[int | None, "of every head, its constant state", ">= 1"] = None
-    use_svd: Annotated[bool, "keep every head's values in a subspace of rank svd_rank"] = False
-    svd_rank: Annotated[int | None, "that rank; None: full, as without use_svd", ">= 1"] = None
-    svd_method: Annotated[Literal["exact", "randomized"], "how value maps are factorised"] = "exact"
+    headings: ClassVar[dict[str, str]] = {"block_size": "model", "n_kv_head": "attention"}
 
-    attention: Annotated[str | None, "a name in ATTENTION; None: what the flags say"] = None
+    block_size: Annotated[Count, "The longest context of the model, in tokens."] = 1024
+    vocab_size: Annotated[Count, "The number of token ids that the model knows."] = 50304
+    n_layer: Annotated[Count, "The number of transformer blocks."] = 12
+    n_head: Annotated[Count, "The number of attention heads in every block."] = 12
+    n_embd: Annotated[Count, "The width of the residual stream."] = 768
+    dropout: Annotated[Share, "The share of values that dropout sets to 0 in training."] = 0.0
+    bias: Annotated[bool, "Linear layers and layer norms have biases, as in GPT-2."] = True
+    norm: Annotated[
+        Literal["layernorm", "rmsnorm"], "The norm before attention, before the MLP and at the end."
+    ] = "layernorm"
+    norm_eps: Annotated[Positive, "The number that these norms add to the variance."] = 1e-5
+    mlp: Annotated[
+        Literal["gelu", "swiglu"], "The MLP: gelu has two matrices, swiglu has three and a gate."
+    ] = "gelu"
+    mlp_hidden: Annotated[
+        Count | None,
+        "The inner width of the MLP. None stands for 4 x n_embd with gelu and about 8/3 x n_embd "
+        "with swiglu.",
+    ] = None
+    gelu: Annotated[
+        Literal["exact", "tanh"], "The formula of GELU: exact, or GPT-2's approximation by tanh."
+    ] = "exact"
+    tie_weights: Annotated[bool, "The output layer shares the token embedding's weights."] = True
+    pos_emb: Annotated[
+        Literal["learned", "rope"],
+        "How the model sees positions: by a learned table, as in GPT-2, or by rotary embedding.",
+    ] = "learned"
+    rope_theta: Annotated[Positive, "The base of the rotary frequencies."] = 10000.0
+    rope_freqs: Annotated[
+        Several[Positive] | None,
+        "The radians per token of every rotary pair. None computes them from rope_theta.",
+    ] = None
+
+    n_kv_head: Annotated[
+        Count | None, "The number of key/value heads of ordinary attention. None stands for n_head."
+    ] = None
+    head_dim: Annotated[
+        Count | None, "The size of an attention head. None stands for n_embd / n_head."
+    ] = None
+    use_mla: Annotated[bool, "Keys and values are computed from a latent, which is cached."] = False
+    mla_latent_dim: Annotated[
+        Count | Several[Count] | None,
+        "The width of the latent, or of each layer's. None stands for half a head size per head.",
+    ] = None
+    mla_groups: Annotated[
+        Count, "The number of latents per token, each for n_head / mla_groups heads."
+    ] = 1
+    mla_rope_dim: Annotated[
+        int | None,
+        "The width of the rotary key beside the latent. None stands for half a head size with "
+        "pos_emb='rope' and for 0 without.",
+    ] = None
+    mla_nope_dim: Annotated[
+        Count | None,
+        "The width of the part of a query that has no position. None stands for the rest of the "
+        "head size.",
+    ] = None
+    mla_rope: Annotated[
+        Literal["decoupled", "latent"],
+        "What rotates with the position: a key beside the latent, or the latent itself.",
+    ] = "decoupled"
+    mla_q_latent_dim: Annotated[
+        Count | None, "The rank of low-rank queries. None keeps queries of full rank."
+    ] = None
+    mla_norm: Annotated[
+        Literal["rmsnorm", "layernorm", "none"], "The norm that is applied to the latent."
+    ] = "rmsnorm"
+    mla_share_latent: Annotated[bool, "All layers use the down-projection of layer 0."] = False
+    use_latent_tokens: Annotated[
+        bool, "Every head attends to n_latent_tokens slots that summarise the past."
+    ] = False
+    n_latent_tokens: Annotated[
+        Count | None, "The number of latent tokens of every head, which use_latent_tokens needs."
+    ] = None
+    use_svd: Annotated[bool, "Every head's values stay in a subspace of rank svd_rank."] = False
+    svd_rank: Annotated[Count | None, "The rank of that subspace. None is full rank."] = None
+    svd_method: Annotated[
+        Literal["exact", "randomized"], "The method that factorises the value maps."
+    ] = "exact"
+
+    attention: Annotated[
+        str | None,
+        "The attention of every block, by its name in the table of model.py. None stands for what "
+        "use_mla, mla_rope and use_latent_tokens say.",
+    ] = None
 
     def __post_init__(self) -> None:
-        from nanomla.settings import check
-
         check(self)  # types and ranges, as declared above
         self._set_flags()
         name = self.attention_name
         require(name in ATTENTION, "attention", name, f"None or one of {', '.join(ATTENTION)}")
         if self.head_dim is None:
-            works = f"a divisor of n_embd={self.n_embd}: {_divisors(self.n_embd)}; or set head_dim"
-            require(self.n_embd % self.n_head == 0, "n_head", self.n_head, works)
-        works = f"a divisor of n_head={self.n_head}: {_divisors(self.n_head)}"
-        require(self.n_head % self.nkv == 0, "n_kv_head", self.nkv, works)
+            allowed = f"a divisor of n_embd={self.n_embd}: {_divisors(self.n_embd)}"
+            allowed += "; or set head_dim"
+            require(self.n_embd % self.n_head == 0, "n_head", self.n_head, allowed)
+        allowed = f"a divisor of n_head={self.n_head}: {_divisors(self.n_head)}"
+        require(self.n_head % self.nkv == 0, "n_kv_head", self.nkv, allowed)
         ATTENTION[name].check(self)
         if self.pos_emb == "rope" and self.rope_freqs:
             pairs = self.rotary_dim // 2
-            works = f"None or {pairs} numbers, one per rotary pair"
-            require(len(self.rope_freqs) == pairs, "rope_freqs", self.rope_freqs, works)
+            allowed = f"None or {pairs} numbers, one per rotary pair"
+            require(len(self.rope_freqs) == pairs, "rope_freqs", self.rope_freqs, allowed)
         if self.use_svd:
             if self.svd_rank is None:
                 self.svd_rank = self.hs
-            works = f"from 1 to the head size {self.hs}"
-            require(self.svd_rank <= self.hs, "svd_rank", self.svd_rank, works)
+            allowed = f"from 1 to the head size {self.hs}"
+            require(self.svd_rank <= self.hs, "svd_rank", self.svd_rank, allowed)
 
     def _set_flags(self) -> None:
         """Let use_mla, mla_rope and use_latent_tokens say what the name of an attention says."""
         if self.attention is None:
             return
-        if self.attention in ("mla", "rotary_latent"):
+        if self.attention == "mla":
             self.use_mla = True
-            self.mla_rope = "decoupled" if self.attention == "mla" else "latent"
+            self.mla_rope = "decoupled"
+        elif self.attention == "rotary_latent":
+            self.use_mla = True
+            self.mla_rope = "latent"
+        else:
+            allowed = f"False with attention={self.attention!r}"
+            require(not self.use_mla, "use_mla", True, allowed)
         if self.attention == "latent_tokens":
             self.use_latent_tokens = True
-        for flag, names in (("use_mla", ("mla", "rotary_latent")),
-                            ("use_latent_tokens", ("latent_tokens",))):  # fmt: skip
-            conflict = getattr(self, flag) and self.attention not in names
-            require(not conflict, flag, True, f"False with attention={self.attention!r}")
+        else:
+            allowed = f"False with attention={self.attention!r}"
+            require(not self.use_latent_tokens, "use_latent_tokens", True, allowed)
 
     @property
     def attention_name(self) -> str:
         """The key of ATTENTION that a given name, or else the flags, stand for."""
         if self.attention is not None:
             return self.attention
+        if self.use_mla and self.mla_rope == "latent":
+            return "rotary_latent"
         if self.use_mla:
-            return "mla" if self.mla_rope == "decoupled" else "rotary_latent"
-        return "latent_tokens" if self.use_latent_tokens else "mha"
+            return "mla"
+        if self.use_latent_tokens:
+            return "latent_tokens"
+        return "mha"
 
     @property
     def hs(self) -> int:
         """Head size."""
-        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+        if self.head_dim is None:
+            return self.n_embd // self.n_head
+        return self.head_dim
 
     @property
     def nkv(self) -> int:
         """Key/value heads of MHA."""
-        return self.n_head if self.n_kv_head is None else self.n_kv_head
+        if self.n_kv_head is None:
+            return self.n_head
+        return self.n_kv_head
 
     @property
     def hidden(self) -> int:
@@ -155,7 +218,9 @@ class GPTConfig:
     @property
     def nope(self) -> int:
         """Width of MLA's queries without position."""
-        return self.hs - self.mla_rope_dim if self.mla_nope_dim is None else self.mla_nope_dim
+        if self.mla_nope_dim is None:
+            return self.hs - self.mla_rope_dim
+        return self.mla_nope_dim
 
     @property
     def rotary_dim(self) -> int:
@@ -175,15 +240,18 @@ class GPTConfig:
 
     def latent_dim(self, layer: int) -> int:
         """The width of a layer's latents."""
-        widths = self.mla_latent_dim
-        return widths[layer] if isinstance(widths, tuple) else widths
+        if isinstance(self.mla_latent_dim, tuple):
+            return self.mla_latent_dim[layer]
+        return self.mla_latent_dim
 
 
 def _divisors(n: int, most: int = 24) -> str:
     """The smallest divisors of n, as many as fit a line."""
     divisors = [str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0]
     text = ", ".join(divisors[:most])
-    return f"{text}, ..." if len(divisors) > most else text
+    if len(divisors) > most:
+        text += ", ..."
+    return text
 
 
 # ---- Norms, positions, maps that differ by head
@@ -217,10 +285,13 @@ def rope_tables(start: int, end: int, config: GPTConfig, dtype: torch.dtype) -> 
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotation_alone(config: GPTConfig, x: Tensor, pos: int) -> Rotation:
-    """The rotation of x (B, T, C) from position pos on, for a block that is used without a GPT."""
+def rotation_alone(config: GPTConfig, x: Tensor, cache: LayerCache | None) -> Rotation:
+    """The rotation of x (B, T, C), which continues a cache, for a block used without a GPT."""
     if config.rotary_dim == 0:
         return None
+    pos = 0
+    if cache is not None:
+        pos = cache.pos
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = rope_tables(pos, pos + x.size(1), config, dtype)
     return cos.to(x.device), sin.to(x.device)
@@ -311,11 +382,20 @@ class AttentionWithValues(Attention):
         config = self.config
         self.low_rank = config.use_svd
         self.value_heads = value_heads
+        self.value_width = self.hs  # of what is averaged when values stay in the subspace
+        if self.low_rank:
+            self.value_width = config.svd_rank
         self.c_proj = Linear(self.nh * self.hs, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         if self.low_rank:
             self.v_down = Linear(value_in, value_heads * config.svd_rank, bias=False)
             self.v_up = nn.Parameter(torch.zeros(value_heads, self.hs, config.svd_rank))
+
+    def _dropout(self, cache: LayerCache | None) -> float:
+        """The share of attention weights that are dropped: in training, which has no cache."""
+        if self.training and cache is None:
+            return self.config.dropout
+        return 0.0
 
     def _output(self, y: Tensor) -> Tensor:
         """Heads side by side, y (B, nh, T, hs) -> (B, T, C), and back into the residual stream."""
@@ -342,10 +422,11 @@ class AttentionWithValues(Attention):
         if not self.low_rank:
             return super().flops_per_token(decoding)
         factors = self.v_down.weight.numel() + self.v_up.numel()
-        dense = self.value_heads * self.hs * self.v_down.in_features
-        up_for_every_query = self.v_up.numel() * (self.nh // self.value_heads)
-        in_subspace = self.v_down.weight.numel() + up_for_every_query
-        used = in_subspace if decoding or not self.multiplies_out else dense
+        if self.multiplies_out and not decoding:
+            used = self.value_heads * self.hs * self.v_down.in_features
+        else:
+            up_for_every_query = self.v_up.numel() * (self.nh // self.value_heads)
+            used = self.v_down.weight.numel() + up_for_every_query
         return super().flops_per_token(decoding) + 2 * (used - factors)
 
 
@@ -356,12 +437,14 @@ class CausalSelfAttention(AttentionWithValues):
     heads, nh / nkv query heads share each: grouped queries (arXiv:2305.13245), multi-query with 1.
     """
 
+    reads = ("n_kv_head",)
+
     @staticmethod
     def check(config: GPTConfig) -> None:
         if config.pos_emb == "rope":
             name = "head_dim" if config.head_dim else "n_head"
-            works = f"one for an even head size, not {config.hs}"
-            require(config.hs % 2 == 0, name, getattr(config, name), works)
+            allowed = f"one for an even head size, not {config.hs}"
+            require(config.hs % 2 == 0, name, getattr(config, name), allowed)
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__(config, layer)
@@ -377,8 +460,7 @@ class CausalSelfAttention(AttentionWithValues):
 
     def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
         """Keys, and values or their coordinates in the subspace, of every key/value head."""
-        value_width = self.config.svd_rank if self.low_rank else self.hs
-        sizes = [(self.nkv, self.hs), (self.nkv, value_width)]
+        sizes = [(self.nkv, self.hs), (self.nkv, self.value_width)]
         return LayerCache(sizes, batch_size, max_len, dtype, device)
 
     def forward(
@@ -387,18 +469,28 @@ class CausalSelfAttention(AttentionWithValues):
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
         q, k, v = self._project(x, cache, rotation)
         if cache is None:
-            dropout = self.config.dropout if self.training else 0.0
-            return self._output(attend(q, k, v, scale=self.scale, dropout=dropout))
+            return self._output(self._attend(q, k, v, None, self._dropout(cache)))
         cached_k, cached_v = cache.append(k, v)  # (B, nkv, S, hs), (B, nkv, S, hs or rv)
         if cache.pos == 0:  # the new tokens are all there is, and need no rounding
             if self.low_rank:
                 v = per_head(v, self.v_up.to(v.dtype).mT)  # from (B, nkv, T, rv) to its hs numbers
-            return self._output(attend(q, k, v, scale=self.scale))
-        y = attend(q, cached_k, cached_v, scale=self.scale, lengths=cache.lengths).to(x.dtype)
+            return self._output(self._attend(q, k, v))
+        y = self._attend(q, cached_k, cached_v, cache.lengths).to(x.dtype)
         if self.low_rank:
             up = self.v_up.to(y.dtype).repeat_interleave(self.nh // self.nkv, dim=0)
             y = per_head(y, up.mT)  # from (B, nh, T, rv) to (B, nh, T, hs)
         return self._output(y)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor | Quantized,
+        v: Tensor | Quantized,
+        lengths: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """The last T of S tokens over all: q (B, nh, T, hs), k and v (B, nkv, S, .)."""
+        return attend(q, k, v, scale=self.scale, lengths=lengths, dropout=dropout)
 
     def _project(
         self, x: Tensor, cache: LayerCache | None, rotation: Rotation
@@ -406,7 +498,7 @@ class CausalSelfAttention(AttentionWithValues):
         """q (B, nh, T, hs), k (B, nkv, T, hs) and values, or with a cache what it keeps of them."""
         B, T, _ = x.shape
         if rotation is None:
-            rotation = rotation_alone(self.config, x, 0 if cache is None else cache.pos)
+            rotation = rotation_alone(self.config, x, cache)
         if not self.low_rank:
             q, k, v = self.c_attn(x).split(self.parts, dim=2)
         else:
@@ -429,18 +521,22 @@ class CausalSelfAttention(AttentionWithValues):
     def _words(self) -> str:
         if self.nkv == self.nh:
             return f"MHA, {self.nh} heads of {self.hs}"
-        kind = "MQA" if self.nkv == 1 else "GQA"
-        return f"{kind}, {self.nh} heads of {self.hs} on {self.nkv}"
+        if self.nkv == 1:
+            return f"MQA, {self.nh} heads of {self.hs} on 1"
+        return f"GQA, {self.nh} heads of {self.hs} on {self.nkv}"
 
     def flops_per_key(self, decoding: bool) -> int:
         """Of scores and averages, values in the subspace when decoding."""
-        value_width = self.config.svd_rank if decoding and self.low_rank else self.hs
-        return 2 * self.nh * (self.hs + value_width)
+        if decoding:
+            return 2 * self.nh * (self.hs + self.value_width)
+        return 2 * self.nh * (self.hs + self.hs)
 
 
 # ---- MLA
 class LatentAttention(AttentionWithValues):
     """What attention through a latent has in common: its projections, and values out of latents."""
+
+    reads = ("mla_",)
 
     @staticmethod
     def rotary_dim(config: GPTConfig) -> int:
@@ -513,15 +609,17 @@ class MultiHeadLatentAttention(LatentAttention):
         hs = config.hs
         rope = config.pos_emb == "rope"
         if config.mla_rope_dim is None:
-            config.mla_rope_dim = hs // 2 // 2 * 2 if rope else 0
-            works = f"2 with mla_nope_dim={hs}, or 0 for no positions: half of {hs} is no pair"
-            require(config.mla_rope_dim > 0 or not rope, "mla_rope_dim", None, works)
+            config.mla_rope_dim = 0
+            if rope:
+                config.mla_rope_dim = hs // 2 // 2 * 2
+            allowed = f"2 with mla_nope_dim={hs}, or 0 for no positions: half of {hs} is no pair"
+            require(config.mla_rope_dim > 0 or not rope, "mla_rope_dim", None, allowed)
         r = config.mla_rope_dim
         require(r >= 0 and r % 2 == 0, "mla_rope_dim", r, "None or an even number")
         if config.mla_nope_dim is None:
             require(r < hs, "mla_rope_dim", r, f"an even number below the head size {hs}")
-        works = "0 with pos_emb='learned', or pos_emb='rope'"
-        require(r == 0 or rope, "mla_rope_dim", r, works)
+        allowed = "0 with pos_emb='learned', or pos_emb='rope'"
+        require(r == 0 or rope, "mla_rope_dim", r, allowed)
         check_latent(config, beside=r, full=config.n_head * (config.nope + r + hs))
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
@@ -551,31 +649,47 @@ class MultiHeadLatentAttention(LatentAttention):
         absorb: attend over latents (True) or expanded keys (False); None: the cheaper with a cache.
         """
         T = x.size(1)
-        pos = 0 if cache is None else cache.pos
+        pos = 0
+        lengths = None
+        if cache is not None:
+            pos = cache.pos
+            lengths = cache.lengths
         if rotation is None:
-            rotation = rotation_alone(self.config, x, pos)
+            rotation = rotation_alone(self.config, x, cache)
         q_nope, q_rope = self._split_queries(x, rotation)  # (B, nh, T, nope), (B, nh, T, r)
         c, kr = self._latents(x, rotation)  # (B, G, T, L), (B, 1, T, r)
         if absorb is None:
             absorb = cache is not None and self.absorbing_is_cheaper(T, pos + T)
 
-        # With one group [c ; kr] lie side by side, so that they are read once as key and value.
-        keys = torch.cat([c, kr], dim=-1) if self.G == 1 else c
-        beside = kr if self.G > 1 and self.r > 0 else None
-        lengths = None
+        keys, beside = self._side_by_side(c, kr)
         if cache is not None:
-            lengths = cache.lengths
             keys, beside = cache.append(keys, beside)  # all S
-
         if absorb:
             return self._output(self._absorbed(q_nope, q_rope, keys, beside, lengths))
         if pos > 0:  # else the new tokens are all there is, and need no rounding
-            keys = dequantise(keys, x.dtype)
-            c, kr = keys.split([self.L, keys.size(-1) - self.L], dim=-1)
-            if beside is not None:
-                kr = dequantise(beside, x.dtype)
-        dropout = self.config.dropout if self.training and cache is None else 0.0
+            c, kr = self._apart(keys, beside, x.dtype)
+        dropout = self._dropout(cache)
         return self._output(self._expanded(q_nope, q_rope, c, kr, lengths, dropout))
+
+    def _side_by_side(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        What is cached, and attended to when absorbed. With one group [c ; kr] lie side by side, so
+        that they are read once as key and value; with several, kr is kept once beside them.
+        """
+        if self.G == 1:
+            return torch.cat([c, kr], dim=-1), None
+        if self.r == 0:
+            return c, None
+        return c, kr
+
+    def _apart(
+        self, keys: Tensor | Quantized, beside: Tensor | Quantized | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """c (B, G, S, L) and kr (B, 1, S, r) again."""
+        keys = dequantise(keys, dtype)
+        if beside is not None:
+            return keys, dequantise(beside, dtype)
+        return keys[..., : self.L], keys[..., self.L :]
 
     def _split_queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Queries without position (B, nh, T, nope), and rotated ones (B, nh, T, r)."""
@@ -605,7 +719,9 @@ class MultiHeadLatentAttention(LatentAttention):
     ) -> Tensor:
         """Build keys and values of every head, then attend: (B, nh, T, hs)."""
         k, v = self._keys_and_values(c, kr)  # (B, nh, S, nope + r), (B, nh, S, hs)
-        q = torch.cat([q_nope, q_rope], dim=-1) if self.r else q_nope  # (B, nh, T, nope + r)
+        q = q_nope
+        if self.r:
+            q = torch.cat([q, q_rope], dim=-1)  # (B, nh, T, nope + r)
         return attend(q, k, v, scale=self.scale, lengths=lengths, dropout=dropout)
 
     def _keys_and_values(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
@@ -654,7 +770,7 @@ class MultiHeadLatentAttention(LatentAttention):
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
         """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
         if rotation is None:
-            rotation = rotation_alone(self.config, x, 0)
+            rotation = rotation_alone(self.config, x, None)
         q_nope, q_rope = self._split_queries(x, rotation)
         c, kr = self._latents(x, rotation)
         k, _ = self._keys_and_values(c, kr)
@@ -684,8 +800,8 @@ class RotaryLatentAttention(LatentAttention):
 
     @staticmethod
     def check(config: GPTConfig) -> None:
-        works = "'decoupled' without pos_emb='rope'"
-        require(config.pos_emb == "rope", "mla_rope", "latent", works)
+        allowed = "'decoupled' without pos_emb='rope'"
+        require(config.pos_emb == "rope", "mla_rope", "latent", allowed)
         nope = config.mla_nope_dim
         require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
         L = check_latent(config, beside=0, full=config.n_head * 2 * config.hs)
@@ -693,8 +809,8 @@ class RotaryLatentAttention(LatentAttention):
             require(L % 2 == 0, "mla_latent_dim", L, "an even number; or set mla_rope_dim")
             config.mla_rope_dim = L
         r = config.mla_rope_dim
-        works = f"an even number up to the latent's {L}"
-        require(0 < r <= L and r % 2 == 0, "mla_rope_dim", r, works)
+        allowed = f"an even number up to the latent's {L}"
+        require(0 < r <= L and r % 2 == 0, "mla_rope_dim", r, allowed)
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__(config, layer)
@@ -711,16 +827,15 @@ class RotaryLatentAttention(LatentAttention):
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
         if rotation is None:
-            rotation = rotation_alone(self.config, x, 0 if cache is None else cache.pos)
+            rotation = rotation_alone(self.config, x, cache)
         q, c = self._project(x, rotation)  # (B, nh, T, L), (B, G, T, L)
-        dropout = self.config.dropout if self.training and cache is None else 0.0
         lengths = None
         if cache is not None:
             cached, _ = cache.append(c)
             lengths = cache.lengths
             if cache.pos > 0:  # else the new tokens are all there is, and need no rounding
                 c = cached
-        o = attend(q, c, scale=self.scale, lengths=lengths, dropout=dropout)
+        o = attend(q, c, scale=self.scale, lengths=lengths, dropout=self._dropout(cache))
         cos, sin = rotation
         o = self._rotate(o.to(x.dtype).transpose(1, 2), (cos, -sin)).transpose(1, 2)  # R_i^-1
         return self._output(self._read_values(o))
@@ -741,7 +856,7 @@ class RotaryLatentAttention(LatentAttention):
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
         """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
         if rotation is None:
-            rotation = rotation_alone(self.config, x, 0)
+            rotation = rotation_alone(self.config, x, None)
         q, c = self._project(x, rotation)
         c = c.repeat_interleave(self.nh // self.G, dim=1)
         return causal_weights(q, c, self.scale)
@@ -760,11 +875,11 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
     Fills in mla_latent_dim; returns the narrowest layer's.
     """
     groups = config.mla_groups
-    works = f"a divisor of n_head={config.n_head}: {_divisors(config.n_head)}"
-    require(config.n_head % groups == 0, "mla_groups", groups, works)
+    allowed = f"a divisor of n_head={config.n_head}: {_divisors(config.n_head)}"
+    require(config.n_head % groups == 0, "mla_groups", groups, allowed)
     if config.mla_latent_dim is None:
-        works = f"a number, as head size {config.hs} has no half"
-        require(config.hs > 1, "mla_latent_dim", None, works)
+        allowed = f"a number, as head size {config.hs} has no half"
+        require(config.hs > 1, "mla_latent_dim", None, allowed)
         config.mla_latent_dim = config.n_head // groups * (config.hs // 2)
     if isinstance(config.mla_latent_dim, tuple):
         config.mla_latent_dim = _widths_of_layers(config, config.mla_latent_dim)
@@ -773,23 +888,27 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
         widths = (widths,)
     L = max(widths)
     most = (full - 1 - beside) // groups
-    works = (
+    allowed = (
         f"at most {most}: {groups} x {L} + {beside} cached numbers a token "
         f"would not be fewer than MHA's {full}"
     )
-    require(groups * L + beside < full, "mla_latent_dim", L, works)
+    require(groups * L + beside < full, "mla_latent_dim", L, allowed)
     return min(widths)
 
 
 def _widths_of_layers(config: GPTConfig, widths: tuple[int, ...]) -> int | tuple[int, ...]:
     """One width for each layer, or one number if they are all the same."""
-    works = "one number"
-    different = 1 if config.mla_share_latent else config.n_layer
+    allowed = "one number"
+    different = config.n_layer
+    if config.mla_share_latent:
+        different = 1
     if different > 1:
-        works = f"one number, or one for each of {different} layers"
+        allowed = f"one number, or one for each of {different} layers"
     fit = len(widths) == config.n_layer and len(set(widths)) <= different
-    require(fit, "mla_latent_dim", list(widths), works)
-    return widths if len(set(widths)) > 1 else widths[0]
+    require(fit, "mla_latent_dim", list(widths), allowed)
+    if len(set(widths)) == 1:
+        return widths[0]
+    return widths
 
 
 # A new attention is a class above, or in a file of its own, and an entry here: docs/extending.md.
@@ -809,7 +928,7 @@ class MLP(nn.Module):
         super().__init__()
         C = config.n_embd
         self.gated = config.mlp == "swiglu"  # arXiv:2002.05202
-        self.approximate = "tanh" if config.gelu == "tanh" else "none"  # torch's names
+        self.approximate = {"exact": "none", "tanh": "tanh"}[config.gelu]  # torch's names
         self.c_fc = Linear(C, config.hidden, bias=config.bias)
         if self.gated:
             self.c_gate = Linear(C, config.hidden, bias=config.bias)
@@ -886,9 +1005,10 @@ class GPT(nn.Module):
         """Make one of the weights that are shared: lm_head and wte, and all latent projections."""
         if self.config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # arXiv:1608.05859
-        if self.config.use_mla and self.config.mla_share_latent:
+        first = self.transformer.h[0].attn
+        if isinstance(first, LatentAttention) and self.config.mla_share_latent:
             for block in self.transformer.h:
-                block.attn.kv_latent_proj = self.transformer.h[0].attn.kv_latent_proj
+                block.attn.kv_latent_proj = first.kv_latent_proj
 
     def forward(
         self,
@@ -906,8 +1026,10 @@ class GPT(nn.Module):
         if cache is not None:
             self._check_cache(cache, idx)
         x, rotation = self._embed(idx, cache)  # (B, T, C)
-        for layer, block in enumerate(self.transformer.h):
-            layer_cache = None if cache is None else cache.layers[layer]
+        layer_caches = [None] * self.config.n_layer
+        if cache is not None:
+            layer_caches = cache.layers
+        for block, layer_cache in zip(self.transformer.h, layer_caches, strict=True):
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer_cache, rotation, use_reentrant=False)
             else:
@@ -923,18 +1045,20 @@ class GPT(nn.Module):
 
     def _embed(self, idx: Tensor, cache: Cache | None) -> tuple[Tensor, Rotation]:
         """The residual stream before the first block, (B, T, C), and the rotation of positions."""
-        T = idx.size(1)
-        pos = 0 if cache is None else cache.pos
+        end = idx.size(1)
+        at = slice(end)  # positions
+        if cache is not None:
+            end = cache.pos + idx.size(1)
+            at = cache.positions(idx.size(1))
         limit = self.config.block_size
-        if pos + T > limit:
-            raise ValueError(f"{pos + T} tokens do not fit block_size={limit}; crop them")
-        at = slice(T) if cache is None else cache.positions(T)
+        if end > limit:
+            raise ValueError(f"{end} tokens do not fit block_size={limit}; crop them")
         x = self.transformer.wte(idx)
         rotation = None
         if self.config.pos_emb == "learned":
             x = x + self.transformer.wpe.weight[at]
         elif x.dtype == torch.float64:
-            cos, sin = rope_tables(0, pos + T, self.config, x.dtype)
+            cos, sin = rope_tables(0, end, self.config, x.dtype)
             rotation = cos.to(x.device)[at], sin.to(x.device)[at]
         else:
             rotation = self.rope_cos[at], self.rope_sin[at]

@@ -12,9 +12,6 @@ One sample is printed as it is made. Several follow one another, between lines o
 how many tokens and bytes they take, and Ctrl-C stops an answer.
 """
 
-from nanomla.errors import UsageError, UserError, run_script, say
-
-# isort: split
 import contextlib
 import json
 import os
@@ -24,16 +21,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from model import GPT
 from nanomla import checkpoint, formats
+from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, check
 from nanomla.distributed import resolve_device
 from nanomla.engine import Chat, Engine, Sampling
+from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.generate import PREFILL_CHUNK
-from nanomla.settings import check, configure
+from nanomla.settings import configure
 from nanomla.surgery import SVD_SETTINGS
 from nanomla.tokenizer import Tokenizer
 
@@ -47,42 +47,87 @@ COMMANDS = "/reset forgets the conversation, /stats measures it, //text is sent 
 class SampleConfig:
     """Raises ValueError for a value that cannot work."""
 
-    out_dir: Annotated[str, "#model", "the run's folder: its best.pt, else its ckpt.pt"] = "out"
-    ckpt: Annotated[str | None, "a checkpoint file instead"] = None
+    headings: ClassVar[dict[str, str]] = {
+        "out_dir": "model", "start": "prompt", "max_new_tokens": "sampling", "device": "device",
+    }  # fmt: skip
+
+    out_dir: Annotated[
+        str, "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt."
+    ] = "out"
+    ckpt: Annotated[str | None, "A checkpoint file that is read instead of out_dir."] = None
     init_from: Annotated[
-        str | None, "weights instead: gpt2[-medium|-large|-xl], a folder of safetensors, a run"
+        str | None,
+        "Weights that are read instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a "
+        "folder of safetensors, or a run.",
     ] = None
-    verify: Annotated[bool, "compare the checkpoint with its checksums; False: sooner"] = True
+    verify: Annotated[
+        bool, "The checkpoint is compared with its checksums. False opens a huge one sooner."
+    ] = True
     dataset: Annotated[
-        str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
+        str | None,
+        "The dataset that has the alphabet of a checkpoint of nanoGPT: a name below data/, a "
+        "folder or a file.",
     ] = None
-    use_svd: Annotated[bool, "factorise the values of a checkpoint trained without SVD"] = False
-    svd_rank: Annotated[int | None, "to this rank; None: full, or the rank it has"] = None
-    svd_method: Annotated[Literal["exact", "randomized"], "how they are factorised"] = "exact"
+    use_svd: Annotated[
+        bool, "The values of a checkpoint that was trained without SVD are factorised."
+    ] = False
+    svd_rank: Annotated[
+        int | None,
+        "The rank that values are factorised to. None keeps the checkpoint's, or stands for full "
+        "rank.",
+    ] = None
+    svd_method: Annotated[
+        Literal["exact", "randomized"], "The method that factorises the value maps."
+    ] = "exact"
 
-    start: Annotated[str, "#prompt", "the prompt, or FILE:path to read it from"] = "\n"
-    one_per_line: Annotated[bool, "every line of the prompt is a prompt of its own"] = False
-    interactive: Annotated[bool, "read prompts from the keyboard, keeping the cache"] = False
-    num_samples: Annotated[int, "how many to draw from every prompt", ">= 1", "<= 100000"] = 1
-    json: Annotated[bool, "print one JSON object per sample: prompt, text, tokens, seconds"] = False
+    start: Annotated[str, "The prompt, or FILE:path to read it from a file."] = "\n"
+    one_per_line: Annotated[bool, "Every line of the prompt is a prompt of its own."] = False
+    interactive: Annotated[
+        bool, "Prompts are read from the keyboard, and each goes on from all before."
+    ] = False
+    num_samples: Annotated[
+        Count, Field(le=100_000), "The number of samples to draw from every prompt."
+    ] = 1
+    json: Annotated[
+        bool, "Each sample is printed as a JSON object with prompt, text, tokens and seconds."
+    ] = False
 
-    max_new_tokens: Annotated[int, "#sampling", "tokens per sample", ">= 1"] = 500
-    temperature: Annotated[float, "1: the model's own, lower: safer, 0: greedy", ">= 0"] = 0.8
-    top_k: Annotated[int | None, "draw from the k likeliest tokens; None or 0: all", ">= 0"] = 200
+    max_new_tokens: Annotated[Count, "The number of tokens in a sample, at most."] = 500
+    temperature: Annotated[
+        NonNegative,
+        "The temperature of the draws: 1 keeps the model's own probabilities, lower is safer, and "
+        "0 always takes the likeliest token.",
+    ] = 0.8
+    top_k: Annotated[
+        Natural | None, "The number of likeliest tokens to draw from. None or 0 allows all."
+    ] = 200
     top_p: Annotated[
-        float | None, "draw from the likeliest tokens of this total only; None: all", "> 0", "<= 1"
+        UpToOne | None,
+        "Only the likeliest tokens whose probabilities add up to this are drawn. None allows all.",
     ] = None
-    stop: Annotated[str | None, "end a sample before this text; \\n stands for a new line"] = None
-    seed: Annotated[int, "of the draws", ">= 0", "< 9223372036854775808"] = 1337
+    stop: Annotated[
+        str | None, "A sample ends before this text, in which \\n stands for a new line."
+    ] = None
+    seed: Annotated[Seed, "The seed of the draws."] = 1337
 
-    device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[Dtype, "of the weights; auto: bfloat16 on CUDA, else float32"] = "auto"
-    use_cache: Annotated[bool, "False: recompute the context every step instead"] = True
-    cache_dtype: Annotated[CacheDtype, "of the cache; auto: that of the weights"] = "auto"
+    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    dtype: Annotated[
+        Dtype, "The number format of the weights. auto takes bfloat16 on CUDA, else float32."
+    ] = "auto"
+    use_cache: Annotated[
+        bool, "Past tokens are kept in a cache. False computes the whole context at every step."
+    ] = True
+    cache_dtype: Annotated[
+        CacheDtype, "The number format of the cache. auto takes that of the weights."
+    ] = "auto"
     prefill_chunk: Annotated[
-        int | None, "tokens of a prompt read at a time, to need less memory; None: all", ">= 1"
+        Count | None,
+        "The number of tokens of a prompt that are read at a time; fewer need less memory. None "
+        "reads all at once.",
     ] = PREFILL_CHUNK
-    compile: Annotated[bool, "torch.compile the MLPs: slow to start, then faster"] = False
+    compile: Annotated[
+        bool, "The MLPs are compiled by torch.compile: slower to start, then faster."
+    ] = False
 
     def __post_init__(self) -> None:
         check(self)

@@ -7,9 +7,6 @@ Train a GPT, in one process or in several under torchrun.
     torchrun --standalone --nproc_per_node=2 train.py config/train_mla.py
 """
 
-from nanomla.errors import Steady, UsageError, UserError, run_script
-
-# isort: split
 import contextlib
 import dataclasses
 import math
@@ -23,16 +20,18 @@ from typing import Annotated, ClassVar, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, distributed, optim, settings
 from nanomla.checkpoint import Checkpoint
+from nanomla.checks import Count, Natural, NonNegative, Seed, Share, UpToOne, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import World, print0, warn0
+from nanomla.errors import Steady, UsageError, UserError, run_script
 from nanomla.runlog import RunLog, clock, draw_sweep, evaluation_text
-from nanomla.settings import DECIDES_RUN
 from nanomla.start import (
     check_model,
     nothing_left,
@@ -63,106 +62,146 @@ class TrainConfig:
         "title", "variants", "lr_factors", "seeds", "equal_parameters", "measure", "cache_budget",
         "decode_context", "eval_tokens",
     )  # fmt: skip
+    headings: ClassVar[dict[str, str]] = {
+        "vocab_size": "model", "out_dir": "run", "batch_size": "batch", "optimizer": "optimizer",
+        "learning_rate": "learning rate", "eval_interval": "evaluation", "log_interval": "logging",
+        "device": "device",
+    }  # fmt: skip
+    # A resumed run in which one of these has changed is another run than the one it continues.
+    decides_run: ClassVar[tuple[str, ...]] = (
+        "dropout", "distill", "dataset", "seed", "batch_size", "gradient_accumulation_steps",
+        "weight_decay", "beta1", "beta2", "muon_weight_decay", "grad_clip", "learning_rate",
+        "muon_learning_rate", "decay_lr", "decay_shape", "wsd_decay", "warmup_iters", "min_lr",
+        "dtype",
+    )  # fmt: skip
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
-    vocab_size: Annotated[int | None, "#model", "token ids; None: the dataset's", ">= 1"] = None
+    vocab_size: Annotated[
+        Count | None, "The number of token ids that the model knows. None stands for the dataset's."
+    ] = None
 
-    out_dir: Annotated[str, "#run", "folder for checkpoints and logs"] = "out"
+    out_dir: Annotated[str, "The folder for checkpoints and logs."] = "out"
     init_from: Annotated[
         str,
-        "scratch, resume, a checkpoint (file or run folder), gpt2[-medium|-large|-xl], "
-        "or a folder of safetensors",
+        "The weights to start with: scratch for new ones, resume to go on with the run in out_dir, "
+        "or a checkpoint file, the folder of another run, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+        "or a folder of safetensors.",
     ] = "scratch"
     distill: Annotated[
         str | None,
-        "weights, named as for init_from: the KL divergence from their predictions is added to the "
-        "training loss",
-        DECIDES_RUN,
+        "The weights of a teacher, named as for init_from. The KL divergence from its predictions "
+        "is added to the training loss.",
     ] = None
-    dataset: Annotated[str, "a folder below data/, or a path", DECIDES_RUN] = "openwebtext"
-    seed: Annotated[
-        int, "of weights, batches and dropout", ">= 0", "< 9223372036854775808", DECIDES_RUN
-    ] = 1337
-    max_iters: Annotated[int, "iterations of the whole run", ">= 0"] = 600000
+    dataset: Annotated[str, "The dataset: a folder below data/, or a path."] = "openwebtext"
+    seed: Annotated[Seed, "The seed of new weights, batches and dropout."] = 1337
+    max_iters: Annotated[Natural, "The number of iterations of the whole run."] = 600000
     verify: Annotated[
-        bool, "compare what is read with its checksums; False: sooner, for huge checkpoints"
+        bool,
+        "Checkpoints that are read are compared with their checksums. False starts huge ones "
+        "sooner.",
     ] = True
-    checkpoint_interval: Annotated[int, "iterations between extra checkpoints; 0: none", ">= 0"] = 0
+    checkpoint_interval: Annotated[
+        Natural, "The number of iterations between extra checkpoints. 0 writes none."
+    ] = 0
 
-    batch_size: Annotated[int, "#batch", "sequences per micro-step", ">= 1", DECIDES_RUN] = 12
+    batch_size: Annotated[Count, "The number of sequences in a micro-step."] = 12
     gradient_accumulation_steps: Annotated[
-        int, "micro-steps per iteration, over all ranks", ">= 1", "<= 1000000", DECIDES_RUN
+        Count,
+        Field(le=1_000_000),
+        "The number of micro-steps in an iteration, counted over all processes.",
     ] = 40
 
     optimizer: Annotated[
-        Literal["adamw", "muon"], "#optimizer", "muon: for the blocks' matrices, else AdamW"
+        Literal["adamw", "muon"],
+        "The optimizer. With muon, Muon trains the blocks' matrices and AdamW all else.",
     ] = "adamw"
-    weight_decay: Annotated[float, "AdamW's, on all tensors but vectors", ">= 0", DECIDES_RUN] = 0.1
-    beta1: Annotated[float, "AdamW's decay of the mean gradient", ">= 0", "< 1", DECIDES_RUN] = 0.9
-    beta2: Annotated[float, "AdamW's decay of the mean square", ">= 0", "< 1", DECIDES_RUN] = 0.95
-    muon_weight_decay: Annotated[float, "Muon's weight decay", ">= 0", DECIDES_RUN] = 0.01
-    grad_clip: Annotated[float, "largest gradient norm; 0: no limit", ">= 0", DECIDES_RUN] = 1.0
+    weight_decay: Annotated[
+        NonNegative, "The weight decay of AdamW. It applies to matrices and not to vectors."
+    ] = 0.1
+    beta1: Annotated[Share, "The rate at which AdamW's mean gradient decays."] = 0.9
+    beta2: Annotated[Share, "The rate at which AdamW's mean squared gradient decays."] = 0.95
+    muon_weight_decay: Annotated[NonNegative, "The weight decay of Muon."] = 0.01
+    grad_clip: Annotated[
+        NonNegative, "The largest norm of the gradient. Larger ones are scaled down; 0 allows any."
+    ] = 1.0
 
     learning_rate: Annotated[
-        float, "#learning rate", "AdamW's highest", ">= 0", "<= 1e100", DECIDES_RUN
+        NonNegative, Field(le=1e100), "The highest learning rate of AdamW."
     ] = 6e-4
     muon_learning_rate: Annotated[
-        float,
-        "Muon's highest; its steps are scaled to AdamW's size",
-        ">= 0",
-        "<= 1e100",
-        DECIDES_RUN,
+        NonNegative,
+        Field(le=1e100),
+        "The highest learning rate of Muon, whose steps are scaled to the size of AdamW's.",
     ] = 0.01
-    decay_lr: Annotated[bool, "warm up and decay; False: constant", DECIDES_RUN] = True
+    decay_lr: Annotated[
+        bool, "The learning rate warms up and decays. With False it is constant."
+    ] = True
     decay_shape: Annotated[
         Literal["cosine", "wsd"],
-        "cosine, or wsd: warm up, stay, decay linearly; a run can be made longer until wsd decays",
-        DECIDES_RUN,
+        "The shape of the decay. With wsd the rate warms up, stays, and decays linearly at the "
+        "end, so that a run can be made longer until the decay begins.",
     ] = "cosine"
     wsd_decay: Annotated[
-        float, "share of the iterations in which wsd decays", "> 0", "<= 1", DECIDES_RUN
+        UpToOne, "The share of the iterations in which wsd decays."
     ] = 0.2
-    warmup_iters: Annotated[int, "iterations of linear warm-up", ">= 0", DECIDES_RUN] = 2000
+    warmup_iters: Annotated[Natural, "The number of iterations of linear warm-up."] = 2000
     lr_decay_iters: Annotated[
-        int | None, "iteration where the decay ends; None: max_iters", ">= 0"
+        Natural | None, "The iteration at which the decay ends. None stands for max_iters."
     ] = None
     min_lr: Annotated[
-        float | None, "AdamW's at the end, Muon's in proportion; None: a tenth", ">= 0", DECIDES_RUN
+        NonNegative | None,
+        "AdamW's learning rate at the end of the decay; Muon's falls in proportion. None stands "
+        "for a tenth of learning_rate.",
     ] = None
 
     lr_find: Annotated[
         bool,
-        "instead of a run, short ones at an eighth to eight times the learning rates: a table, "
-        "lr_find.png and a suggestion. Long runs want lower rates than short ones",
+        "Short runs at an eighth to eight times the learning rates take the place of the run. They "
+        "end in a table, lr_find.png and a suggestion; a long run needs lower rates than a short "
+        "one.",
     ] = False
-    lr_find_iters: Annotated[int, "iterations of each run of lr_find", ">= 10"] = 100
+    lr_find_iters: Annotated[
+        int, Field(ge=10), "The number of iterations in each run of lr_find."
+    ] = 100
 
-    eval_interval: Annotated[int, "#evaluation", "iterations between evaluations", ">= 1"] = 2000
-    eval_iters: Annotated[int, "batches per evaluation and split, always the same", ">= 1"] = 200
-    eval_only: Annotated[bool, "evaluate once and stop"] = False
-    sample_interval: Annotated[int, "print a sample at every N-th evaluation; 0: none", ">= 0"] = 0
+    eval_interval: Annotated[Count, "The number of iterations between evaluations."] = 2000
+    eval_iters: Annotated[
+        Count, "The number of batches of each split in an evaluation. They are always the same."
+    ] = 200
+    eval_only: Annotated[bool, "The model is evaluated once and not trained."] = False
+    sample_interval: Annotated[
+        Natural, "The number of evaluations between printed samples. 0 prints none."
+    ] = 0
 
-    log_interval: Annotated[int, "#logging", "iterations between log lines", ">= 1"] = 1
-    wandb_log: Annotated[bool, "log to Weights & Biases (wandb) too"] = False
-    wandb_project: Annotated[str, "the project in wandb"] = "nanomla"
-    wandb_run_name: Annotated[str | None, "the run's name in wandb; None: out_dir's"] = None
+    log_interval: Annotated[Count, "The number of iterations between log lines."] = 1
+    wandb_log: Annotated[bool, "The run is also logged to Weights & Biases (wandb)."] = False
+    wandb_project: Annotated[str, "The name of the project in wandb."] = "nanomla"
+    wandb_run_name: Annotated[
+        str | None, "The name of the run in wandb. None stands for the name of out_dir."
+    ] = None
+    tensorboard: Annotated[
+        bool, "The run is also logged to out_dir/tensorboard, for tensorboard --logdir."
+    ] = False
 
-    tensorboard: Annotated[bool, "write out_dir/tensorboard, for tensorboard --logdir"] = False
-
-    device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, ... or mps"] = "auto"
+    device: Annotated[str, "The device to train on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        "of matrix products (AMP); auto: what runs well on the device",
-        DECIDES_RUN,
+        "The number format of matrix products (AMP). auto takes what runs well on the device.",
     ] = "auto"
-    compile: Annotated[bool, "torch.compile the model"] = False
-    grad_checkpoint: Annotated[bool, "recompute activations in the backward pass"] = False
-    parallel: Annotated[Literal["ddp", "fsdp"], "copies of the model, or shards"] = "ddp"
+    compile: Annotated[bool, "The model is compiled by torch.compile."] = False
+    grad_checkpoint: Annotated[
+        bool, "Activations are recomputed in the backward pass, which takes less memory."
+    ] = False
+    parallel: Annotated[
+        Literal["ddp", "fsdp"],
+        "How processes share the model: ddp gives each a copy, fsdp gives each a part.",
+    ] = "ddp"
     backend: Annotated[
-        Literal["auto", "nccl", "gloo"], "of torch.distributed; auto: nccl on CUDA, else gloo"
+        Literal["auto", "nccl", "gloo"],
+        "The backend of torch.distributed. auto takes nccl on CUDA and gloo elsewhere.",
     ] = "auto"
 
     def __post_init__(self) -> None:
-        settings.check(self)
+        check(self)
         for name in ("out_dir", "init_from", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{name}='' does not work: {name} must be some text")

@@ -25,6 +25,8 @@ class Attention(nn.Module):
     new_cache, forward, weights, flops_per_key and words, and check if it has settings.
     """
 
+    reads: tuple[str, ...] = ()  # settings of GPTConfig, or beginnings of them, that only it reads
+
     def __init__(self, config: Any, layer: int = 0) -> None:
         super().__init__()
         self.config = config

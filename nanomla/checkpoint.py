@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from nanomla.checks import Natural, brief, check
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
-from nanomla.files import brief, check_fields, one_line, read_json, require_file
+from nanomla.files import one_line, read_json, require_file
 from nanomla.surgery import factorise_values
 from nanomla.tokenizer import check_spec
 
@@ -47,14 +49,14 @@ class Checkpoint:
 
     All fields but `source` are the keys on disk. Weights that do not come from a run
     (nanomla/formats.py) have model, model_args and tokenizer; the other fields keep their defaults.
-    Raises TypeError or ValueError for a value of another type.
+    Raises ValueError for a value of another type.
     """
 
     model: dict[str, Tensor]  # the state dict
     model_args: dict[str, Any]  # the fields of GPTConfig
     optimizer: dict[str, Any] | None = None  # as nanomla.optim.optimizer_state returns it
     scaler: dict[str, Any] | None = None  # the state of float16's GradScaler
-    iter_num: Annotated[int, ">= 0", "<= 1e15"] = 0  # iterations done
+    iter_num: Annotated[Natural, Field(le=10**15)] = 0  # iterations done
     best_val_loss: float = math.inf  # nats per token
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings by name
     tokenizer: dict[str, Any] | None = None  # what nanomla.tokenizer.Tokenizer is made from
@@ -62,7 +64,7 @@ class Checkpoint:
     source: str = ""  # what messages call it: a file, folder or name; not written
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
 
 
 def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
@@ -250,7 +252,7 @@ class Conversion:
     attention: str  # what it had, in words
     plan: dict[str, Any]  # nanomla.surgery.Plan
     data: str  # the dataset's name
-    calibration_tokens: Annotated[int, ">= 0"]  # tokens of it that were read
+    calibration_tokens: Natural  # tokens of it that were read
     layers: list[dict[str, int | float]]  # per layer: latent, kept, predicted
     loss: dict[str, float]  # of source, converted and, if it was, healed; nats per token
     cached_numbers: list[int | float]  # per token and layer, of the source and of the result
@@ -258,7 +260,7 @@ class Conversion:
     asked: dict[str, Any]  # the settings of the command
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
         for name in ("cached_numbers", "bytes_per_token"):
             if len(pair := getattr(self, name)) != 2 or not pair[1] > 0:
                 raise ValueError(f"{name}={brief(pair)} must be two numbers above 0")
@@ -460,7 +462,7 @@ def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
         if not same:
             problem = "lm_head and wte are different weights"
             raise ValueError(f"{problem}; with tie_weights=True they must be one")
-    if config.use_mla and config.mla_share_latent:
+    if config.mla_share_latent:
         for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
             for layer in range(1, config.n_layer):
                 state.setdefault(name.replace(".h.0.", f".h.{layer}."), state[name])

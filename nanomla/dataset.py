@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
+from nanomla.checks import Natural, check
 from nanomla.errors import UserError
-from nanomla.files import check_fields, read_json
+from nanomla.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,24 +40,24 @@ class Meta:
     """
     The schema of meta.json. Every key is optional; what is None or {} is left out of the file.
 
-    Raises TypeError or ValueError if a field that the loader uses has a wrong type or dtype.
+    Raises ValueError if a field that the loader uses has a wrong type or dtype.
     """
 
     # ids are below it; None: unknown, so ids are not checked
-    vocab_size: Annotated[int | None, ">= 1", "<= 4294967296"] = None
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)] | None = None
     tokenizer: dict[str, Any] | None = None  # the spec for nanomla.tokenizer.Tokenizer
     source: str | None = None  # where the text came from, for people to read
     sha256: str | None = None  # hex digest of the text in UTF-8, for people to compare
     bytes: int | None = None  # length of the text in UTF-8
-    documents: Annotated[int | None, ">= 0"] = None  # number of documents in the text
+    documents: Natural | None = None  # number of documents in the text
     split: dict[str, Any] | None = None  # how val was chosen: "by", "val_fraction", maybe "seed"
     # per split, its text's UTF-8 bytes and, last, the number of its ids
-    split_bytes: dict[str, Annotated[int, ">= 0"]] = field(default_factory=dict)
+    split_bytes: dict[str, Natural] = field(default_factory=dict)
     dtype: str = "uint16"  # of the ids in the .bin files: uint16 or uint32
-    tokens: dict[str, Annotated[int, ">= 0"]] = field(default_factory=dict)
+    tokens: dict[str, Natural] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
         if self.dtype not in ("uint16", "uint32"):
             raise ValueError("dtype is neither uint16 nor uint32")
 

@@ -1,19 +1,16 @@
 """
 What the user sees when something goes wrong: errors that are one line, and the one place that turns
-any exception into such a line and an exit status.
-
-A script imports this file before all others, so that Ctrl-C is one line also while torch is loaded.
+any exception into such a line and an exit status. Importing this file changes nothing; run_script
+handles signals while a script runs.
 """
 
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
@@ -92,8 +89,8 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     The line that tells a user of this exception, "" for none, and the exit status; (None, 1) for
     one that nobody expected.
     """
-    text = (str(error).splitlines() or [""])[0]
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = _first_line(error)
+    kinds = _kinds(error)
     if isinstance(error, UserError):
         return f"error: {error}", error.status
     if isinstance(error, (KeyboardInterrupt, Stopped)):
@@ -103,14 +100,16 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         return "", 128 + signal.SIGPIPE
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return f"error: {': '.join([' -> '.join(names)] * bool(names) + [error.strerror])}", 1
+        if not names:
+            return f"error: {error.strerror}", 1
+        return f"error: {' -> '.join(names)}: {error.strerror}", 1
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"error: this needs the package {package}: pip install {package}", 1
     if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in text:
         remedy = MEMORY.get(os.path.basename(sys.argv[0]), "try a smaller model, batch or context")
         return f"error: out of memory ({text or 'in Python'}); {remedy}", 1
-    if lost_process(error):
+    if _lost_process(error):
         return "error: another process of this run has ended, so this one cannot go on", 1
     if kinds & {"InvalidCxxCompiler", "BackendCompilerFailed", "InductorError"}:
         return f"error: --compile does not work here ({cause(error)}); leave it out", 1
@@ -119,25 +118,35 @@ def explain(error: BaseException) -> tuple[str | None, int]:
     return None, 1
 
 
-def lost_process(error: BaseException) -> bool:
+def _lost_process(error: BaseException) -> bool:
     """Whether an exchange with the other processes of a run failed (gloo's and NCCL's errors)."""
-    kinds, text = {kind.__name__ for kind in type(error).__mro__}, str(error)
-    failed = "gloo" in text or "by peer" in text or "NCCL" in text
-    return bool(kinds & {"DistError", "DistBackendError"}) or ("RuntimeError" in kinds and failed)
+    kinds = _kinds(error)
+    if kinds & {"DistError", "DistBackendError"}:
+        return True
+    named = any(word in str(error) for word in ("gloo", "by peer", "NCCL"))
+    return "RuntimeError" in kinds and named
 
 
-def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
+def _kinds(error: BaseException) -> set[str]:
+    """The names of its classes; importing torch for the classes themselves would take seconds."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def cause(error: BaseException) -> str:
     """The first line of the exception that this one wraps."""
     inner = getattr(error, "inner_exception", None) or error.__cause__ or error
-    return f"{type(inner).__name__}: {(str(inner).splitlines() or [''])[0][:100]}"
+    return f"{type(inner).__name__}: {_first_line(inner)[:100]}"
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main(). An exception becomes a line on stderr and an exit status."""
+    """
+    Run a script's main(). SIGTERM and SIGINT then close what is open, and an exception becomes a
+    line on stderr and an exit status.
+    """
     _mend_streams()
     try:
         with _signals_raise():
@@ -149,50 +158,24 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _report(error: BaseException) -> int:
     """Print what explain says; returns the exit status."""
-    name, (line, status) = os.path.basename(sys.argv[0]), explain(error)
+    line, status = explain(error)
     if isinstance(error, OSError):  # what could not be written must not fail again at the exit
         with contextlib.suppress(OSError, ValueError, AttributeError):
             sys.stdout.flush()
-    err = Steady(sys.stderr)
     if isinstance(error, Stopped) and os.environ.get("RANK", "0") != "0":
         return status  # torchrun stops the other ranks when one has failed, which says why
+    script = os.path.basename(sys.argv[0])
+    stderr = Steady(sys.stderr)
     if line is None:
-        more = "; ".join(["not expected, please report it", *_notes(error)])
-        say(f"{name}: error: {more}", err)
-        err.write("".join(traceback.format_exception(error)))
+        notes = getattr(error, "__notes__", [])
+        say("; ".join([f"{script}: error: not expected, please report it", *notes]), stderr)
+        stderr.write("".join(traceback.format_exception(error)))
     elif line:
-        text = f"{name}: {line}"
-        text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}...{text[-LONGEST // 2 :]}"
-        consequence = lost_process(error) or isinstance(error, (KeyboardInterrupt, Stopped))
-        (say if consequence else say_last)(text, err)
+        line = f"{script}: {line}"
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST // 2]}...{line[-LONGEST // 2 :]}"
+        say(line, stderr)
     return status
-
-
-WAIT_AND_SAY = """
-import os, select, sys, time
-try:
-    select.select([os.pidfd_open(int(sys.argv[1]))], [], [], 60)
-except (AttributeError, OSError):  # not on Linux, or it has ended
-    for _ in range(600):
-        time.sleep(0.1)
-        try:
-            os.kill(int(sys.argv[1]), 0)
-        except OSError:
-            break
-print(sys.argv[2], file=sys.stderr, flush=True)
-"""
-
-
-def say_last(line: str, file: Any) -> None:
-    """
-    Print a line; under torchrun when torchrun has ended, because it prints a traceback of its own
-    when a process fails, and the line should not stand above that.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and hasattr(os, "getppid"):
-        command = [sys.executable, "-S", "-c", WAIT_AND_SAY, str(os.getppid()), printable(line)]
-        subprocess.Popen(command, start_new_session=True)  # torchrun ends those of its own session
-    else:
-        say(line, file)
 
 
 def _mend_streams() -> None:
@@ -219,15 +202,3 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupted_import(number: int, _frame: Any) -> None:
-    """Ctrl-C before run_script. Imports may swallow an exception, so the process ends here."""
-    os._exit(_report(KeyboardInterrupt()))
-
-
-_script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "none").resolve()
-_ours = _script.name in ("train.py", "sample.py", "prepare.py") or _script.parent.name == "tools"
-_here = Path(__file__).resolve().parents[1] in _script.parents  # no program that imports us
-if _ours and _here and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, _interrupted_import)

@@ -25,8 +25,9 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import BEST, LATEST, TOKENIZER, Checkpoint, find, is_mask_buffer, load
+from nanomla.checks import brief
 from nanomla.errors import UserError
-from nanomla.files import brief, one_line, read_json, require_file
+from nanomla.files import one_line, read_json, require_file
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,
@@ -243,6 +244,7 @@ GPT2_FIELDS = {
     "bias": anything,  # GPT-2 always has biases; a model without them gets zeros
     "n_kv_head": lambda config: config.nkv == config.n_head,
     "head_dim": lambda config: config.hs * config.n_head == config.n_embd,
+    "attention": lambda config: config.attention in (None, "mha"),
     **dict.fromkeys(("rope_theta", "rope_freqs", *WITHOUT_MLA, *IDLE), anything),
 }
 
@@ -333,6 +335,7 @@ LLAMA_FIELDS = {
     "n_kv_head": anything,
     # transformers' LlamaConfig wants this of the width, also where head_dim is given.
     "head_dim": lambda config: config.n_embd % config.n_head == 0,
+    "attention": lambda config: config.attention in (None, "mha"),
     **dict.fromkeys(WITHOUT_MLA, anything),
 }
 
@@ -563,6 +566,7 @@ DEEPSEEK_FIELDS = {
     **ROPE_BLOCK,
     "bias": only("bias", False),
     "n_kv_head": anything,  # without effect with use_mla
+    "attention": lambda config: config.attention in (None, "mla"),
     "head_dim": anything,
     "use_mla": only("use_mla", True),
     **dict.fromkeys(("mla_nope_dim", "mla_q_latent_dim"), anything),

@@ -87,6 +87,8 @@ class SlotCache(LayerCache):
 class LatentTokenAttention(Attention):
     """Gated slot attention; the equations are on top of this file."""
 
+    reads = ("n_latent_tokens",)
+
     @staticmethod
     def check(config: Any) -> None:
         m = config.n_latent_tokens

@@ -5,13 +5,15 @@ Typed settings: dataclass defaults <- config files <- --key=value, later wins.
 
 A script declares its settings as one dataclass, each field as
 
-    name: Annotated[type, "#topic", "its meaning", ">= 1", "< 10"] = default
+    name: Annotated[type, bounds, "A sentence that --help prints."] = default
 
-The topic is the heading that --help lists the setting under; it holds for the fields below, too,
-until the next one. Strings that begin with < or > bound the value. The string "decides the run"
-marks a setting that makes a resumed run another run when it changes.
-A field whose type is a dataclass lends its fields, which are set by their own names: train.py's
-settings have a GPTConfig, and --n_layer=3 sets its n_layer.
+with types and bounds as in nanomla/checks.py. A field whose type is a dataclass lends its fields,
+which are set by their own names: train.py's settings have a GPTConfig, and --n_layer=3 sets its
+n_layer. A class may have three more attributes, all of which are ClassVars:
+
+    headings            the headings of --help, each by the name of the first field below it
+    usage               what follows the script's name in --help's first line
+    ignored_in_files    settings of other scripts that config files may hold
 
 Config files are Python that assigns to these names. Files, flags, checkpoints and calls from Python
 pass the same check, so a setting means the same wherever it is written.
@@ -21,48 +23,30 @@ import ast
 import dataclasses
 import difflib
 import functools
-import math
-import numbers
-import operator
-import os
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from nanomla.errors import UsageError, UserError, run_script  # noqa: F401  where they once were
+from pydantic import ValidationError
+
+from nanomla.checks import brief, fit, fits, in_words
+from nanomla.errors import UsageError, UserError
 
 Config = TypeVar("Config")
 
-DECIDES_RUN = "decides the run"
-COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 HELP = ("--help", "-h")
 SWITCHES = ("True", "False", "true", "false")  # what may follow a bool's flag, after a space
-ELSEWHERE = {  # what other programs call settings of ours: the first that a script has
-    **dict.fromkeys(("lr", "max_lr", "base_lr"), "learning_rate"),
-    **dict.fromkeys(("prompt", "text", "input"), "start"),
-    **dict.fromkeys(("steps", "iters", "max_steps", "num_iterations", "epochs"), "max_iters"),
-    **dict.fromkeys(("tokens", "max_tokens", "n_tokens", "length"), "max_new_tokens max_iters"),
-    **dict.fromkeys(("ctx", "n_ctx", "context_length", "seq_len", "max_seq_len"), "block_size"),
-    **dict.fromkeys(("layers", "n_layers", "num_layers", "depth"), "n_layer"),
-    **dict.fromkeys(("heads", "n_heads", "num_heads"), "n_head"),
-    **dict.fromkeys(("kv_heads", "n_kv_heads", "num_key_value_heads"), "n_kv_head"),
-    **dict.fromkeys(("dim", "d_model", "hidden_size", "embed_dim", "width"), "n_embd"),
-    **dict.fromkeys(("latent", "latent_dim", "kv_lora_rank"), "mla_latent_dim"),
-    **dict.fromkeys(("head_size", "v_head_dim"), "head_dim"),
-    **dict.fromkeys(("data", "dataset_name"), "dataset"),
-    **dict.fromkeys(("output", "output_dir", "save_dir"), "out_dir to"),
-    **dict.fromkeys(("grad_accum", "accum"), "gradient_accumulation_steps"),
-    **dict.fromkeys(("warmup", "warmup_steps"), "warmup_iters"),
-    **dict.fromkeys(("model", "checkpoint", "model_path"), "init_from ckpt"),
-    "rope_dim": "mla_rope_dim", "qk_rope_head_dim": "mla_rope_dim",
-    "qk_nope_head_dim": "mla_nope_dim", "q_lora_rank": "mla_q_latent_dim",
-    "resume": "init_from", "wd": "weight_decay", "temp": "temperature", "chat": "interactive",
-    "batch": "batch_size", "vocab": "vocab_size", "rank": "svd_rank", "eval_every": "eval_interval",
+SYNONYMS = {  # names from elsewhere that difflib finds nothing like
+    "lr": "learning_rate", "steps": "max_iters", "tokens": "max_iters", "ctx": "block_size",
+    "hidden_size": "n_embd", "prompt": "start", "temp": "temperature",
 }  # fmt: skip
-IN_WORDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
+_wrap = functools.partial(
+    textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False
+)
 
 
 @dataclass(frozen=True)
@@ -70,12 +54,10 @@ class Setting:
     """One setting as its dataclass declares it."""
 
     name: str
-    type: Any
+    type: Any  # with its bounds, as nanomla.checks.fit takes it
     default: Any
-    topic: str
-    meaning: str
-    bounds: tuple[str, ...]  # such as (">= 0", "< 1")
-    decides_run: bool
+    heading: str
+    sentence: str
     part: str | None  # the field of the outer dataclass that it belongs to, if it is a nested one's
 
 
@@ -83,56 +65,35 @@ class Setting:
 def declared(config_class: type) -> dict[str, Setting]:
     """The settings of a dataclass by name, nested ones too; an outer name hides a nested one."""
     hints = typing.get_type_hints(config_class, include_extras=True)
-    own, nested, topic = {}, {}, ""
+    headings = getattr(config_class, "headings", {})
+    heading = "settings"
+    own = {}
+    nested = {}
     for field in dataclasses.fields(config_class):
         hint = hints[field.name]
+        heading = headings.get(field.name, heading)
         if dataclasses.is_dataclass(hint):
             defaults = flat(field.default_factory())
             for name, setting in declared(hint).items():
-                here = {"default": defaults[name], "part": field.name}
-                nested[name] = dataclasses.replace(setting, **here)
+                default = defaults[name]
+                nested[name] = dataclasses.replace(setting, default=default, part=field.name)
         else:
-            own[field.name] = _setting(field.name, hint, field.default, topic)
-            topic = own[field.name].topic
-    return {**nested, **own}
+            sentence = typing.get_args(hint)[-1]
+            own[field.name] = Setting(field.name, hint, field.default, heading, sentence, None)
+    return nested | own
 
 
-def _setting(name: str, hint: Any, default: Any, topic: str) -> Setting:
-    kind, *notes = typing.get_args(hint)
-    topics = [note[1:] for note in notes if note.startswith("#")] or [topic]
-    bounds = tuple(note for note in notes if note[0] in "<>")
-    meanings = [n for n in notes if n[0] not in "#<>" and n != DECIDES_RUN]
-    if len(topics) != 1 or not topics[0] or len(meanings) != 1:
-        raise TypeError(f"{name} must be declared with one #topic and one meaning, not {notes}")
-    decides = DECIDES_RUN in notes
-    return Setting(name, kind, default, topics[0], meanings[0], bounds, decides, part=None)
-
-
-def check(config: Any) -> None:
-    """
-    Hold every value of a dataclass instance against its declared type and range.
-
-    Values of related classes become plain ones: numpy's numbers, and whole floats where a whole
-    number is wanted. Raises ValueError naming field, value and what would work.
-    """
-    for name, setting in declared(type(config)).items():
-        if setting.part is None:
-            value = getattr(config, name)
-            try:
-                setattr(config, name, _checked(value, setting))
-            except ValueError as error:
-                wanted = f"{name} must be {error}"
-                raise ValueError(f"{name}={value!r} does not work: {wanted}") from None
-
-
-def flat(config: Any) -> dict[str, Any]:
-    """All settings of an instance by name, nested ones included."""
-    parts = {s.part for s in declared(type(config)).values() if s.part}
-    values = {}
-    for part in parts:
-        values |= flat(getattr(config, part))
-    own = dataclasses.fields(config)
-    return values | {f.name: getattr(config, f.name) for f in own if f.name not in parts}
+def flat(config: object) -> dict[str, Any]:
+    """All settings of an instance by name, nested ones included; an outer name hides a nested."""
+    own = {}
+    nested = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            nested |= flat(value)
+        else:
+            own[field.name] = value
+    return nested | own
 
 
 def configure(
@@ -143,129 +104,153 @@ def configure(
     files: list[str] | None = None,
 ) -> tuple[Config, dict[str, str]]:
     """
-    Build a `config_class` from command-line arguments.
+    Build a `config_class` from command-line arguments, which are those of read_arguments.
+
+    Returns the config and, for every key that was set, where it came from.
+    Raises UsageError for an unknown key, a wrong value, a missing or broken file.
+    """
+    values, origins = read_arguments(config_class, argv, hints, ignored_in_files, files)
+    return build(config_class, values), origins
+
+
+def read_arguments(
+    config_class: type,
+    argv: Sequence[str],
+    hints: dict[str, str] | None = None,
+    ignored_in_files: Collection[str] = (),
+    files: list[str] | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    The settings that command-line arguments give, each of its type, but not held against another.
 
     argv: config files and `--key=value` or `--key value` in any order; a bare `--key` sets a bool
     to True; `--help` prints the settings as the other arguments leave them, and exits.
     hints: what to say about keys that do not exist here but that people know from elsewhere.
     ignored_in_files: other scripts' keys that config files may hold; the class may name more.
     files: a list that gets the arguments that are no flags, which are then no config files.
-    Returns the config and, for every key that was set, where it came from.
+    Returns their values by key, and where each came from.
     Raises UsageError for an unknown key, a wrong value, a missing or broken file.
     """
-    settings, hints = declared(config_class), hints or {}
-    ignored = {*ignored_in_files, *getattr(config_class, "ignored_in_files", ())}
+    settings = declared(config_class)
+    ignored = set(ignored_in_files) | set(getattr(config_class, "ignored_in_files", ()))
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
     def assign(key: str, value: Any, where: str) -> None:
         if key not in settings:
-            hint = hints.get(key) or _nearest(key, settings)
+            hint = (hints or {}).get(key) or _nearest(key, settings)
             raise UsageError(f"{where}: unknown setting {key}{hint}")
+        wanted = settings[key].type
         try:
-            values[key] = _checked(value, settings[key])
-        except ValueError as error:
-            raise UsageError(f"{where}: {key} must be {error}, not {_brief(value)}") from None
+            values[key] = fit(value, wanted)
+        except ValidationError:
+            must = f"{key} must be {in_words(wanted)}, not {brief(value)}"
+            raise UsageError(f"{where}: {must}") from None
         origins[key] = where
         if values[key] is None and settings[key].part is not None:
             # The nested dataclass decides what None stands for, as if nothing had been given.
-            del values[key], origins[key]
+            del values[key]
+            del origins[key]
 
-    for key, text, where in _arguments(argv, settings):
-        if key:
-            assign(key, _read_flag(text, settings[key].type if key in settings else None), where)
+    rest = [argument for argument in argv if argument not in HELP]
+    while rest:
+        argument = rest.pop(0)
+        if argument.startswith("-"):
+            key, value, where = _read_flag(argument, rest, settings)
+            assign(key, value, where)
         elif files is not None:
-            files.append(text)
+            files.append(argument)
         else:
-            for name, value in run_config_file(text).items():
-                if name in settings or name not in ignored:
-                    assign(name, value, text)
-    if set(HELP) & set(argv):
+            for key, value in run_config_file(argument).items():
+                if key in settings or key not in ignored:
+                    assign(key, value, argument)
+    if any(argument in HELP for argument in argv):
         print(_help_text(config_class, values, origins))
         raise SystemExit(0)
+    return values, origins
+
+
+def _read_flag(
+    flag: str, rest: list[str], settings: dict[str, Setting]
+) -> tuple[str, Any, str]:
+    """
+    A flag's key, its value and how the two were written. The value is the Python value that a
+    config file would hold. It may be the next argument, which is then taken from `rest`.
+    """
+    key, equals, text = flag.removeprefix("--").partition("=")
+    key = key.replace("-", "_")
+    if not flag.startswith("--") or not key:
+        raise UsageError(f"{flag}: expected a config file or --key=value; --help lists the keys")
+    if key not in settings:
+        return key, text, flag
+    wanted = settings[key].type
+    if equals:
+        return key, _read_value(text, wanted), flag
+    is_switch = fits(True, wanted)
+    if is_switch and (not rest or rest[0] not in SWITCHES):
+        return key, True, flag
+    if not rest or rest[0].startswith("--"):
+        raise UsageError(f"{flag}: needs a value: {flag}=...")
+    text = rest.pop(0)
+    return key, _read_value(text, wanted), f"{flag} {text}"
+
+
+def _read_value(text: str, wanted: Any) -> Any:
+    """What a flag's text stands for: text where that is wanted, else Python; else it stays text."""
+    if text in ("None", "none") and fits(None, wanted):
+        return None
+    if fits(text, wanted):
+        return text
     try:
-        return _build(config_class, values), origins
-    except ValueError as error:  # the dataclasses check how their values fit together
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _nearest(key: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if SYNONYMS.get(key) in known:
+        close = [SYNONYMS[key]]
+    if close:
+        return f"; did you mean {close[0]}?"
+    return "; --help lists the keys"
+
+
+def build(
+    config_class: type[Config], values: dict[str, Any], base: Config | None = None
+) -> Config:
+    """
+    A `config_class` with these settings, nested ones too; the others are base's or the default.
+
+    Raises UsageError for values that do not work or do not go together.
+    """
+    settings = declared(config_class)
+    arguments = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        part = settings[name].part
+        if part is None:
+            arguments[name] = value
+        else:
+            nested.setdefault(part, {})[name] = value
+    for field in dataclasses.fields(config_class):
+        if field.name in nested:
+            inner = field.default_factory() if base is None else getattr(base, field.name)
+            arguments[field.name] = build(type(inner), nested[field.name], inner)
+    try:
+        if base is None:
+            return config_class(**arguments)
+        return dataclasses.replace(base, **arguments)
+    except ValueError as error:  # the dataclasses check their values, and how these fit together
         raise UsageError(str(error)) from None
 
 
-def _arguments(argv: Sequence[str], settings: dict[str, Setting]) -> Iterator[tuple[str, str, str]]:
-    """(key, text, how it was written) of every flag; ("", argument, argument) of what is none."""
-    rest = [arg for arg in argv if arg not in HELP]
-    while rest:
-        arg = where = rest.pop(0)
-        if not arg.startswith("-"):
-            yield "", arg, arg
-            continue
-        key, equals, text = arg.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        if not arg.startswith("--") or not key:
-            raise UsageError(f"{arg}: expected a config file or --key=value; --help lists the keys")
-        switch = key not in settings or settings[key].type is bool
-        if not equals and rest and rest[0][:2] != "--" and (not switch or rest[0] in SWITCHES):
-            text = rest.pop(0)
-            where = f"{arg} {text}"
-        elif not equals and not switch:
-            raise UsageError(f"{arg}: needs a value: {arg}=...")
-        elif not equals:
-            text = "True"
-        yield key, text, where
-
-
 def replace(config: Config, values: dict[str, Any], where: str) -> Config:
-    """
-    A copy of a config with these settings, nested ones too; what is None in a nested one stays.
-
-    Raises UserError naming `where`, for a value that does not work.
-    """
-    settings = declared(type(config))
+    """A copy of a config with the settings out of a file; UserError names it if one is wrong."""
     try:
-        for key, value in values.items():
-            _checked(value, settings[key])
-    except ValueError as error:
-        raise UserError(f"{where}: {key} must be {error}, not {_brief(value)}") from None
-    try:
-        return _build(type(config), values, config)
-    except ValueError as error:
+        return build(type(config), values, config)
+    except UsageError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def describe(config: Any, origins: dict[str, str], most: int = 8, width: int = 100) -> list[str]:
-    """
-    The settings that have another value than their default, by where they came from, in at most so
-    many lines; the last then says how many are left out.
-    """
-    settings, values, places = declared(type(config)), flat(config), {}
-    for key, where in origins.items():
-        if values[key] != settings[key].default:
-            place = "command line" if where.startswith("--") else where
-            places.setdefault(place, []).append(f"{key}={values[key]!r}")
-    lines, counts = [], []
-    for place, texts in places.items():
-        line, count = f"{place}:", 0
-        for text in texts:
-            if count and len(line) + len(text) + 2 > width:
-                lines, counts = [*lines, line], [*counts, count]
-                line, count = "  ", 0
-            line, count = f"{line} {text},", count + 1
-        lines, counts = [*lines, line.removesuffix(",")], [*counts, count]
-    if len(lines) <= most:
-        return lines
-    return [*lines[: most - 1], f"  ... and {sum(counts[most - 1 :])} more"]
-
-
-def _build(
-    config_class: type[Config], values: dict[str, Any], base: Config | None = None
-) -> Config:
-    """A `config_class` with these values, nested ones too; the rest is base's or the default."""
-    settings = declared(config_class)
-    arguments = {k: v for k, v in values.items() if settings[k].part is None}
-    for field in dataclasses.fields(config_class):
-        nested = {k: v for k, v in values.items() if settings[k].part == field.name}
-        if nested:
-            inner = getattr(base, field.name) if base else field.default_factory()
-            arguments[field.name] = _build(type(inner), nested, inner)
-    return dataclasses.replace(base, **arguments) if base else config_class(**arguments)
 
 
 def run_config_file(path: str) -> dict[str, Any]:
@@ -281,122 +266,50 @@ def run_config_file(path: str) -> dict[str, Any]:
         raise UsageError(f"{path}:{error.lineno}: not a Python config file ({error.msg})") from None
     except (Exception, SystemExit) as error:  # noqa: BLE001  it can raise anything
         raise UsageError(f"{path}: fails as Python ({type(error).__name__}: {error})") from None
-    skip = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {
-        k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, skip)
-    }
+    no_setting = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    assigned = {}
+    for name, value in namespace.items():
+        if not name.startswith("_") and not isinstance(value, no_setting):
+            assigned[name] = value
+    return assigned
 
 
-def _read_flag(text: str, hint: Any) -> Any:
-    """A flag's text as the Python value that a config file would hold; else it stays text."""
-    inner = _without_none(hint)
-    if inner is str or typing.get_origin(inner) is Literal:
-        return None if text in ("None", "none") and inner is not hint else text
-    try:
-        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _checked(value: Any, setting: Setting) -> Any:
-    """The value as its declared type and in its range, or ValueError("what it must be")."""
-    kind = _without_none(setting.type)
-    optional = kind is not setting.type
-    if value is None and optional:
-        return None
-    bounds = [bound.split() for bound in setting.bounds]
-    try:
-        plain = _coerce(value, kind)
-        several = plain if isinstance(plain, tuple) else (plain,)
-        if all(COMPARISONS[sign](v, float(limit)) for v in several for sign, limit in bounds):
-            return plain
-    except (ValueError, OverflowError, TypeError):
-        pass
-    wanted = "None or " * optional + _kind_in_words(kind)
-    limits = " and ".join(f"{IN_WORDS[sign]} {limit}" for sign, limit in bounds)
-    if limits.startswith("at"):  # at least, at most
-        limits = f"of {limits}"
-    raise ValueError(f"{wanted} {limits}".strip())
-
-
-def _coerce(value: Any, kind: Any) -> Any:
-    """`value` as an instance of exactly this type; ValueError if it does not stand for one."""
-    if isinstance(kind, types.UnionType):
-        one, several = typing.get_args(kind)  # the only union here is X | tuple[X, ...]
-        return _coerce(value, several if isinstance(value, (list, tuple)) else one)
-    if typing.get_origin(kind) is Literal:
-        for choice in typing.get_args(kind):
-            if isinstance(value, type(choice)) and value == choice:
-                return choice
-    elif typing.get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and value:  # a list where it comes from JSON
-            return tuple(_coerce(v, typing.get_args(kind)[0]) for v in value)
-    elif kind is bool:
-        if str(value) in ("True", "False") and not isinstance(value, str):  # numpy's, too
-            return bool(value)
-    elif kind is str:
-        if isinstance(value, (str, os.PathLike)):
-            return str.__str__(os.fspath(value))  # str() of an enum would be its name
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
-        plain = kind(value)  # int() cuts a fraction off
-        if kind is float or plain == value:
-            return plain
-    raise ValueError
-
-
-def _kind_in_words(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
-        return " or ".join(map(_kind_in_words, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return f"several, each {_kind_in_words(typing.get_args(kind)[0])}"
-    words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
-    return words[kind]
-
-
-def _without_none(hint: Any) -> Any:
-    """`int | None` as int; any other type as it is."""
-    inner = [a for a in typing.get_args(hint) if a is not type(None)]
-    found = type(None) in typing.get_args(hint)
-    return functools.reduce(operator.or_, inner) if found else hint
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _nearest(key: str, known: Collection[str]) -> str:
-    elsewhere = [name for name in ELSEWHERE.get(key, "").split() if name in known]
-    close = elsewhere or difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists the keys"
-
-
-def _type_name(hint: Any) -> str:
-    inner = _without_none(hint)
-    args = typing.get_args(inner)
-    if typing.get_origin(inner) is Literal:
-        name = "|".join(map(str, args))
-    else:  # int, or tuple[int, ...]
-        name = str(inner) if args else inner.__name__
-    return name if inner is hint else f"{name} or None"
+def describe(config: object, origins: dict[str, str], most: int = 8) -> list[str]:
+    """
+    The settings that have another value than their default, by where they came from, in at most so
+    many lines of 100 characters; the last then says how many are left out.
+    """
+    settings = declared(type(config))
+    values = flat(config)
+    places: dict[str, list[str]] = {}
+    for key, where in origins.items():
+        if values[key] != settings[key].default:
+            place = "command line" if where.startswith("--") else where
+            places.setdefault(place, []).append(f"{key}={values[key]!r}")
+    lines = []
+    for place, texts in places.items():
+        lines += _wrap(f"{place}: {', '.join(texts)}", subsequent_indent="   ")
+    if len(lines) > most:
+        left_out = len(lines) - most + 1
+        lines[most - 1 :] = [f"  ... and {left_out} more lines"]
+    return lines
 
 
 def _help_text(config_class: type, values: dict[str, Any], origins: dict[str, str]) -> str:
-    """Every setting under its topic, with the value in force and where that came from."""
+    """Every setting under its heading, with the value in force and where that came from."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set when started with python -m
-    script = f"-m {spec.name}" if spec else sys.argv[0]
-    takes = getattr(config_class, "usage", "[CONFIG.py ...] [--key=value ...]")
-    doc = (sys.modules[config_class.__module__].__doc__ or "").strip()
-    lines = [f"usage: python {script} {takes}", "", doc]
-    settings = declared(config_class).values()
-    for topic in dict.fromkeys(setting.topic for setting in settings):
-        lines += ["", f"{topic}:"]
-        for setting in (s for s in settings if s.topic == topic):
-            value = repr(values.get(setting.name, setting.default))
-            if setting.name in origins:
-                value += f" ({origins[setting.name]})"
-            kind = _type_name(setting.type)
-            lines.append(f"  --{setting.name}  {kind}, {value}: {setting.meaning}")
+    script = sys.argv[0] if spec is None else f"-m {spec.name}"
+    usage = getattr(config_class, "usage", "[CONFIG.py ...] [--key=value ...]")
+    doc = sys.modules[config_class.__module__].__doc__ or ""
+    lines = [f"usage: python {script} {usage}", "", doc.strip()]
+    headings: dict[str, list[str]] = {}
+    for name, setting in declared(config_class).items():
+        value = repr(values.get(name, setting.default))
+        if name in origins:
+            value += f" ({origins[name]})"
+        line = f"  --{name}  {value}: {setting.sentence} ({in_words(setting.type)})"
+        headings.setdefault(setting.heading, []).extend(_wrap(line, subsequent_indent=" " * 8))
+    for heading, settings in headings.items():
+        lines += ["", f"{heading}:"]
+        lines += settings
     return "\n".join(lines)

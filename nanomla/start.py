@@ -187,8 +187,7 @@ def changed_settings(before: dict[str, Any], cfg: Any, it: int) -> list[str]:
     as long as the decay has not begun.
     """
     now = settings.flat(cfg)
-    names = [name for name, s in settings.declared(type(cfg)).items() if s.decides_run]
-    pairs = {name: (before[name], now[name]) for name in names if name in before}
+    pairs = {name: (before[name], now[name]) for name in cfg.decides_run if name in before}
     if cfg.decay_lr and before.get("decay_lr") and "max_iters" in before:
         earlier = {"decay_shape": "cosine", "lr_decay_iters": None}  # what old checkpoints lack
         schedules = [SimpleNamespace(**now | c) for c in (earlier | before, now)]

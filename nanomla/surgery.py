@@ -44,22 +44,25 @@ def factorise_values(
     A value bias passes through attention unchanged, because the weights of the average sum to one.
     So it moves into c_proj's bias.
     """
-    state, shares = dict(state), []
-    heads = config.n_head if config.use_mla else config.nkv
+    state = dict(state)
+    shares = []
     first = (config.n_head + config.nkv) * config.hs  # of c_attn's rows that make values
     for i in range(config.n_layer):
         attn = f"transformer.h.{i}.attn."
         if attn + "v_up" in state:
             v_up = state.pop(attn + "v_up")
+            heads = v_up.size(0)
             stored_rank = v_up.size(2)
             v_down = state.pop(attn + "v_down.weight").view(heads, stored_rank, -1)
             if config.svd_rank > stored_rank:
                 problem = f"the checkpoint holds rank {stored_rank}"
                 raise ValueError(f"svd_rank={config.svd_rank} does not work: {problem}")
             dense = v_up.float() @ v_down.float()
-        elif config.use_mla:
+        elif attn + "v_expand.weight" in state:
+            heads = config.n_head
             dense = state.pop(attn + "v_expand.weight")
         else:
+            heads = config.nkv
             dense = state[attn + "c_attn.weight"][first:]
             state[attn + "c_attn.weight"] = state[attn + "c_attn.weight"][:first].clone()
             if attn + "c_attn.bias" in state:

@@ -16,8 +16,8 @@ import torch
 
 from model import GPTConfig
 from nanomla.dataset import Meta, write_dataset
+from nanomla.errors import run_script
 from nanomla.prepare import encode_chars
-from nanomla.settings import run_script
 
 # Processes that the tests start would inherit an ignored SIGINT or SIGHUP, as a shell gives to
 # `... &` and nohup to all.

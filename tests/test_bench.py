@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
-from nanomla.generate import DecodingStep
 
 from model import GPT, GPTConfig
 from nanomla import costs
 from nanomla.dataset import Dataset
+from nanomla.generate import DecodingStep
 from tests.conftest import (
     QUICK,
     TINY_MLA,

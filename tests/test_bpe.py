@@ -8,7 +8,7 @@ import pytest
 import tiktoken.registry
 
 from nanomla import bpe, prepare
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from nanomla.tokenizer import Tokenizer
 
 

@@ -20,7 +20,7 @@ import torch
 from model import GPT
 from nanomla import checkpoint
 from nanomla.checkpoint import Checkpoint
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from tests.conftest import ROOT, TINY_MLA, tiny_config
 
 SHARED = {**TINY_MLA, "mla_share_latent": True}
@@ -422,7 +422,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     code = (
         "import sys, torch\n"
         "from nanomla import checkpoint\n"
-        "from nanomla.settings import UserError\n"
+        "from nanomla.errors import UserError\n"
         "stored = checkpoint.Checkpoint({'x': torch.zeros(200000)}, {})\n"
         "try:\n"
         "    checkpoint.save(sys.argv[1], stored, True)\n"

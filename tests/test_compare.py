@@ -13,7 +13,8 @@ import pytest
 from model import GPT, GPTConfig
 from nanomla import checkpoint
 from nanomla.dataset import locked
-from nanomla.settings import UsageError, configure
+from nanomla.errors import UsageError
+from nanomla.settings import configure
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 from tools import report
 from tools.compare import CompareConfig, Jobs, read_variants
@@ -212,7 +213,7 @@ def test_the_order_of_flags_makes_no_other_run(dataset):
 
 def test_a_checkpoint_that_was_not_written_is_no_result(tmp_path, dataset, monkeypatch):
     """With a full disk train.py goes on, and the loss of an earlier checkpoint is not reported."""
-    from nanomla.settings import UserError
+    from nanomla.errors import UserError
 
     save = checkpoint.save
 

@@ -155,7 +155,6 @@ def test_an_error_of_all_ranks_is_reported_once(tmp_path, dataset, args, words):
     assert done.returncode and len(errors) == 1 and words in errors[0], done.stderr
     status = 1 if "nowhere" in words else 2
     assert f"exitcode: {status})" in done.stderr and not (tmp_path / "o").exists()
-    assert done.stderr.rstrip().splitlines()[-1] == errors[0]  # below torchrun's traceback
 
 
 @pytest.mark.slow
@@ -169,7 +168,7 @@ def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
         "import os\n"
         "import train\n"
         "from nanomla.dataset import Dataset\n"
-        "from nanomla.settings import UserError, run_script\n"
+        "from nanomla.errors import UserError, run_script\n"
         "batch = Dataset.batch\n"
         "def failing(self, seed, iteration, rows):\n"
         f"    if iteration == 15 and os.environ['RANK'] == '{rank}':\n"

@@ -2,10 +2,10 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,6 @@ def raised(function):
         (Stopped(signal.SIGHUP), 129, "terminal closed"),
         (BrokenPipeError(), 141, ""),
         (raised(Path("/no/such/file").read_bytes), 1, "/no/such/file: No such file or directory"),
-        (raised(Path("/").read_bytes), 1, "/: Is a directory"),
         (raised(Path("x" * 5000).read_bytes), 1, "File name too long"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device"),
         (raised(lambda: __import__("no_such_package")), 1, "pip install no_such_package"),
@@ -105,16 +104,58 @@ def ended():
         STARTED.pop().kill()
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "tools.bench"])
-def test_ctrl_c_while_torch_is_loaded(script):
-    """One line and status 130, not the traceback of an import."""
-    command = [script] if script.endswith(".py") else ["-m", script]
-    process = popen(*command, "--out_dir=/no/such", "--init_from=resume")
-    time.sleep(0.4)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert len(err.splitlines()) == 1 and err.endswith("interrupted\n"), err
+OWN_PREPARE = """
+import time
+from nanomla.dataset import Meta
+from nanomla.errors import UserError
+with open({target!r}, "w") as file:
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        file.write("closed")
+"""
+
+
+def test_importing_leaves_signals_alone(tmp_path):
+    """A user's own prepare.py, which stands where ours do: Ctrl-C runs its `finally`."""
+    folder = ROOT / "data" / f"mine-{os.getpid()}"
+    folder.mkdir()
+    try:
+        target = tmp_path / "file.txt"
+        (folder / "prepare.py").write_text(OWN_PREPARE.format(target=str(target)))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = popen(folder / "prepare.py", env=environment)
+        assert process.stdout.readline() == "working\n", process.stderr.read()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert err.endswith("KeyboardInterrupt\n") and target.read_text() == "closed"
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_script_that_is_stopped_closes_what_is_open(tmp_path, name):
+    """In run_script both signals run `finally`, and end in one line and 128 + the number."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time\n"
+        "from nanomla.errors import run_script\n"
+        "def main():\n"
+        "    try:\n"
+        "        print('working', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('closed')\n"
+        "run_script(main)\n"
+    )
+    process = popen(script, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    word = "interrupted" if name == "SIGINT" else "terminated"
+    assert (out, err) == ("closed\n", f"script.py: {word}\n")
+    assert process.returncode == 128 + getattr(signal, name)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
@@ -166,7 +207,6 @@ def test_a_narrow_terminal_gets_what_it_can_show(tmp_path, dataset):
     ("environment", "words"),
     [
         ({"RANK": "x"}, "RANK='x' in the environment must be a whole number from 0"),
-        ({"RANK": "-1"}, "RANK='-1'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' in the environment must be a whole number from 1"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 in the environment is not below"),
         ({"WORLD_SIZE": "9" * 400}, "WORLD_SIZE="),

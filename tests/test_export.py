@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import QUICK, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
 from tests.test_formats import (

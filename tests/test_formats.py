@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from model import GPT, GPTConfig
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from nanomla.tokenizer import Tokenizer, end_of_text, read_hf, start_of_text
 from tests.conftest import TINY, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
 from tests.test_tokenizer import byte_level

@@ -6,11 +6,10 @@ Run: python -m pytest tests/test_graph.py
 
 import pytest
 import torch
-from nanomla.generate import DecodingStep
-from nanomla.generate import Sampler, stream_tokens
 
 from model import GPT
 from nanomla import graph, kernels
+from nanomla.generate import DecodingStep, Sampler, stream_tokens
 from tests.conftest import TINY_MLA, randomise, tiny_config
 
 GPU = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Who imports whom, and how long things are. Run: python -m pytest tests/test_house.py"""
+"""Who imports whom, and what things are called. Run: python -m pytest tests/test_house.py"""
 
 import ast
 import graphlib
@@ -8,7 +8,9 @@ from pathlib import Path
 from model import ATTENTION, GPT, Attention, Cache
 from tests.conftest import ROOT, TINY_MLA, tiny_config
 
-FLOORS = ["nanomla.kernels", "model", "nanomla", "train sample", "tools data"]  # bottom to top
+FLOORS = [  # bottom to top
+    "nanomla.kernels nanomla.checks", "model", "nanomla", "train sample", "tools data",
+]  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
@@ -47,8 +49,10 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 
 def test_nothing_imports_upward():
-    """kernels <- model <- nanomla <- train, sample <- tools; a lazy import may go up from model
-    alone."""
+    """
+    kernels, checks <- model <- nanomla <- train, sample <- tools; a lazy import may go up from
+    model alone.
+    """
     for name, tree in TREES.items():
         for target in imports(tree, set(MODULES), inside_functions=False):
             assert floor(target) <= floor(name), f"{name} imports {target}, which is above it"
@@ -63,18 +67,6 @@ def test_nothing_imports_in_a_circle():
     """The modules can be ordered so that each is below all that import it."""
     graph = {n: imports(t, set(MODULES), False) - {n} for n, t in TREES.items()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES) > 20
-
-
-def test_sizes():
-    """model.py can be read in one sitting, no function is longer than a screen, the README is
-    short."""
-    assert len((ROOT / "model.py").read_text().splitlines()) <= 1000
-    assert (ROOT / "README.md").stat().st_size <= 11_000
-    for name, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = node.end_lineno - node.lineno + 1
-                assert lines <= 60, f"{node.name} in {name} has {lines} lines"
 
 
 def test_public_functions_have_type_hints():

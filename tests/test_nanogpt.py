@@ -18,7 +18,8 @@ import nanomla.dataset
 import train
 from nanomla import checkpoint, formats, optim, start
 from nanomla.checkpoint import Checkpoint
-from nanomla.settings import UserError, configure
+from nanomla.errors import UserError
+from nanomla.settings import configure
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
 CHARS = "\n abcdefghijklmnopqrstuvw"

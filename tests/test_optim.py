@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from model import GPT
+from nanomla.errors import UserError
 from nanomla.optim import Muon, lowest_point, make_optimizers, orthogonalise, stacked_maps
-from nanomla.settings import UserError, flat
+from nanomla.settings import flat
 from nanomla.start import changed_settings
 from tests.conftest import TINY_MLA, tiny_config
 from train import TrainConfig

@@ -18,8 +18,8 @@ import tiktoken
 from tiktoken_ext import openai_public
 
 from nanomla.dataset import Dataset, locked
+from nanomla.errors import UsageError, UserError
 from nanomla.prepare import download_url, sha256
-from nanomla.settings import UsageError, UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import ROOT, fails_with_one_line, run
 from tests.test_bpe import encoding

@@ -1,20 +1,26 @@
 """Settings from defaults, files and flags. Run: python -m pytest tests/test_settings.py"""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pytest
+from pydantic import Field
 
-from nanomla.settings import UsageError, check, configure, declared, describe, flat
+from nanomla.checks import Count, Natural, Positive, check
+from nanomla.errors import UsageError
+from nanomla.settings import configure, declared, describe, flat
 from tests.conftest import fails_with_one_line, run
 from train import TrainConfig
 
 
 @dataclass
 class Part:
-    width: Annotated[int, "#part", "how wide", ">= 1", "decides the run"] = 4
-    count: Annotated[int, "hidden by the outer one"] = 0
+    headings: ClassVar[dict[str, str]] = {"width": "part"}
+
+    width: Annotated[Count, "The width of the part."] = 4
+    count: Annotated[int, "The count of the part, which the outer one hides."] = 0
 
     def __post_init__(self):
         check(self)
@@ -24,13 +30,15 @@ class Part:
 
 @dataclass
 class Settings:
+    headings: ClassVar[dict[str, str]] = {"flag": "values", "name": "names"}
+
     part: Part = field(default_factory=lambda: Part(width=5))
-    flag: Annotated[bool, "#values", "a switch"] = False
-    count: Annotated[int, "how many", ">= 0"] = 3
-    rate: Annotated[float, "how fast", "> 0", "< 100"] = 0.5
-    name: Annotated[str, "#names", "what"] = "x"
-    limit: Annotated[int | None, "at most", ">= 1"] = None
-    kind: Annotated[Literal["a", "b"], "which"] = "a"
+    flag: Annotated[bool, "A switch."] = False
+    count: Annotated[Natural, "How many there are."] = 3
+    rate: Annotated[Positive, Field(lt=100), "How fast it goes."] = 0.5
+    name: Annotated[str, "What it is called."] = "x"
+    limit: Annotated[Count | None, "The most there may be."] = None
+    kind: Annotated[Literal["a", "b"], "Which kind it is."] = "a"
 
     def __post_init__(self):
         check(self)
@@ -48,19 +56,18 @@ def test_later_wins_over_files_and_flags(tmp_path):
     assert (cfg.count, cfg.rate, cfg.name, cfg.limit) == (9, 1.0, "file", None)
     assert isinstance(cfg.rate, float)
     assert origins["count"].endswith("b.py") and origins["limit"] == "--limit=None"
-    a, b = f"{tmp_path}/a.py: rate=1.0", f"{tmp_path}/b.py: count=9, name='file'"
-    assert sorted(describe(cfg, origins, width=1000)) == [a, b]
+    lines = " ".join(describe(cfg, origins))
+    assert f"{tmp_path}/a.py: rate=1.0" in lines and "b.py: count=9, name='file'" in lines
+    assert describe(cfg, origins, most=1) == ["  ... and 2 more lines"]
 
 
 @pytest.mark.parametrize(
     ("flag", "field", "value"),
     [
         ("--count=1e3", "count", 1000),
-        ("--count=-0", "count", 0),
         ("--rate=2", "rate", 2.0),
         ("--rate=1e-4", "rate", 1e-4),
         ("--flag=True", "flag", True),
-        ("--flag=true", "flag", True),
         ("--flag=false", "flag", False),
         ("--flag", "flag", True),
         ("--limit=12", "limit", 12),
@@ -75,6 +82,25 @@ def test_flag_types(flag, field, value):
     """A flag's text becomes the declared type."""
     got = getattr(configure(Settings, [flag])[0], field)
     assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count", "flag", "origin"),
+    [
+        (["--count", "7"], 7, False, "--count 7"),
+        (["--flag", "--count", "7"], 7, True, "--count 7"),
+        (["--flag", "false", "--count=7"], 7, False, "--count=7"),
+        (["--fl-ag", "--count=7"], None, None, None),
+    ],
+)
+def test_values_after_a_space(arguments, count, flag, origin):
+    """A flag takes the next argument as its value, and a switch only if it is True or False."""
+    if origin is None:
+        with pytest.raises(UsageError, match="unknown setting fl_ag; did you mean flag"):
+            configure(Settings, arguments)
+        return
+    cfg, origins = configure(Settings, arguments)
+    assert (cfg.count, cfg.flag, origins["count"]) == (count, flag, origin)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +164,7 @@ def test_optional_model_settings_from_flags_and_files(tmp_path):
         cfg, _ = configure(TrainConfig, [path, "--n_layer=2", f"--mla_latent_dim={text}"])
         assert cfg.model.mla_latent_dim == (9, 8)
     for text in ("9,x", "()", "9,0", "True,2"):
-        with pytest.raises(UsageError, match="a whole number or several, each a whole number"):
+        with pytest.raises(UsageError, match="a whole number .* or several, each a whole number"):
             configure(TrainConfig, [path, f"--mla_latent_dim={text}"])
 
 
@@ -150,7 +176,6 @@ def test_nested_settings_are_flat():
     assert describe(cfg, origins) == ["command line: width=7, count=9"]
     assert configure(Settings, [])[0].part.width == 5 and declared(Settings)["width"].default == 5
     assert describe(*configure(Settings, ["--width=5"])) == []
-    assert [n for n, s in declared(Settings).items() if s.decides_run] == ["width"]
 
 
 def test_plain_values_whatever_is_given():
@@ -171,36 +196,29 @@ def test_plain_values_whatever_is_given():
 
 
 def test_every_setting_is_declared_in_full():
-    """One topic and one meaning each, or a TypeError for the author; all scripts' settings pass."""
+    """All scripts' settings have a heading and a sentence."""
     from data.openwebtext.prepare import PrepareConfig as OpenWebText
     from data.text.prepare import PrepareConfig as Text
     from sample import SampleConfig
-    from tools.bench import ReportConfig, TimingConfig
+    from tools.bench import DecodeConfig, ReportConfig
+    from tools.compare import CompareConfig
+    from tools.convert import ConvertConfig
     from tools.export import ExportConfig
+    from tools.serve import ServeConfig
 
     scripts = (
-        TrainConfig,
-        SampleConfig,
-        TimingConfig,
-        ReportConfig,
-        ExportConfig,
-        Text,
-        OpenWebText,
-    )
+        TrainConfig, SampleConfig, DecodeConfig, ReportConfig, CompareConfig, ConvertConfig,
+        ExportConfig, ServeConfig, Text, OpenWebText,
+    )  # fmt: skip
     for config_class in scripts:
-        assert all(s.topic and s.meaning for s in declared(config_class).values())
-
-    @dataclass
-    class NoTopic:
-        x: Annotated[int, "a number"] = 1
-
-    @dataclass
-    class TwoMeanings:
-        x: Annotated[int, "#topic", "a number", "decides the ruin"] = 1
-
-    for broken in (NoTopic, TwoMeanings):
-        with pytest.raises(TypeError, match="one #topic and one meaning"):
-            declared(broken)
+        settings = declared(config_class)
+        assert set(config_class.headings) <= set(settings), config_class
+        for setting in settings.values():
+            sentence = setting.sentence
+            assert setting.heading != "settings", setting
+            assert sentence[0].isupper() and sentence[-1] == ".", setting
+            assert len(sentence.split()) > 2, setting
+    assert set(TrainConfig.decides_run) <= set(declared(TrainConfig))
 
 
 def test_files_may_hold_other_scripts_keys(tmp_path):
@@ -214,15 +232,26 @@ def test_files_may_hold_other_scripts_keys(tmp_path):
 
 
 def test_help_lists_every_setting():
-    """--help names every key under its topic, with the value in force and its origin; exits 0."""
+    """--help names every key under its heading, with the value in force and its origin; exits 0."""
     done = run("train.py", "config/train_mla.py", "--n_layer=7", "--help")
     assert done.returncode == 0
     assert all(f"  --{name}  " in done.stdout for name in declared(TrainConfig))
     lines = done.stdout.splitlines()
     assert lines.index("model:") < lines.index("attention:")
-    assert "  --n_layer  int, 7 (--n_layer=7): transformer blocks" in lines
-    assert any(li.startswith("  --n_head  int, 4 (config/train_mla.py): ") for li in lines)
-    assert any(line.startswith("  --seed  int, 1337: ") for line in lines)
+    sentence = "The number of transformer blocks. (a whole number of at least 1)"
+    assert f"  --n_layer  7 (--n_layer=7): {sentence}" in lines
+    assert any(line.startswith("  --n_head  4 (config/train_mla.py): ") for line in lines)
+    assert any(line.startswith("  --seed  1337: ") for line in lines)
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_names_from_elsewhere():
+    """Keys that people know from other programs lead to ours."""
+    for key, name in (("lr", "learning_rate"), ("steps", "max_iters"), ("n_layers", "n_layer")):
+        with pytest.raises(UsageError, match=f"unknown setting {key}; did you mean {name}"):
+            configure(TrainConfig, [f"--{key}=1"])
+    with pytest.raises(UsageError, match="unknown setting zzz; --help lists the keys"):
+        configure(TrainConfig, ["--zzz=1"])
 
 
 def test_mistyped_flag_as_a_user_sees_it():
@@ -233,7 +262,5 @@ def test_mistyped_flag_as_a_user_sees_it():
 
 def test_every_shipped_config_parses():
     """Each file in config/ names only settings that exist, with values that work."""
-    from pathlib import Path
-
     for path in sorted((Path(__file__).parents[1] / "config").glob("*.py")):
         assert configure(TrainConfig, [str(path)])[0].out_dir != "", path

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nanomla.settings import UserError
+from nanomla.errors import UserError
 from nanomla.tokenizer import (
     StreamDecoder,
     Tokenizer,

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import prometheus_client as prometheus
 import torch
@@ -31,8 +31,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nanomla.checks import Natural, brief, check
 from nanomla.errors import UserError
-from nanomla.files import brief, check_fields, parse_json
+from nanomla.files import parse_json
 from nanomla.runlog import read_log
 from tools.completions import (
     ApiError,
@@ -239,7 +240,7 @@ class TokenizeFields:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
 
 
 @dataclass
@@ -247,11 +248,11 @@ class AttentionFields:
     """The fields of /api/attention."""
 
     tokens: list
-    layer: Annotated[int, ">= 0"] = 0
+    layer: Natural = 0
     model: str | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
 
 
 # ---- metrics

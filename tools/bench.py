@@ -19,9 +19,6 @@ All that is compared runs in turn in one process, round after round; figures are
 rounds, but for prefill's last table, of one pass each. --json=FILE writes them to a file too.
 """
 
-from nanomla.errors import UsageError, UserError, cause, run_script
-
-# isort: split
 import dataclasses
 import functools
 import importlib
@@ -33,37 +30,43 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import ATTENTION, GPT, GPTConfig, factorise
 from nanomla import checkpoint, costs, formats
 from nanomla.cache import Cache
+from nanomla.checks import Count, Natural, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype, warn0
+from nanomla.errors import UsageError, UserError, cause, run_script
 from nanomla.generate import PREFILL_CHUNK, DecodingStep, next_logits
 from nanomla.kernels import on_gpu
 from nanomla.memory import free_memory, in_units, require_memory
 from nanomla.optim import make_optimizers
-from nanomla.settings import check, configure, declared, run_config_file
+from nanomla.settings import configure, declared, run_config_file
 from nanomla.start import padded_vocab
 from tools import kernel
 from train import TrainConfig
 
 Rows = list[dict[str, Any]]
+Rounds = Annotated[Count, Field(le=10_000)]
 
 
 @dataclass
 class BenchConfig:
     """The settings of `svd`, and of every command that times something."""
 
-    device: Annotated[str, "#bench", "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    seed: Annotated[int, "of weights and inputs", ">= 0", "<= 1e18"] = 1337
-    json: Annotated[str | None, "write the figures to this file too"] = None
+    headings: ClassVar[dict[str, str]] = {"device": "bench"}
+
+    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    seed: Annotated[Natural, Field(le=10**18), "The seed of weights and inputs."] = 1337
+    json: Annotated[str | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -73,16 +76,14 @@ class BenchConfig:
 class RoundsConfig(BenchConfig):
     """The settings of `kernel`, `prefill` and `lengths`."""
 
-    rounds: Annotated[
-        int, "#bench", "rounds that the medians are taken over", ">= 1", "<= 10000"
-    ] = 15
+    rounds: Annotated[Rounds, "The number of rounds that the medians are taken over."] = 15
 
 
 @dataclass
 class TimingConfig(RoundsConfig):
     """The settings of `train`, and with one more of `decode`."""
 
-    vs_hf: Annotated[bool, "#bench", "time transformers' GPT-2 and DeepSeek-V3 too"] = False
+    vs_hf: Annotated[bool, "The GPT-2 and DeepSeek-V3 of transformers are timed too."] = False
 
 
 @dataclass
@@ -90,7 +91,8 @@ class DecodeConfig(TimingConfig):
     """The settings of `decode`."""
 
     vs_compiled: Annotated[
-        bool, "#bench", "time MHA over a static cache by torch.compile, as gpt-fast does, too"
+        bool,
+        "MHA over a static cache, compiled by torch.compile as gpt-fast does it, is timed too.",
     ] = False
 
 
@@ -98,24 +100,38 @@ class DecodeConfig(TimingConfig):
 class LoadConfig(BenchConfig):
     """The settings of `serve`."""
 
-    clients: Annotated[int, "#bench", "clients at once", ">= 1", "<= 1000"] = 16
-    tokens: Annotated[int, "that each asks for; the 124M's a quarter", ">= 1", "<= 4096"] = 128
-    rounds: Annotated[int, "rounds that the medians are taken over", ">= 1", "<= 10000"] = 5
+    clients: Annotated[Count, Field(le=1000), "The number of clients at once."] = 16
+    tokens: Annotated[
+        Count,
+        Field(le=4096),
+        "The number of tokens that each client asks for; of the 124M model, a quarter of it.",
+    ] = 128
+    rounds: Annotated[Rounds, "The number of rounds that the medians are taken over."] = 5
 
 
 @dataclass
 class ReportConfig:
     """The settings of --report: a model's, and what it is counted at."""
 
+    headings: ClassVar[dict[str, str]] = {"report": "report"}
+
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
-    report: Annotated[bool, "#report", "count instead of timing"] = False
-    init_from: Annotated[str | None, "a run, an export or other weights instead"] = None
-    vocab_size: Annotated[int | None, "token ids; None: the dataset's", ">= 1"] = None
-    dataset: Annotated[str | None, "a folder below data/, or a path; None: GPT-2's ids"] = None
-    context: Annotated[
-        int | None, "tokens that a decoded token attends to; None: block_size", ">= 1", "<= 1e9"
+    report: Annotated[bool, "The model is counted and nothing is timed."] = False
+    init_from: Annotated[
+        str | None, "A run, an export or other weights whose model is counted instead."
     ] = None
-    json: Annotated[str | None, "write the figures to this file too"] = None
+    vocab_size: Annotated[
+        Count | None, "The number of token ids of the model. None stands for the dataset's."
+    ] = None
+    dataset: Annotated[
+        str | None,
+        "The dataset: a folder below data/, or a path. None stands for the token ids of GPT-2.",
+    ] = None
+    context: Annotated[
+        Annotated[Count, Field(le=10**9)] | None,
+        "The number of tokens that a decoded token attends to. None stands for block_size.",
+    ] = None
+    json: Annotated[str | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -125,11 +141,11 @@ class ReportConfig:
 class ProfileConfig:
     """The settings of `profile`: a run's."""
 
+    headings: ClassVar[dict[str, str]] = {"rounds": "profile"}
+
     train: TrainConfig = field(default_factory=TrainConfig)
-    rounds: Annotated[
-        int, "#profile", "iterations that the medians are taken over", ">= 1", "<= 10000"
-    ] = 60
-    json: Annotated[str | None, "write the figures to this file too"] = None
+    rounds: Annotated[Rounds, "The number of iterations that the medians are taken over."] = 60
+    json: Annotated[str | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
         check(self)

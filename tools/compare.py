@@ -15,9 +15,6 @@ A config file with a title is a comparison of its own, so that several can be gi
 config/claims_*.py regenerates the figures of docs/claims.md.
 """
 
-from nanomla.errors import UsageError, UserError, run_script
-
-# isort: split
 import dataclasses
 import hashlib
 import json
@@ -32,16 +29,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, runlog
+from nanomla.checks import Count, Natural, Positive, Several, check
 from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, resolve_device, resolve_dtype
-from nanomla.settings import check, configure, flat, run_config_file
+from nanomla.errors import UsageError, UserError, run_script
+from nanomla.settings import configure, flat, run_config_file
 from nanomla.start import padded_vocab, without_effect
 from tools import experiments
 from tools.bench import machine
@@ -78,26 +77,46 @@ def known_variants(base: GPTConfig) -> dict[str, dict[str, Any]]:
 class CompareConfig:
     """What to compare, and the recipe."""
 
+    headings: ClassVar[dict[str, str]] = {"title": "comparison"}
+
     train: TrainConfig = field(default_factory=TrainConfig)
-    title: Annotated[str | None, "#comparison", "the report's; its folder below out_dir too"] = None
+    title: Annotated[
+        str | None, "The title of the report, and the name of its folder below out_dir."
+    ] = None
     variants: Annotated[
-        str, 'names, or "NAME: key=value key=value", with commas, semicolons or lines between them'
+        str,
+        'The variants to compare: names, or "NAME: key=value key=value", with commas, semicolons '
+        "or lines between them.",
     ] = ", ".join(known_variants(GPTConfig()))
     lr_factors: Annotated[
-        float | tuple[float, ...], "of the recipe's learning rates, each tried with one seed", "> 0"
+        Positive | Several[Positive],
+        "The factors of the recipe's learning rates. Each is tried with one seed.",
     ] = (0.6, 1.0, 1.6)
     seeds: Annotated[
-        int | tuple[int, ...], "seeds at a variant's best rate: how many, or which, as 5,6 or 5,"
+        int | Several[int],
+        "The seeds at each variant's best rate: how many, or which ones, as in 5,6 for two and 5, "
+        "for one.",
     ] = 3
     equal_parameters: Annotated[
-        bool, "train each with as many parameters as the first, too, by the MLP's width"
+        bool,
+        "Each variant is also trained with as many parameters as the first, by the width of its "
+        "MLP.",
     ] = True
-    out_dir: Annotated[str, "folder of the report and the runs"] = "out-compare"
-    jobs: Annotated[int | None, "runs side by side; None: a CPU's cores, at most 4", ">= 1"] = None
-    eval_tokens: Annotated[int, "validation tokens of the final loss, about", ">= 1"] = 2**17
-    decode_context: Annotated[int, "tokens of context to time decoding at; 0: none", ">= 0"] = 8192
-    measure: Annotated[str, f"what else to measure: {' '.join(experiments.MEASURES)}"] = ""
-    cache_budget: Annotated[float, "MB of caches for measure=decoding", "> 0"] = 256.0
+    out_dir: Annotated[str, "The folder of the report and of the runs."] = "out-compare"
+    jobs: Annotated[
+        Count | None,
+        "The number of runs side by side. None stands for the number of a CPU's cores, at most 4.",
+    ] = None
+    eval_tokens: Annotated[Count, "About how many validation tokens the final loss is of."] = 2**17
+    decode_context: Annotated[
+        Natural, "The number of tokens of context to time decoding at. 0 times none."
+    ] = 8192
+    measure: Annotated[
+        str, f"What else is measured, with spaces between: {' '.join(experiments.MEASURES)}."
+    ] = ""
+    cache_budget: Annotated[
+        Positive, "The size of all caches together with measure=decoding, in MB."
+    ] = 256.0
 
     def __post_init__(self) -> None:
         check(self)

@@ -18,9 +18,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
+from pydantic import Field
+
+from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, brief, check
 from nanomla.engine import Piece, Request, Sampling, Token
 from nanomla.errors import UserError
-from nanomla.files import brief, check_fields, one_line
+from nanomla.files import one_line
 from nanomla.tokenizer import Tokenizer, end_of_text, start_of_text
 
 LEAST = -9999.0  # stands for log probabilities that JSON does not have: minus infinity, no number
@@ -53,21 +56,21 @@ class Params:
     """
     The fields of a request: OpenAI's, then ours. A null in the JSON stands for the default.
 
-    Raises TypeError or ValueError naming the field.
+    Raises ValueError naming the field.
     """
 
     model: str | None = None
     prompt: Any = ""  # text, token ids, or a list of such; make_requests looks at it
-    max_tokens: Annotated[int, ">= 0"] = 16
-    temperature: Annotated[float, ">= 0", "<= 100"] = 1.0
-    top_p: Annotated[float, "> 0", "<= 1"] = 1.0
-    n: Annotated[int, ">= 1"] = 1
+    max_tokens: Natural = 16
+    temperature: Annotated[NonNegative, Field(le=100)] = 1.0
+    top_p: UpToOne = 1.0
+    n: Count = 1
     stream: bool = False
     stream_options: Any = None
-    logprobs: Annotated[int | None, ">= 0", "<= 20"] = None
+    logprobs: Annotated[Natural, Field(le=20)] | None = None
     echo: bool = False
     stop: Any = ()  # a text or several
-    seed: Annotated[int | None, ">= 0", "< 9223372036854775808"] = None
+    seed: Seed | None = None
     user: str = ""  # has no effect
     best_of: int | None = None
     suffix: str = ""
@@ -75,14 +78,14 @@ class Params:
     frequency_penalty: float = 0.0
     logit_bias: Any = None
 
-    top_k: Annotated[int, ">= 0", "<= 1000000000"] = 0
+    top_k: Annotated[Natural, Field(le=10**9)] = 0
     ignore_eos: bool = False
     cache_prompt: bool = False
-    truncate_prompt_tokens: Annotated[int | None, ">= 1", "<= 1000000000"] = None
+    truncate_prompt_tokens: Annotated[Count, Field(le=10**9)] | None = None
     return_token_ids: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check(self)
         self.stop = stops = [self.stop] if isinstance(self.stop, str) else self.stop
         fits = isinstance(stops, (list, tuple)) and len(stops) <= MOST_STOPS
         if not fits or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stops):

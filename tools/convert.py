@@ -13,9 +13,6 @@ sample.py, train.py and tools.export, with a report in conversion.md. The same c
 it was interrupted. --sweep compares cache sizes and methods, in sweep.md and sweep.png.
 """
 
-from nanomla.errors import UsageError, UserError, run_script
-
-# isort: split
 import dataclasses
 import functools
 import glob
@@ -27,9 +24,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,9 +35,11 @@ import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, formats, surgery
 from nanomla.checkpoint import Checkpoint, Conversion
+from nanomla.checks import Count, Natural, Positive, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import print0, resolve_device, resolve_dtype
-from nanomla.settings import check, configure
+from nanomla.errors import UsageError, UserError, run_script
+from nanomla.settings import configure
 from nanomla.surgery import Calibration, Plan
 from tools.bench import markdown
 from train import TrainConfig
@@ -59,43 +59,70 @@ RECIPE = (
 class ConvertConfig:
     """What to convert, how, and where to."""
 
+    headings: ClassVar[dict[str, str]] = {
+        "init_from": "source", "to": "result", "heal_iters": "healing", "eval_tokens": "run",
+    }  # fmt: skip
+
     init_from: Annotated[
         str | None,
-        "#source",
-        "a run's folder, a checkpoint file, gpt2[-medium|-large|-xl], a folder of safetensors",
+        "The weights to convert: the folder of a run, a checkpoint file, gpt2, gpt2-medium, "
+        "gpt2-large, gpt2-xl, or a folder of safetensors.",
     ] = None
-    data: Annotated[str | None, "a dataset in its tokens: a folder below data/, or a path"] = None
-    block_size: Annotated[int | None, "tokens per window; None: the context", ">= 2"] = None
+    data: Annotated[
+        str | None, "A dataset in the source's tokens: a folder below data/, or a path."
+    ] = None
+    block_size: Annotated[
+        Annotated[int, Field(ge=2)] | None,
+        "The number of tokens in a window of text. None stands for the model's context.",
+    ] = None
 
-    to: Annotated[str | None, "#result", "the folder to write: new, empty, or to go on in"] = None
+    to: Annotated[
+        str | None,
+        "The folder to write: a new one, an empty one, or that of a conversion to go on with.",
+    ] = None
     cache: Annotated[
-        str, "8x: 8 times fewer cached numbers than the source; 32: so many a token and layer"
+        str,
+        "The size of the cache. 8x stands for 8 times fewer cached numbers than the source has, "
+        "and 32 for 32 numbers per token and layer.",
     ] = "8x"
     method: Annotated[
         Literal[surgery.METHODS],  # type: ignore[valid-type]
-        "what counts as error: in the weights, on the inputs, at the output, or in the loss",
+        "Where the error is counted that the conversion keeps small: in the weights, on their "
+        "inputs, at the output of attention, or in the loss.",
     ] = "loss"
-    calibration_tokens: Annotated[int, "training tokens that are read for that", ">= 1"] = 100_000
+    calibration_tokens: Annotated[
+        Count, "The number of training tokens that are read to count that error."
+    ] = 100_000
     ranks: Annotated[
         Literal["auto", "spectrum", "uniform"],
-        "latents as wide as each layer needs, or all the same; auto: the better",
+        "How wide the latents are: with spectrum as wide as each layer needs, with uniform all the "
+        "same. auto takes the better.",
     ] = "auto"
     rope_dim: Annotated[
-        int | None, "how many of the cached numbers are rotary; None: the best", ">= 0"
+        Natural | None, "How many of the cached numbers are rotary. None finds the best number."
     ] = None
     balance: Annotated[
-        float | None, "values' weight for methods input and output; None: the best", "> 0"
+        Positive | None,
+        "The weight of values against keys with method=input and method=output. None finds the "
+        "best.",
     ] = None
-    svd_method: Annotated[Literal["exact", "randomized"], "how maps are factorised"] = "exact"
-    sweep: Annotated[bool, "all methods, at 2x to 32x or --cache=4x,8x,..."] = False
+    svd_method: Annotated[
+        Literal["exact", "randomized"], "The method that factorises the maps."
+    ] = "exact"
+    sweep: Annotated[
+        bool, "All methods are tried, at 2x to 32x or at the sizes of --cache=4x,8x,..."
+    ] = False
 
-    heal_iters: Annotated[int, "#healing", "iterations of training after it", ">= 0"] = 0
-    heal_lr: Annotated[float | None, "highest learning rate; None: half the source's", "> 0"] = None
-    distill: Annotated[bool, "learn from the source's predictions too"] = False
+    heal_iters: Annotated[Natural, "The number of training iterations after the conversion."] = 0
+    heal_lr: Annotated[
+        Positive | None,
+        "The highest learning rate of that training. None stands for half the source's.",
+    ] = None
+    distill: Annotated[bool, "That training also learns from the source's predictions."] = False
 
-    eval_tokens: Annotated[int, "#run", "validation tokens to measure on, about", ">= 1"] = 2**17
-    seed: Annotated[int, "of the windows that are drawn", ">= 0"] = 1337
-    device: Annotated[str, "auto, cpu, cuda, cuda:1"] = "auto"
+    eval_tokens: Annotated[Count, "About how many validation tokens to measure on."] = 2**17
+    seed: Annotated[Natural, "The seed of the windows that are drawn."] = 1337
+    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ..."] = "auto"
 
     def __post_init__(self) -> None:
         check(self)

@@ -10,20 +10,19 @@ and our own ("model_type": "nanomla"), which has every setting. Any such folder 
 --init_from. docs/export.md has the details.
 """
 
-from nanomla.errors import UsageError, UserError, run_script, say
-
-# isort: split
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
+from nanomla.checks import check
 from nanomla.costs import cached_numbers
-from nanomla.settings import check, configure, declared, flat
+from nanomla.errors import UsageError, UserError, run_script, say
+from nanomla.settings import configure, declared, flat
 from nanomla.tokenizer import end_of_text, start_of_text
 from train import TrainConfig
 
@@ -32,18 +31,25 @@ from train import TrainConfig
 class ExportConfig:
     """What to read and where to write."""
 
+    headings: ClassVar[dict[str, str]] = {"out_dir": "export"}
+
     out_dir: Annotated[
-        str, "#export", "the run's folder; its best.pt, else its ckpt.pt; or a folder of weights"
+        str,
+        "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt; or a folder "
+        "of weights.",
     ] = "out"
-    ckpt: Annotated[str | None, "a checkpoint file instead"] = None
+    ckpt: Annotated[str | None, "A checkpoint file that is read instead of out_dir."] = None
     dataset: Annotated[
-        str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
+        str | None,
+        "The dataset that has the alphabet of a checkpoint of nanoGPT: a name below data/, a "
+        "folder or a file.",
     ] = None
     to: Annotated[
-        str | None, "the folder to write: a new one, an empty one, or an earlier export"
+        str | None, "The folder to write: a new one, an empty one, or an earlier export."
     ] = None
     format: Annotated[
-        Literal["auto", "gpt2", "llama", "deepseek_v3", "nanomla"], "auto: the first that fits"
+        Literal["auto", "gpt2", "llama", "deepseek_v3", "nanomla"],
+        "The format to write. auto takes the first that the model fits.",
     ] = "auto"
 
     def __post_init__(self) -> None:

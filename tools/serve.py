@@ -12,9 +12,6 @@ Ctrl-C lets what is being written come to its end, for up to 10 seconds; a secon
 docs/serve.md has the details.
 """
 
-from nanomla.errors import Stopped, UsageError, UserError, explain, raise_stopped, run_script, say
-
-# isort: split
 import asyncio
 import contextlib
 import dataclasses
@@ -29,17 +26,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 
 from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
+from nanomla.checks import Count, Natural, check
 from nanomla.costs import cache_in_words, cached_numbers
 from nanomla.distributed import resolve_device
 from nanomla.engine import Batch
-from nanomla.settings import check, configure
+from nanomla.errors import Stopped, UsageError, UserError, explain, raise_stopped, run_script, say
+from nanomla.settings import configure
 from nanomla.tokenizer import Tokenizer
 from sample import CacheDtype, Dtype
 from tools.completions import ApiError
@@ -54,31 +54,63 @@ PACKAGES = ("starlette", "uvicorn", "prometheus_client", "h11", "anyio")
 class ServeConfig:
     """Raises ValueError for a value that cannot work."""
 
-    out_dir: Annotated[str, "#model", "the run's folder: its best.pt, else its ckpt.pt"] = "out"
+    headings: ClassVar[dict[str, str]] = {
+        "out_dir": "model", "host": "server", "device": "device",
+    }  # fmt: skip
+
+    out_dir: Annotated[
+        str, "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt."
+    ] = "out"
     compare: Annotated[
-        str | None, "a second run to serve beside it: its folder, or a folder of weights"
+        str | None,
+        "A second model that is served beside the first: the folder of a run, or a folder of "
+        "weights.",
     ] = None
-    ckpt: Annotated[str | None, "a checkpoint file instead of out_dir"] = None
+    ckpt: Annotated[str | None, "A checkpoint file that is read instead of out_dir."] = None
     init_from: Annotated[
-        str | None, "weights instead: gpt2[-medium|-large|-xl], a folder of safetensors, a run"
+        str | None,
+        "Weights that are read instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a "
+        "folder of safetensors, or a run.",
     ] = None
     dataset: Annotated[
-        str | None, "the alphabet of a nanoGPT checkpoint: a name below data/, a folder, a file"
+        str | None,
+        "The dataset that has the alphabet of a checkpoint of nanoGPT: a name below data/, a "
+        "folder or a file.",
     ] = None
-    verify: Annotated[bool, "compare the checkpoint with its checksums; False: sooner"] = True
+    verify: Annotated[
+        bool, "The checkpoint is compared with its checksums. False opens a huge one sooner."
+    ] = True
 
-    host: Annotated[str, "#server", "the address to listen on; 0.0.0.0: all, with a token"] = (
-        "127.0.0.1"
-    )
-    port: Annotated[int, "0: any that is free", ">= 0", "<= 65535"] = 8000
-    token: Annotated[str | None, "clients must send Authorization: Bearer TOKEN"] = None
-    rows: Annotated[int, "texts that are written at a time", ">= 1", "<= 4096"] = 16
-    queue: Annotated[int, "texts that may wait for a row, of each model", ">= 0", "<= 1e6"] = 64
-    max_tokens: Annotated[int, "the most tokens of one text", ">= 1", "<= 1e9"] = 4096
+    host: Annotated[
+        str,
+        "The address to listen on. 0.0.0.0 listens on all addresses of the machine and needs a "
+        "token.",
+    ] = "127.0.0.1"
+    port: Annotated[
+        Natural, Field(le=65535), "The port to listen on. 0 takes any port that is free."
+    ] = 8000
+    token: Annotated[
+        str | None, "The token that clients must send, as Authorization: Bearer TOKEN."
+    ] = None
+    rows: Annotated[
+        Count, Field(le=4096), "The number of texts that are written at the same time."
+    ] = 16
+    queue: Annotated[
+        Natural,
+        Field(le=10**6),
+        "The number of texts of each model that may wait until others have ended.",
+    ] = 64
+    max_tokens: Annotated[
+        Count, Field(le=10**9), "The largest number of tokens that one text may ask for."
+    ] = 4096
 
-    device: Annotated[str, "#device", "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[Dtype, "of the weights; auto: bfloat16 on CUDA, else float32"] = "auto"
-    cache_dtype: Annotated[CacheDtype, "of the cache; auto: that of the weights"] = "auto"
+    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    dtype: Annotated[
+        Dtype, "The number format of the weights. auto takes bfloat16 on CUDA, else float32."
+    ] = "auto"
+    cache_dtype: Annotated[
+        CacheDtype, "The number format of the cache. auto takes that of the weights."
+    ] = "auto"
 
     def __post_init__(self) -> None:
         check(self)

@@ -18,14 +18,11 @@ The command times a layer with both ways beside the same layer without, trains a
 attention, and prints the validation loss of whole windows and of tokens decoded one by one.
 """
 
-from nanomla.errors import run_script
-
-# isort: split
 import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +30,9 @@ from torch import Tensor
 
 from model import ATTENTION, GPT, GPTConfig
 from nanomla.attention import Rotation
+from nanomla.checks import Count
 from nanomla.dataset import Dataset
+from nanomla.errors import run_script
 from nanomla.settings import configure
 from tools.bench import Rows, Timed, alternate, table, write_json
 from tools.three_step import SHAPE, ExperimentConfig, start, title, train_one
@@ -46,8 +45,10 @@ HEAD_SIZE = SHAPE["n_embd"] // SHAPE["n_head"]
 class SvdForwardConfig(ExperimentConfig):
     """The settings of this experiment."""
 
-    rank: Annotated[int, "#svd", "R, singular values that are kept of a head", ">= 1"] = 16
-    windows: Annotated[int, "validation windows that are decoded", ">= 1"] = 256
+    headings: ClassVar[dict[str, str]] = {**ExperimentConfig.headings, "rank": "svd"}
+
+    rank: Annotated[Count, "The number of singular values (R) that are kept of a head."] = 16
+    windows: Annotated[Count, "The number of validation windows that are decoded."] = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,25 +16,25 @@ The command times the block beside causal self-attention, trains a small GPT wit
 the validation loss where a target is in the input and where it is not, and a sample of both.
 """
 
-from nanomla.errors import UserError, run_script
-
-# isort: split
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from model import ATTENTION, GPT, GPTConfig
 from nanomla import optim
+from nanomla.checks import Count, Natural, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device
-from nanomla.settings import check, configure
+from nanomla.errors import UserError, run_script
+from nanomla.settings import configure
 from nanomla.tokenizer import Tokenizer
 from tools.bench import Rows, Timed, alternate, machine, table, write_json
 from train import TrainConfig
@@ -51,12 +51,14 @@ RECIPE = {
 class ExperimentConfig:
     """The settings of every experiment that times a layer and trains small GPTs."""
 
-    dataset: Annotated[str, "#experiment", "a folder below data/, or a path"] = "shakespeare_char"
-    max_iters: Annotated[int, "training iterations of each model", ">= 1"] = 800
-    rounds: Annotated[int, "rounds that the medians are taken over", ">= 1"] = 9
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    seed: Annotated[int, "of weights, inputs, batches and samples", ">= 0"] = 1337
-    json: Annotated[str | None, "write the figures to this file too"] = None
+    headings: ClassVar[dict[str, str]] = {"dataset": "experiment"}
+
+    dataset: Annotated[str, "The dataset: a folder below data/, or a path."] = "shakespeare_char"
+    max_iters: Annotated[Count, "The number of training iterations of each model."] = 800
+    rounds: Annotated[Count, "The number of rounds that the medians are taken over."] = 9
+    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    seed: Annotated[Natural, "The seed of weights, inputs, batches and samples."] = 1337
+    json: Annotated[str | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -66,9 +68,13 @@ class ExperimentConfig:
 class ThreeStepConfig(ExperimentConfig):
     """The settings of this experiment."""
 
-    n_latents: Annotated[int, "#three steps", "m of the trained block", ">= 1"] = 32
-    sample_tokens: Annotated[int, "length of each sample", ">= 1"] = 200
-    longest: Annotated[int, "timed lengths are 256, 512, ... up to this", ">= 256"] = 8192
+    headings: ClassVar[dict[str, str]] = {**ExperimentConfig.headings, "n_latents": "three steps"}
+
+    n_latents: Annotated[Count, "The number of latents (m) of the trained block."] = 32
+    sample_tokens: Annotated[Count, "The number of tokens in each sample."] = 200
+    longest: Annotated[
+        int, Field(ge=256), "The longest sequence that is timed; the others are 256, 512, ..."
+    ] = 8192
 
 
 def main(argv: list[str] | None = None) -> None:

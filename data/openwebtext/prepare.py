@@ -21,24 +21,27 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
 from nanomla.bpe import load_encoding
+from nanomla.checks import Count, Positive, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.prepare import cores, in_order, report
-from nanomla.settings import check, configure
+from nanomla.settings import configure
 
 if TYPE_CHECKING:
     import tiktoken
     from datasets import Dataset
 
+CORES = cores()
 HUB = "Skylion007/openwebtext"
 SEED = 2357
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -46,21 +49,28 @@ READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "te
 
 @dataclass
 class PrepareConfig:
+    headings: ClassVar[dict[str, str]] = {
+        "data_files": "text", "val_fraction": "split", "num_proc": "speed", "out": "output",
+    }  # fmt: skip
+
     data_files: Annotated[
-        str | None, "#text", "read these files instead of the hub's; patterns, separated by commas"
+        str | None,
+        "Files that are read instead of the hub's, as patterns with commas between them.",
     ] = None
-    field: Annotated[str, "#text", "the column that holds the text"] = "text"
+    field: Annotated[str, "The name of the column that holds the text."] = "text"
     limit: Annotated[
-        int | None, "#text", "take only the first documents, and keep them in memory", ">= 2"
+        Annotated[int, Field(ge=2)] | None,
+        "Only so many documents are taken, from the start, and kept in memory.",
     ] = None
     val_fraction: Annotated[
-        float, "#split", "the share of the documents that is val, at least one", "> 0", "< 1"
+        Positive, Field(lt=1), "The share of the documents that is val, which has at least one."
     ] = 0.0005
-    num_proc: Annotated[int, "#speed", "cores that download, unpack and tokenize", ">= 1"] = cores()
+    num_proc: Annotated[Count, "The number of cores that download, unpack and tokenize."] = CORES
     shards: Annotated[
-        int, "#speed", "parts in which each split is tokenized; more take less memory", ">= 1"
+        Count,
+        "The number of parts in which each split is tokenized. More parts take less memory.",
     ] = 8192
-    out: Annotated[str, "#output", "folder for train.bin, val.bin and meta.json"] = str(HERE)
+    out: Annotated[str, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
 
     def __post_init__(self) -> None:
         check(self)

@@ -11,21 +11,24 @@ script, its text is taken instead. The first 90% of the characters are train, th
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
+from nanomla.checks import check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import run_script
 from nanomla.prepare import encode_chars, read_shakespeare, report, split_text
-from nanomla.settings import check, configure
+from nanomla.settings import configure
 
 
 @dataclass
 class PrepareConfig:
-    tiny: Annotated[bool, "#text", "take nanoGPT's tiny Shakespeare instead"] = False
-    out: Annotated[str, "#output", "folder for train.bin, val.bin and meta.json"] = str(HERE)
+    headings: ClassVar[dict[str, str]] = {"tiny": "text", "out": "output"}
+
+    tiny: Annotated[bool, "The text is nanoGPT's tiny Shakespeare instead."] = False
+    out: Annotated[str, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
 
     def __post_init__(self) -> None:
         check(self)

@@ -47,15 +47,17 @@ from pathlib import Path
 from typing import IO, Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
+from nanomla.checks import Positive, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.prepare import cores, encode_chars, in_order, report
-from nanomla.settings import check, configure, declared
+from nanomla.settings import configure, declared
 from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf, read_json
 
 TOKENIZERS = ("gpt2", "cl100k_base", "o200k_base", "char", "byte")  # all others are files
@@ -72,28 +74,26 @@ Batch = list[tuple[Literal["nothing", "other", "rest"], str]]
 @dataclass
 class PrepareConfig:
     usage: ClassVar[str] = "FILE_OR_FOLDER ... [--key=value ...]"
+    headings: ClassVar[dict[str, str]] = {
+        "name": "output", "tokenizer": "tokens", "val_fraction": "split", "field": "text",
+    }  # fmt: skip
 
-    name: Annotated[str | None, "#output", "write data/NAME, for --dataset=NAME"] = None
-    out: Annotated[str | None, "#output", "write this folder instead"] = None
+    name: Annotated[str | None, "The dataset is written to data/NAME, for --dataset=NAME."] = None
+    out: Annotated[str | None, "The dataset is written to this folder instead."] = None
     tokenizer: Annotated[
-        str,
-        "#tokens",
-        f"{', '.join(TOKENIZERS)}, or a folder with a {HF_TOKENIZER}",
+        str, f"The tokenizer: {', '.join(TOKENIZERS)}, or a folder with a {HF_TOKENIZER}."
     ] = "gpt2"
-    val_fraction: Annotated[
-        float, "#split", "the share of the text that is val, between 0 and 1", "> 0", "< 1"
-    ] = 0.1
+    val_fraction: Annotated[Positive, Field(lt=1), "The share of the text that is val."] = 0.1
     split: Annotated[
         Literal["tail", "document"],
-        "#split",
-        "val is the end of the text, or documents drawn by hash",
+        "How val is chosen: tail takes the end of the text, document takes documents by their "
+        "hash.",
     ] = "tail"
-    seed: Annotated[int, "#split", "chooses the documents of --split=document"] = 1337
-    field: Annotated[str, "#text", "the field of a .jsonl line that holds the text"] = "text"
+    seed: Annotated[int, "The seed that chooses the documents of --split=document."] = 1337
+    field: Annotated[str, "The field of a line of a .jsonl file that holds the text."] = "text"
     errors: Annotated[
         Literal["strict", "replace"],
-        "#text",
-        "at invalid UTF-8: stop, or put U+FFFD in its place",
+        "What happens at invalid UTF-8: strict stops, replace puts U+FFFD in its place.",
     ] = "strict"
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
 """
-The two functions that the model spends its time in, computed the fastest way that a device has.
+What the model spends its time in, computed the fastest way that a device has.
 
     attend    causal attention of T new tokens over S cached and new ones
-    linear    a matrix product, faster for the few rows of a decoding step
+    Linear    a linear layer, faster for the few rows of a decoding step
 
-reference.py defines both in a few lines, and the others are tested against it. This is the table of
-attend; the first line that fits computes it. "Few" are at most 8 new tokens, without gradients.
+reference.py defines attend in a few lines, and the others are tested against it. This is its table;
+the first line that fits computes a call. "Few" are at most 8 new tokens, without gradients.
 
     few, on a GPU that has the kernel        triton.py    reads every key once, in parts
     few, on a CPU, keys in a narrow dtype    blocks.py    converts a block of keys at a time
@@ -28,7 +28,7 @@ from nanomla.kernels import blocks, cpu, reference, sdpa
 from nanomla.kernels.int8 import Quantized, dequantise, quantise
 from nanomla.kernels.reference import by_group, by_head, causal_weights
 
-__all__ = ["Linear", "Quantized", "attend", "causal_weights", "dequantise", "linear", "quantise"]
+__all__ = ["Linear", "Quantized", "attend", "causal_weights", "dequantise", "quantise"]
 
 FEW = 8  # new tokens that are computed as in decoding
 
@@ -104,18 +104,15 @@ def on_gpu(device: torch.device) -> ModuleType | None:
     return triton
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) through weight (out, in): (..., out)."""
-    few_rows = x.numel() <= 16 * weight.size(1)
-    large = weight.numel() >= 2**17 and weight.dtype == torch.float32
-    as_usual = torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-    if few_rows and large and not as_usual:
-        return cpu.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
-    """nn.Linear by the function above."""
+    """nn.Linear, but a large weight and the few rows of a decoding step by cpu.linear."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        weight = self.weight
+        few_rows = x.numel() <= 16 * weight.size(1)
+        large = weight.numel() >= 2**17 and weight.dtype == torch.float32
+        if few_rows and large and x.device.type == "cpu":
+            if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+                return F.linear(x, weight, self.bias)
+            return cpu.linear(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)

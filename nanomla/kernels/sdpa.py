@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanomla.kernels import cpu
+from nanomla.kernels.cpu import go_on
 from nanomla.kernels.reference import causal_mask
 
 
@@ -49,7 +49,7 @@ def many(
     if T == k.size(2) and lengths is None:
         out = torch_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
     elif q.device.type == "cpu" and not gradients and lengths is None and k.shape == v.shape:
-        out = cpu.go_on(q, k, v, scale)
+        out = go_on(q, k, v, scale)
     else:
         out = some_queries_at_a_time(q, k, v, scale, lengths, dropout)
     return out[..., :width].reshape(B, nh, T, width)
