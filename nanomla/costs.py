@@ -40,7 +40,8 @@ def parameters(config: GPTConfig) -> int:
         first = count(1)
         return first + (config.n_layer - 1) * (count(2) - first)
     except RuntimeError:
-        raise UserError("a model of this size has matrices that no machine can hold") from None
+        problem = "a model of this size has matrices that no machine can hold"
+        raise UserError(f"{problem}; make it smaller") from None
 
 
 def training_bytes(

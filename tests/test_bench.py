@@ -111,8 +111,9 @@ def test_report_of_absurd_sizes(tmp_path):
     for what, figure in rows.items():
         n, a, b = (int(text.replace(",", "")) for text in (figure, few[what], more[what]))
         assert n == a + (100_000 - 3) * (b - a), what
-    wide = run("tools.bench", "--report", "--n_embd=12000000000000")
-    assert fails_with_one_line(wide, 1, "over 2^60 parameters", "smaller")
+    for width, problem in ((12 * 10**7, "over 2^60 parameters"), (12 * 10**12, "no machine")):
+        wide = run("tools.bench", "--report", f"--n_embd={width}")
+        assert fails_with_one_line(wide, 1, problem, "make it smaller")
     long = run("tools.bench", "--report", "--block_size=1000000000000000", "--pos_emb=rope")
     assert fails_with_one_line(long, 1, "positions needs 2.1 EB", "--block_size")
     deep = run("tools.bench", "profile", "--n_layer=1000000000", "--device=cpu")
@@ -265,7 +266,7 @@ def test_ways_of_the_kernel_are_one_function(B, monkeypatch):
     with torch.inference_mode():
         got = {name: way(rows) for name, way in ways.items()}
     assert list(got) == ["this", "SDPA", "expanding"]
-    average = got["this"].transpose(1, 2)  # (B, nh, 1, L + r)
+    average = got["this"]  # (B, nh, 1, L + r)
     torch.testing.assert_close(got["SDPA"], average, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got["expanding"], average[..., :20] @ W_UV.mT, atol=1e-5, rtol=1e-4)
 
@@ -274,7 +275,7 @@ def test_kernel_takes_what_fits(monkeypatch):
     """Half of a GPU's free memory, for the cached rows alone; bytes are those of the rows."""
     sizes = {}
     for free in (80 * 10**9, 10**9):
-        monkeypatch.setattr(costs, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(kernel, "free_memory", lambda device, free=free: free)
         found = kernel.cases("cuda")
         sizes[free] = len(found)
         assert {case.dtype for case in found} == {torch.bfloat16}
@@ -409,12 +410,12 @@ def test_a_compiler_is_missed_before_anything_is_timed(monkeypatch):
     assert fails_with_one_line(done, 1, "no compiler)", "install a C++ compiler")
 
 
-@pytest.mark.parametrize("helps", [False, True])
+@pytest.mark.parametrize("faster", [False, True])
 @torch.inference_mode()
-def test_decoding_steps_are_those_of_generate(helps, monkeypatch):
-    """By DecodingStep where it helps; a run begins n tokens before the end, again and again."""
+def test_decoding_steps_are_those_of_generate(faster, monkeypatch):
+    """By DecodingStep where it is faster; a run begins n tokens before the end, again and again."""
     calls, forward = [], GPT.forward
-    monkeypatch.setattr(DecodingStep, "helps", staticmethod(lambda model, cache: helps))
+    monkeypatch.setattr(DecodingStep, "is_faster", staticmethod(lambda *_: faster))
 
     def counted(self, idx, targets=None, cache=None):
         calls.append((idx.shape, cache.lengths is not None))
@@ -427,7 +428,7 @@ def test_decoding_steps_are_those_of_generate(helps, monkeypatch):
     for _ in range(2):
         run()
         assert cache.pos == 12
-    assert calls == [((2, 1), helps)] * 6
+    assert calls == [((2, 1), faster)] * 6
 
 
 @torch.inference_mode()
@@ -439,6 +440,6 @@ def test_throughput_at_equal_memory(monkeypatch):
     assert (mha["rows"], mla["rows"]) == ("4", "32") and mha["cache"] == mla["cache"] == "24.6 kB"
     ratio = float(mla["tokens/s"].replace(",", "")) / float(mha["tokens/s"].replace(",", ""))
     assert float(mla["this / MHA"]) == pytest.approx(ratio, abs=0.1)
-    monkeypatch.setattr(costs, "free_memory", lambda device: 4 * 24_576)
+    monkeypatch.setattr(bench, "free_memory", lambda device: 4 * 24_576)
     mha, mla = bench.bench_equal_memory(cfg, "cpu", base, 32)
     assert (mha["rows"], mla["rows"]) == ("4", "32")

@@ -374,13 +374,14 @@ FLIPPED = {
     "n_kv_head": 2, "head_dim": 10, "mla_latent_dim": 5, "mla_groups": 2, "mla_rope_dim": 4,
     "mla_nope_dim": 3, "mla_rope": "latent", "mla_q_latent_dim": 5, "mla_norm": "layernorm",
     "mla_share_latent": True, "use_latent_tokens": True, "n_latent_tokens": 3, "use_svd": True,
-    "svd_rank": 3, "svd_method": "randomized",
+    "svd_rank": 3, "svd_method": "randomized", "attention": "latent_tokens",
 }  # fmt: skip
 OTHER = {
     "bias": (True, False), "pos_emb": ("learned", "rope"), "norm": ("layernorm", "rmsnorm"),
     "mlp": ("gelu", "swiglu"), "use_mla": (True, False),
 }  # fmt: skip
-WITH = {"use_latent_tokens": {"n_latent_tokens": 3, "use_mla": False, "pos_emb": "learned"}}
+LATENT_TOKENS = {"n_latent_tokens": 3, "use_mla": False, "pos_emb": "learned"}
+WITH = {"use_latent_tokens": LATENT_TOKENS, "attention": LATENT_TOKENS}
 STYLES = {"gpt2": {}, "llama": LLAMA_STYLE, "deepseek_v3": DEEPSEEK_STYLE}
 NAMES = [field.name for field in dataclasses.fields(GPTConfig)]
 
@@ -435,6 +436,17 @@ def test_what_is_in_the_way_of_each_format():
     assert formats.in_the_way(tiny_config(**ragged), "deepseek_v3") == ["mla_latent_dim=(7, 5)"]
     grouped = {**DEEPSEEK_STYLE, "mla_groups": 2}
     assert formats.in_the_way(tiny_config(**grouped), "deepseek_v3") == ["mla_groups=2"]
+
+
+@pytest.mark.parametrize("kind", STYLES)
+def test_an_attention_by_its_name_is_written(tmp_path, kind):
+    """GPTConfig.attention may say what the flags say as well."""
+    name = tiny_config(**STYLES[kind]).attention_name
+    model = randomise(GPT(tiny_config(**STYLES[kind], attention=name)), 0.2)
+    assert formats.in_the_way(model.config, kind) == []
+    write(tmp_path / "e", formats.FORMATS[kind].write, model)
+    twin, idx = GPT.from_pretrained(tmp_path / "e"), torch.randint(23, (3, 16))
+    torch.testing.assert_close(all_logits(twin, idx), all_logits(model, idx), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", STYLES)
