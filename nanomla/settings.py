@@ -143,14 +143,43 @@ def configure(
     files: list[str] | None = None,
 ) -> tuple[Config, dict[str, str]]:
     """
-    Build a `config_class` from command-line arguments.
+    Build a `config_class` from command-line arguments, which are those of read_arguments.
+
+    Returns the config and, for every key that was set, where it came from.
+    Raises UsageError for an unknown key, a wrong value, a missing or broken file.
+    """
+    values, origins = read_arguments(config_class, argv, hints, ignored_in_files, files)
+    return build(config_class, values), origins
+
+
+def build(config_class: type[Config], values: dict[str, Any]) -> Config:
+    """
+    A `config_class` with these settings, nested ones too; the others have their defaults.
+
+    Raises UsageError for values that do not go together.
+    """
+    try:
+        return _build(config_class, values)
+    except ValueError as error:  # the dataclasses check how their values fit together
+        raise UsageError(str(error)) from None
+
+
+def read_arguments(
+    config_class: type,
+    argv: Sequence[str],
+    hints: dict[str, str] | None = None,
+    ignored_in_files: Collection[str] = (),
+    files: list[str] | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """
+    The settings that command-line arguments give, each of its type, but not held against another.
 
     argv: config files and `--key=value` or `--key value` in any order; a bare `--key` sets a bool
     to True; `--help` prints the settings as the other arguments leave them, and exits.
     hints: what to say about keys that do not exist here but that people know from elsewhere.
     ignored_in_files: other scripts' keys that config files may hold; the class may name more.
     files: a list that gets the arguments that are no flags, which are then no config files.
-    Returns the config and, for every key that was set, where it came from.
+    Returns their values by key, and where each came from.
     Raises UsageError for an unknown key, a wrong value, a missing or broken file.
     """
     settings, hints = declared(config_class), hints or {}
@@ -183,10 +212,7 @@ def configure(
     if set(HELP) & set(argv):
         print(_help_text(config_class, values, origins))
         raise SystemExit(0)
-    try:
-        return _build(config_class, values), origins
-    except ValueError as error:  # the dataclasses check how their values fit together
-        raise UsageError(str(error)) from None
+    return values, origins
 
 
 def _arguments(argv: Sequence[str], settings: dict[str, Setting]) -> Iterator[tuple[str, str, str]]:
