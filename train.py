@@ -28,12 +28,11 @@ from nanomla import costs, distributed, optim, settings
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
 from nanomla.distributed import StopSignals, World, print0
-from nanomla.progress import Progress, diverged
+from nanomla.progress import Progress, diverged, print_sample
 from nanomla.runfolder import RunFolder
 from nanomla.runlog import RunLog, evaluation_text
 from nanomla.settings import DECIDES_RUN
 from nanomla.start import check_model, nothing_left, open_model, open_teacher, resumed_settings
-from nanomla.tokenizer import Tokenizer
 
 # What the error says of settings that nanoGPT or an earlier version has.
 LR_FIND = ", which is gone: python -m tools.compare CONFIG --lr_factors=0.5,1,2 compares rates"
@@ -394,8 +393,8 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
             train_loss = measures["train_loss"]
             val_loss = measures["val_loss"]
             if not math.isfinite(train_loss + val_loss):
-                what = f"evaluation gave train loss {train_loss}, val loss {val_loss}"
-                raise diverged(cfg, it, what, folder.last_checkpoint())
+                losses = f"evaluation gave train loss {train_loss}, val loss {val_loss}"
+                raise diverged(cfg, it, losses, folder.last_checkpoint())
             progress.evaluation(it, measures)
             if cfg.sample_interval and evaluations % cfg.sample_interval == 0:
                 print_sample(trainer.model, trainer.data)
@@ -413,8 +412,8 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
         loss_sum, signals = world.sum(mean_loss, stop.received)
         loss = loss_sum / world.size  # the mean over the rows of all ranks
         if not trainer.can_go_on(loss, norm):
-            what = f"loss {loss}, gradient norm {norm}"
-            raise diverged(cfg, it, what, folder.last_checkpoint())
+            losses = f"loss {loss}, gradient norm {norm}"
+            raise diverged(cfg, it, losses, folder.last_checkpoint())
 
         # save before the update, as these weights are known to have a finite loss
         every = cfg.checkpoint_interval
@@ -451,32 +450,18 @@ def save_last(it: int, trainer: Trainer, folder: RunFolder) -> str:
     return folder.require_checkpoint(it)
 
 
-def print_sample(model: GPT, data: Dataset) -> None:
-    """Print 100 tokens that the model adds to the start of the validation text."""
-    if data.tokenizer is None:
-        return
-    device = model.lm_head.weight.device
-    training = model.training
-    prompt = data.eval_batch("val", 0, 1, 1)[0][:, : min(16, data.block_size)].to(device)
-    generator = torch.Generator(device).manual_seed(0)  # so that training's state stays as it is
-    model.eval()
-    out = model.generate(prompt, 100, temperature=0.8, generator=generator)
-    model.train(training)
-    print0("sample: " + repr(Tokenizer(data.tokenizer).decode(out[0].tolist())))
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     with distributed.report_errors_once():
         if argv is None:
             argv = sys.argv[1:]
-        given, origins = settings.read_arguments(TrainConfig, argv, HINTS)
+        asked, origins = settings.read_arguments(TrainConfig, argv, HINTS)
         sys.stdout = Steady(sys.stdout)
         sys.stderr = Steady(sys.stderr)
-        if given.get("init_from") == "resume":
-            cfg, origins = resumed_settings(TrainConfig, given, origins)
+        if asked.get("init_from") == "resume":
+            cfg, origins = resumed_settings(TrainConfig, asked, origins)
         else:
-            cfg = settings.build(TrainConfig, given)
+            cfg = settings.build(TrainConfig, asked)
         with World(cfg.device, cfg.backend) as world:
             train(cfg, origins, world)
 

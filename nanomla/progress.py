@@ -6,13 +6,16 @@ import time
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+import torch
 from tqdm import tqdm
 
 from model import GPT
 from nanomla import costs, optim
+from nanomla.dataset import Dataset
 from nanomla.distributed import World, print0
 from nanomla.errors import UserError
 from nanomla.runlog import RunLog, clock, evaluation_text
+from nanomla.tokenizer import Tokenizer
 
 
 class ReportSettings(optim.Schedule, Protocol):
@@ -95,10 +98,24 @@ class Progress:
             self.log.plot()
 
 
-def diverged(cfg: optim.Schedule, it: int, what: str, last_checkpoint: str) -> UserError:
+def print_sample(model: GPT, data: Dataset) -> None:
+    """Print 100 tokens that the model adds to the start of the validation text."""
+    if data.tokenizer is None:
+        return
+    device = model.lm_head.weight.device
+    training = model.training
+    prompt = data.eval_batch("val", 0, 1, 1)[0][:, : min(16, data.block_size)].to(device)
+    generator = torch.Generator(device).manual_seed(0)  # so that training's state stays as it is
+    model.eval()
+    out = model.generate(prompt, 100, temperature=0.8, generator=generator)
+    model.train(training)
+    print0("sample: " + repr(Tokenizer(data.tokenizer).decode(out[0].tolist())))
+
+
+def diverged(cfg: optim.Schedule, it: int, losses: str, last_checkpoint: str) -> UserError:
     """The error that ends a run whose loss or gradient norm is not finite."""
     lr = optim.lr_factor(cfg, it) * cfg.learning_rate
     return UserError(
-        f"iteration {it}: {what}, at learning rate {lr:.3g}; last good checkpoint: "
+        f"iteration {it}: {losses}, at learning rate {lr:.3g}; last good checkpoint: "
         f"{last_checkpoint}; try a lower learning rate, or dtype=float32"
     )

@@ -47,28 +47,28 @@ Config = TypeVar("Config", bound=RunSettings)
 
 
 def resumed_settings(
-    config_class: type[Config], given: dict[str, Any], origins: dict[str, str]
+    config_class: type[Config], asked: dict[str, Any], origins: dict[str, str]
 ) -> tuple[Config, dict[str, str]]:
     """
     The settings of a run that is resumed, and where each came from.
 
-    given, origins: what settings.read_arguments returned. What was not given is taken from the
+    asked, origins: what settings.read_arguments returned. What was not given is taken from the
     checkpoint, which may be nanoGPT's. So is the model's shape, even if another one was given: a
     warning then names each setting that is not used.
     Raises UserError if there is no checkpoint, or for a stored setting that does not work.
     """
     shape = {field.name for field in dataclasses.fields(GPTConfig)}
-    cfg = settings.build(config_class, {k: v for k, v in given.items() if k not in shape})
+    cfg = settings.build(config_class, {k: v for k, v in asked.items() if k not in shape})
     ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), verify=False)  # open_model verifies it
     stored = checkpoint.stored_config(ckpt)
 
-    changes = {name: given[name] for name in changeable(stored, given) if name in given}
+    changes = {name: asked[name] for name in changeable(stored, asked) if name in asked}
     try:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(stored, **changes))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
-    not_taken = {*OF_THIS_RUN, *given} - shape
+    not_taken = (set(OF_THIS_RUN) | asked.keys()) - shape  # the shape is always the checkpoint's
     if is_nanogpts(ckpt):
         not_taken.update(NANOGPT_MACHINE)
     taken = {}
@@ -77,34 +77,38 @@ def resumed_settings(
             taken[name] = ckpt.config[name]
     cfg = settings.replace(cfg, taken, ckpt.source)
 
-    not_used = warn_of_other_shape(given, origins, cfg.model, ckpt.source)
-    if "use_mla" in not_used and given["use_mla"]:
+    not_used = warn_of_other_shape(asked, origins, cfg.model, ckpt.source)
+    if "use_mla" in not_used and asked["use_mla"]:
         warn0(f"to give it latent attention, convert it: {conversion_command(cfg, cfg.out_dir)}")
     used = {name: where for name, where in origins.items() if name not in not_used}
-    from_checkpoint = [*taken, *(name for name in ckpt.model_args if name in shape)]
-    sources = {name: ckpt.source for name in from_checkpoint if name not in used}
+    sources = dict.fromkeys(taken, ckpt.source)
+    for name in ckpt.model_args:
+        if name in shape:
+            sources[name] = ckpt.source
+    for name in used:
+        sources.pop(name, None)
     return cfg, sources | used
 
 
-def changeable(stored: GPTConfig, given: dict[str, Any]) -> list[str]:
+def changeable(stored: GPTConfig, asked: dict[str, Any]) -> list[str]:
     """The model's settings that a resumed run may change: dropout, and to factorise its values."""
-    if given.get("use_svd", stored.use_svd):
+    if asked.get("use_svd", stored.use_svd):
         return ["dropout", "use_svd", "svd_rank", "svd_method"]
     return ["dropout"]
 
 
 def warn_of_other_shape(
-    given: dict[str, Any], origins: dict[str, str], config: GPTConfig, source: str
+    asked: dict[str, Any], origins: dict[str, str], config: GPTConfig, source: str
 ) -> list[str]:
     """Name the settings that were given and ask for another model than the one in `source`."""
     not_used = []
     for field in dataclasses.fields(GPTConfig):
         name = field.name
-        if given.get(name) is None or has_setting(config, name, given[name]):
+        if asked.get(name) is None or has_setting(config, name, asked[name]):
             continue
-        asked = f"{name}={given[name]!r} ({origins[name]})"
-        has = f"{name}={getattr(config, name)!r}"
-        warn0(f"{asked} is not used: the model in {source} has {has}")
+        setting = f"{name}={asked[name]!r} ({origins[name]})"
+        value = getattr(config, name)
+        warn0(f"{setting} is not used: the model in {source} has {name}={value!r}")
         not_used.append(name)
     return not_used
 
@@ -207,8 +211,8 @@ def open_model(cfg: RunSettings, origins: dict[str, str], data: Dataset) -> tupl
     if "block_size" in origins and cfg.model.block_size < model.config.block_size:
         surgery.crop_block_size(model, cfg.model.block_size)
     values = settings.flat(cfg)
-    given = {name: values[name] for name in origins}
-    warn_of_other_shape(given, origins, model.config, ckpt.source)
+    asked = {name: values[name] for name in origins}
+    warn_of_other_shape(asked, origins, model.config, ckpt.source)
     return model, Checkpoint(model={}, model_args={})
 
 
