@@ -366,15 +366,21 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     with folder.training():
         log = None
         if world.is_main:
-            log = RunLog(cfg.out_dir, first, settings.describe(cfg, origins, most=1000))
-            if cfg.wandb_log:
-                folder.wandb_run_id = log.start_wandb(
-                    cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg), folder.wandb_run_id
-                )
+            log = open_log(cfg, origins, folder, first)
         world.barrier()  # no rank trains before rank 0 has the folder
         progress = Progress(cfg, world, model, trainer.dtype, first, tokens_per_iter, began, log)
         with progress, StopSignals(announce=world.is_main) as stop:
             loop(trainer, folder, progress, stop)
+
+
+def open_log(cfg: TrainConfig, origins: dict[str, str], folder: RunFolder, first: int) -> RunLog:
+    """The run's log, and its run in wandb if that is asked for; a resumed one goes on."""
+    log = RunLog(cfg.out_dir, first, settings.describe(cfg, origins, most=1000))
+    if cfg.wandb_log:
+        folder.wandb_run_id = log.start_wandb(
+            cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg), folder.wandb_run_id
+        )
+    return log
 
 
 def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSignals) -> None:
