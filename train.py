@@ -28,7 +28,7 @@ from nanomla import costs, distributed, optim, settings
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
 from nanomla.distributed import StopSignals, World, print0
-from nanomla.progress import Progress, diverged, print_sample
+from nanomla.progress import Progress, diverged
 from nanomla.runfolder import RunFolder
 from nanomla.runlog import RunLog, evaluation_text
 from nanomla.settings import DECIDES_RUN
@@ -368,7 +368,9 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
         if world.is_main:
             log = open_log(cfg, origins, folder, first)
         world.barrier()  # no rank trains before rank 0 has the folder
-        progress = Progress(cfg, world, model, trainer.dtype, first, tokens_per_iter, began, log)
+        progress = Progress(
+            cfg, world, model, data, trainer.dtype, first, tokens_per_iter, began, log
+        )
         with progress, StopSignals(announce=world.is_main) as stop:
             loop(trainer, folder, progress, stop)
 
@@ -388,7 +390,6 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
     cfg = trainer.cfg
     world = trainer.world
     it = first = progress.first
-    evaluations = 0
     while True:
         # set the learning rates of this iteration
         optim.set_learning_rates(trainer.optimizers, cfg.lr_factor(it))
@@ -402,9 +403,6 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
                 losses = f"evaluation gave train loss {train_loss}, val loss {val_loss}"
                 raise diverged(cfg, it, losses, folder.last_checkpoint())
             progress.evaluation(it, measures)
-            if cfg.sample_interval and evaluations % cfg.sample_interval == 0:
-                print_sample(trainer.model, trainer.data)
-            evaluations += 1
             # a resumed run's start is saved already
             if it and (it > first or val_loss < folder.best_val_loss):
                 folder.save(it, trainer.state(), val_loss)

@@ -22,6 +22,7 @@ class ReportSettings(optim.Schedule, Protocol):
     """The settings of a run that its reports depend on."""
 
     log_interval: int
+    sample_interval: int
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Progress:
     cfg: ReportSettings
     world: World
     model: GPT
+    data: Dataset
     dtype: str  # of its matrix products
     first: int  # the iteration that the run starts at
     tokens_per_iter: int
@@ -42,6 +44,7 @@ class Progress:
     log: RunLog | None  # on rank 0 alone
     seconds: float = 0.0  # in iterations after the first one, which is slower
     skipped: int = 0  # updates that float16 left out
+    evaluations: int = 0
 
     def __enter__(self) -> Self:
         hidden = not (self.world.is_main and sys.stderr.isatty())
@@ -90,12 +93,16 @@ class Progress:
             )
 
     def evaluation(self, it: int, measures: dict[str, float]) -> None:
-        """Print and log an evaluation, and redraw loss.png."""
+        """Print and log an evaluation, redraw loss.png, and print a sample if one is due."""
         seconds = round(time.perf_counter() - self.began, 2)
         print0(f"iteration {it}: {evaluation_text(measures)} ({clock(seconds)})")
         if self.log is not None:
             self.log.write(iter=it, **measures, seconds=seconds)
             self.log.plot()
+        every = self.cfg.sample_interval
+        if every and self.evaluations % every == 0:
+            print_sample(self.model, self.data)
+        self.evaluations += 1
 
 
 def print_sample(model: GPT, data: Dataset) -> None:
