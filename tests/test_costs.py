@@ -1,15 +1,17 @@
 """What a model costs, by hand. Run: python -m pytest tests/test_costs.py"""
 
 import time
+import types
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, GPTConfig
-from nanomla import costs
+from nanomla import costs, memory
 from nanomla.errors import UserError
-from tests.conftest import TINY_MLA, tiny_config
-from tests.test_model import GRID
+from tests.conftest import KINDS, TINY_MLA, tiny_config
 
 
 def test_analysis_counts_real_tensors():
@@ -47,6 +49,43 @@ def test_flops_by_hand():
     assert absorbed == weights + 2 * 2 * 4 * 10 * (2 * 7 + 2)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"n_kv_head": 2, "pos_emb": "rope"},
+        {"use_svd": True, "svd_rank": 3},
+        {"use_svd": True, "svd_rank": 3, "n_kv_head": 2},
+        TINY_MLA,
+        {**TINY_MLA, "mla_groups": 2, "mla_q_latent_dim": 5},
+        {**TINY_MLA, "mla_nope_dim": 9},
+        {**TINY_MLA, "mla_nope_dim": 1},
+        {**TINY_MLA, "use_svd": True, "svd_rank": 2},
+        {**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 4},
+        {**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 4, "use_svd": True, "svd_rank": 2},
+    ],
+)
+def test_flops_as_torch_counts_them(settings):
+    """
+    The forward pass of a block's attention in training, operation for operation, where scores are
+    counted for all T x T pairs. Two things are not a token's: value maps are multiplied out once a
+    pass, and torch's kernels take keys and values of one width, for which zeros are added.
+    """
+    B, T = 3, 12
+    config = tiny_config(**settings)
+    attn = GPT(config).transformer.h[0].attn
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        attn(torch.randn(B, T, config.n_embd))
+    tokens = B * T
+    flops = tokens * (attn.flops_per_token(decoding=False) + T * attn.flops_per_key(decoding=False))
+    if config.use_svd and config.mla_rope == "decoupled":
+        flops += 2 * attn.v_down.weight.numel() * config.hs
+    if config.attention_name == "mla":
+        zeros = abs(config.nope + config.mla_rope_dim - config.hs)
+        flops += tokens * T * 2 * config.n_head * zeros
+    assert counter.get_total_flops() == flops
+
+
 def test_use_of_a_gpu(monkeypatch):
     """The longest name that fits decides the peak; None on a CPU, in float32 and for an unknown
     GPU."""
@@ -61,52 +100,55 @@ def test_use_of_a_gpu(monkeypatch):
     assert costs.mfu(model, 16, 1e6, "cuda", "bfloat16") is None
 
 
-def test_parameters_by_arithmetic():
-    """As many as the built model has, for every variant; sizes that cannot be built take no time,
-    either."""
-    with torch.device("meta"):
-        for settings in GRID:
-            config = tiny_config(**settings)
-            assert costs.parameters(config) == GPT(config).get_num_params(False), settings
+SHAPES = [
+    *KINDS.values(),
+    {**TINY_MLA, "mla_share_latent": True, "mla_q_latent_dim": 5},
+    {"norm": "rmsnorm", "mlp": "swiglu", "pos_emb": "rope", "tie_weights": False, "bias": False},
+]
+
+
+@pytest.mark.parametrize("settings", SHAPES)
+def test_parameters_without_memory(settings):
+    """As many as the built model has, for every attention and what else changes their number."""
+    by_layer = isinstance(settings.get("mla_latent_dim"), tuple)
+    for n_layer in [2] if by_layer else [1, 2, 5]:
+        config = tiny_config(**{**settings, "n_layer": n_layer})
+        assert costs.parameters(config) == GPT(config).get_num_params(False), n_layer
+
+
+def test_parameters_of_what_cannot_be_built():
+    """They take no time, either; what torch cannot count is one line."""
     began = time.perf_counter()
     deep = costs.parameters(GPTConfig(n_layer=100_000))
     assert deep == costs.parameters(GPTConfig(n_layer=1)) + 99_999 * 7_087_872
-    wide = costs.parameters(GPTConfig(n_embd=12 * 10**12, use_mla=True, mla_share_latent=True))
-    assert wide > 12 * 8 * (12 * 10**12) ** 2 and time.perf_counter() - began < 0.5
+    wide = costs.parameters(GPTConfig(n_embd=12 * 10**7, use_mla=True, mla_share_latent=True))
+    assert wide > 12 * 8 * (12 * 10**7) ** 2
+    with pytest.raises(UserError, match="^a model of this size has matrices that no machine can"):
+        costs.parameters(GPTConfig(n_embd=12 * 10**12, use_mla=True, mla_share_latent=True))
+    assert time.perf_counter() - began < 0.5
 
 
-def test_free_memory(tmp_path, monkeypatch):
-    """MemAvailable, or what a control group leaves of it, in which cached files can be dropped."""
-    for name in ("MEMINFO", "OWN_CGROUPS", "CGROUPS"):
-        monkeypatch.setattr(costs, name, str(tmp_path / name))
-    assert costs.free_memory("cpu") is None and costs.free_memory("meta") is None
-    (tmp_path / "MEMINFO").write_text("MemTotal: 99 kB\nMemAvailable:   50 kB\n")
-    assert costs.free_memory("cpu") == 50 * 1024
-    group = tmp_path / "CGROUPS" / "a" / "b"
-    group.mkdir(parents=True)
-    (tmp_path / "OWN_CGROUPS").write_text("1:cpu:/x\n0::/a/b\n")
-    stat = "anon 7\ninactive_file 2000\nactive_file 1000\nfile 9999\n"
-    for folder, limit in ((group, "max\n"), (group.parent, "20000\n")):
-        for name, text in (("max", limit), ("current", "12000\n"), ("stat", stat)):
-            (folder / f"memory.{name}").write_text(text)
-    assert costs.free_memory("cpu") == 20000 - 12000 + 3000
-    (group.parent / "memory.max").write_text("1000\n")
-    assert costs.free_memory("cpu") == 0
+def test_free_memory(monkeypatch):
+    """What the system calls available on a CPU; None where torch has no count."""
+    available = types.SimpleNamespace(available=50 * 1024)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
+    assert memory.free_memory("cpu") == 50 * 1024
+    assert memory.free_memory("meta") is None
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch):
     """Needed and free bytes in units that people read, and the remedy; also for a cache."""
-    monkeypatch.setattr(costs, "free_memory", lambda device: 22_100_000_000)
-    costs.require_memory(22_100_000_000, "the model", "cpu", "try less")
+    monkeypatch.setattr(memory, "free_memory", lambda device: 22_100_000_000)
+    memory.require_memory(22_100_000_000, "the model", "cpu", "try less")
     with pytest.raises(UserError, match="^a run needs 4.0 TB, 22.1 GB are free; try less$"):
-        costs.require_memory(4 * 10**12, "a run", "cpu", "try less")
-    assert costs.in_units(999) == "999 bytes" and costs.in_units(10**400) == "over 1,000 EB"
+        memory.require_memory(4 * 10**12, "a run", "cpu", "try less")
+    assert memory.in_units(999) == "999 bytes" and memory.in_units(10**400) == "over 1,000 EB"
     for settings in ({}, TINY_MLA, {"use_latent_tokens": True, "n_latent_tokens": 5}):
         model = GPT(tiny_config(**settings))
         with pytest.raises(UserError, match=r"the cache needs .* [TP]B, 22.1 GB are free; "):
             model.make_cache(10**12, 16)
-    monkeypatch.setattr(costs, "free_memory", lambda device: None)
-    costs.require_memory(10**30, "the model", "tpu", "try less")
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    memory.require_memory(10**30, "the model", "tpu", "try less")
 
 
 def test_training_bytes_by_hand():
@@ -146,11 +188,15 @@ def test_flops_of_low_rank_values():
 
 def test_caches_in_words():
     """Beside MHA's where they differ from it, fewer or more."""
+
+    def words_of(**settings):
+        return costs.cache_in_words(costs.on_meta(tiny_config(**settings)))
+
     fewer = "9 cached numbers per token and layer, 5.33x fewer than MHA"
-    assert costs.cache_in_words(tiny_config(**TINY_MLA)) == fewer
-    assert costs.cache_in_words(tiny_config()) == "48 cached numbers per token and layer"
+    assert words_of(**TINY_MLA) == fewer
+    assert words_of() == "48 cached numbers per token and layer"
     state = {"use_latent_tokens": True, "block_size": 16}
     words = "a state of {} numbers per layer{}".format
     more = words(48 * 40, ", 2.5x more than MHA at 16 tokens")
-    assert costs.cache_in_words(tiny_config(**state, n_latent_tokens=40)) == more
-    assert costs.cache_in_words(tiny_config(**state, n_latent_tokens=16)) == words(48 * 16, "")
+    assert words_of(**state, n_latent_tokens=40) == more
+    assert words_of(**state, n_latent_tokens=16) == words(48 * 16, "")

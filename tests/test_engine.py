@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT
+from nanomla.cache import Cache
 from nanomla.engine import Batch, Engine, Request, Sampling, StopText
 from nanomla.errors import UserError
 from nanomla.generate import (
@@ -284,9 +285,10 @@ def test_a_cache_shorter_than_the_prompt(settings, length):
 
 
 def test_a_cache_longer_than_the_context():
-    """Made by its class, it is used as far as block_size."""
+    """Made of the layers' own caches, it is used as far as block_size."""
     model, idx = make(TINY_MLA), torch.randint(23, (1, 5))
-    cache = type(model.make_cache(1, 1))(model.config, 1, 40)
+    layers = [block.attn.new_cache(1, 40) for block in model.transformer.h]
+    cache = Cache(layers, made_for=model.config)
     out = model.generate(idx, 40, temperature=0, cache=cache)
     assert torch.equal(out, model.generate(idx, 40, temperature=0))
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from model import ATTENTION, GPT
+from model import ATTENTION, GPT, rotation_alone
 from tests.conftest import TINY_MLA, randomise, tiny_config
 from tools import experiments
 from tools.compare import CompareConfig
@@ -46,11 +46,11 @@ def test_rotated_keys():
     assert (plain(idx, all_logits=True)[0] - whole).abs().max() > 0.01  # the rotation matters
 
     attn, x = model.transformer.h[0].attn, torch.randn(1, 8, 24)
-    q, c = attn._project(x, None)
+    q, _ = attn._split_queries(x, None)
     turn = lambda start, t: experiments.gpt.apply_rope(
         t.transpose(1, 2), tuple(table[start : start + 8] for table in attn.tables)
     ).transpose(1, 2)
-    k = attn._expand(c)[0]
+    k, _ = attn._keys_and_values(*attn._latents(x, None))
     scores = [turn(start, q) @ turn(start, k).mT for start in (0, 4)]
     torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
 
@@ -59,8 +59,9 @@ def test_normed_keys_and_values():
     """Content keys and values have a mean square of 1 before their weights; equal with a cache."""
     model = changed_gpt("normed_kv", **TINY_MLA).eval()
     attn = model.transformer.h[0].attn
-    _, c, kr = attn._project(torch.randn(2, 5, 24), attn._rotation(torch.randn(2, 5, 24), 0, None))
-    k, v = attn._expand(c, kr)
+    x = torch.randn(2, 5, 24)
+    c, kr = attn._latents(x, rotation_alone(model.config, x, 0))
+    k, v = attn._keys_and_values(c, kr)
     for part in (k[..., : attn.nope], v):
         torch.testing.assert_close(part.square().mean(-1), torch.ones(2, 4, 5), atol=0.01, rtol=0)
     torch.testing.assert_close(k[..., attn.nope :], kr.expand(-1, 4, -1, -1))

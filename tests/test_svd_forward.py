@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from model import ATTENTION, GPT
+from model import ATTENTION, GPT, rotation_alone
 from nanomla.dataset import Dataset
 from tests.conftest import TINY_MLA, fails_with_one_line, randomise, run, tiny_config
 from tools.svd_forward import (
@@ -53,8 +53,9 @@ def test_equals_causal_attention_over_compressed_values():
         layers[rank] = SvdForwardAttention(config, 0, rank).double()
         layers[rank].load_state_dict(mla.state_dict())
     x = torch.randn(3, 11, 24, dtype=torch.float64)
-    q, *latent = mla._project(x, mla._rotation(x, 0, None))
-    k, v = mla._expand(*latent)
+    rotation = rotation_alone(config, x, 0)
+    q = torch.cat(mla._split_queries(x, rotation), dim=-1)
+    k, v = mla._keys_and_values(*mla._latents(x, rotation))
     past = torch.ones(11, 11, dtype=torch.bool).tril()
     rows = []
     for b in range(3):

@@ -425,7 +425,7 @@ def decode(model: GPT, cache: Cache, token: Tensor, end: int, n: int) -> Callabl
     """
     fill(cache, end)
     step = lambda token: model(token, cache=cache)[0]
-    if DecodingStep.helps(model, cache):
+    if DecodingStep.is_faster(model, cache):
         step = DecodingStep(model, cache)
 
     def run() -> None:

@@ -88,7 +88,7 @@ def project(V: Tensor, rank: int) -> Tensor:
 
 class SvdForwardAttention(ATTENTION["mla"]):
     """
-    MLA that replaces every head's values of all T tokens by low_rank(values, rank).
+    MLA that replaces every head's values of all T tokens by compress(values, rank).
 
     x (B, T, C) -> (B, T, C). Every output depends on every token, through the subspace. Weights and
     their names are those of MLA. Raises ValueError for a cache: with every new token the values of
@@ -100,10 +100,11 @@ class SvdForwardAttention(ATTENTION["mla"]):
         config: GPTConfig,
         layer: int,
         rank: int,
-        low_rank: Callable[[Tensor, int], Tensor] = project,
+        compress: Callable[[Tensor, int], Tensor] = project,
     ) -> None:
         super().__init__(config, layer)
-        self.rank, self.low_rank = rank, low_rank
+        self.rank = rank
+        self.compress = compress
 
     def forward(self, x: Tensor, cache: None = None, rotation: Rotation = None) -> Tensor:
         if cache is not None:
@@ -112,7 +113,7 @@ class SvdForwardAttention(ATTENTION["mla"]):
 
     def _keys_and_values(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
         k, v = super()._keys_and_values(c, kr)
-        return k, self.low_rank(v, self.rank)  # v (B, nh, T, hs)
+        return k, self.compress(v, self.rank)  # v (B, nh, T, hs)
 
 
 def svd_forward_gpt(config: GPTConfig, rank: int) -> GPT:
@@ -132,8 +133,8 @@ def time_layer(cfg: SvdForwardConfig, device: str) -> Rows:
     longest = max(T for _, T in INPUTS)
     config = GPTConfig(**SHAPE | {"block_size": longest, "n_layer": 1}, use_mla=True)
     layers = {"without": ATTENTION["mla"](config)}
-    for name, low_rank in (("svd", truncate), ("projector", project)):
-        layers[name] = SvdForwardAttention(config, 0, cfg.rank, low_rank)
+    for name, compress in (("svd", truncate), ("projector", project)):
+        layers[name] = SvdForwardAttention(config, 0, cfg.rank, compress)
     rows = []
     for B, T in INPUTS:
         x = torch.randn(B, T, config.n_embd, device=device, requires_grad=True)

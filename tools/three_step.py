@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -137,9 +137,12 @@ class ThreeStepAttention(nn.Module):
         self.read, self.mix, self.write = (CrossAttention(n_embd, n_head) for _ in range(3))
         self.norm_1, self.norm_2, self.norm_3 = (nn.LayerNorm(n_embd) for _ in range(3))
 
+    def new_cache(self, *sizes: Any) -> None:
+        raise ValueError("cache must be None: a bidirectional block cannot keep one")
+
     def forward(self, x: Tensor, cache: None = None, rotation: None = None) -> Tensor:
         if cache is not None:
-            raise ValueError("cache must be None: a bidirectional block cannot keep one")
+            self.new_cache()
         z = self.latents.expand(x.size(0), -1, -1)  # (B, m, C)
         z = z + self.read(self.norm_1(z), x)
         inner = self.norm_2(z)
