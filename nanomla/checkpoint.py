@@ -298,14 +298,8 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     Returns the model and, if values were factorised, a line that states how much of them was kept.
     Raises UserError if settings, names or shapes do not belong together.
     """
-    known = {f.name for f in dataclasses.fields(GPTConfig)}
+    stored = stored_config(checkpoint)
     try:
-        args = checkpoint.model_args
-        unknown = sorted(name for name in args if name not in known and not _neutral(args[name]))
-        if unknown:
-            names = ", ".join(unknown)
-            raise ValueError(f"model_args has settings this version does not know: {names}")
-        stored = GPTConfig(**{name: args[name] for name in args if name in known})
         if stored.use_svd and overrides.get("svd_rank", stored.svd_rank) is None:
             del overrides["svd_rank"]  # None means full rank only where there is none yet
         config = dataclasses.replace(stored, **overrides)
@@ -322,6 +316,20 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
         model = GPT(config)
     load_state(model, state, checkpoint.source)
     return model, note
+
+
+def stored_config(checkpoint: Checkpoint) -> GPTConfig:
+    """The settings of a checkpoint's model. Raises UserError for some that do not work."""
+    args = checkpoint.model_args
+    fields = {f.name for f in dataclasses.fields(GPTConfig)}
+    unknown = sorted(name for name in args if name not in fields and not _neutral(args[name]))
+    if unknown:
+        problem = "model_args has settings this version does not know"
+        raise UserError(f"{checkpoint.source}: {problem}: {one_line(', '.join(unknown))}")
+    try:
+        return GPTConfig(**{name: args[name] for name in args if name in fields})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{checkpoint.source}: {one_line(error)}") from None
 
 
 def _neutral(value: Any) -> bool:

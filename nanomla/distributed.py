@@ -167,12 +167,15 @@ class StopSignals:
     """
 
     def __init__(self, announce: bool) -> None:
-        self.received, self.announce = 0, announce
+        self.received = 0  # the number of the signal
+        self.announce = announce
 
     def __enter__(self) -> Self:
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-        self.old = {number: signal.signal(number, self._note) for number in heeded}
+        self.handlers = {}  # to be put back
+        for name in SIGNALS:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, _frame: Any) -> None:
@@ -186,7 +189,7 @@ class StopSignals:
                 os.write(2, f"\n{line}\n".encode())
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.old.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 

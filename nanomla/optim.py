@@ -1,17 +1,13 @@
 """
 The optimizers of a run (AdamW, or AdamW and Muon), their state in checkpoints, learning rates.
 
-`cfg` is train.py's TrainConfig or any object with the fields that a function reads.
-make_optimizers reads optimizer, learning_rate, weight_decay, beta1, beta2, muon_learning_rate and
-muon_weight_decay. lr_factor reads decay_lr, learning_rate, min_lr, warmup_iters, decay_shape,
-wsd_decay, lr_decay_iters and max_iters.
+train.py's TrainConfig declares the settings; Schedule and OptimizerSettings name those read here.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +19,32 @@ from nanomla.errors import UserError
 Optimizers = dict[str, torch.optim.Optimizer]  # "adamw" and, with Muon, "muon"
 
 
-def lr_factor(cfg: Any, it: int) -> float:
+class Schedule(Protocol):
+    """The settings of the learning rate's course."""
+
+    decay_lr: bool
+    learning_rate: float
+    min_lr: float | None
+    warmup_iters: int
+    decay_shape: Literal["cosine", "wsd"]
+    wsd_decay: float
+    lr_decay_iters: int | None
+    max_iters: int
+
+
+class OptimizerSettings(Protocol):
+    """The settings that the optimizers are made with."""
+
+    optimizer: Literal["adamw", "muon"]
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    muon_learning_rate: float
+    muon_weight_decay: float
+
+
+def lr_factor(cfg: Schedule, it: int) -> float:
     """
     The learning rate at iteration `it`, as a share of the highest.
 
@@ -34,8 +55,9 @@ def lr_factor(cfg: Any, it: int) -> float:
     if not cfg.decay_lr:
         return 1.0
     start, end = decay_range(cfg)
-    default = cfg.min_lr is None or cfg.learning_rate == 0
-    lowest = 0.1 if default else cfg.min_lr / cfg.learning_rate
+    lowest = 0.1
+    if cfg.min_lr is not None and cfg.learning_rate:
+        lowest = cfg.min_lr / cfg.learning_rate
     if it < cfg.warmup_iters:
         return (it + 1) / (cfg.warmup_iters + 1)
     if it >= end:
@@ -43,37 +65,21 @@ def lr_factor(cfg: Any, it: int) -> float:
     if it < start:
         return 1.0
     ratio = (it - start) / (end - start)
-    left = 1 - ratio if cfg.decay_shape == "wsd" else 0.5 * (1 + math.cos(math.pi * ratio))
+    if cfg.decay_shape == "wsd":
+        left = 1 - ratio
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * ratio))
     return lowest + left * (1 - lowest)
 
 
-def decay_range(cfg: Any) -> tuple[float, int]:
+def decay_range(cfg: Schedule) -> tuple[float, int]:
     """The iterations where the learning rate begins to fall and where it has become the lowest."""
-    end = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    end = cfg.lr_decay_iters
+    if end is None:
+        end = cfg.max_iters
     if cfg.decay_shape == "cosine":
         return cfg.warmup_iters, end
     return max(cfg.warmup_iters, (1 - cfg.wsd_decay) * end), end
-
-
-def lowest_point(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """
-    The rate where a parabola through the lowest loss and its neighbours, over log(rate), is lowest.
-
-    rates: ascending. losses: infinite for a run that diverged. Two losses that are at least as high
-    as the one between them have that minimum between their rates. A lowest loss without a neighbour
-    on one side gives its own rate. Raises UserError if all runs diverged.
-    """
-    if math.isinf(min(losses)):
-        raise UserError("all runs diverged; try lower learning rates, or dtype=float32")
-    i = min(range(len(losses)), key=losses.__getitem__)
-    if i in (0, len(losses) - 1):
-        return rates[i]
-    x = [math.log(rate) for rate in rates[i - 1 : i + 2]]
-    y = [min(loss, 1e6) for loss in losses[i - 1 : i + 2]]  # a parabola through infinity is none
-    # The slope of a parabola between two points is its derivative halfway, which is a line.
-    falls, rises = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
-    share = falls / (falls - rises) if falls < 0 else 0.5
-    return math.exp((x[0] + x[1] + share * (x[2] - x[0])) / 2)
 
 
 # Coefficients (a, b, c) of odd polynomials a x + b x^3 + c x^5, applied one after the other. Each
@@ -186,7 +192,9 @@ def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     return maps
 
 
-def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:
+def make_optimizers(
+    model: nn.Module, cfg: OptimizerSettings, device_type: str
+) -> Optimizers:
     """
     The optimizers of a model's trainable parameters, by name.
 
@@ -196,15 +204,21 @@ def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:
     arXiv:2502.16982). Every group has a highest_lr, which set_learning_rates scales.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    in_muon = {n for n, p in named if cfg.optimizer == "muon" and p.dim() == 2 and ".h." in n}
+    in_muon = set()
+    if cfg.optimizer == "muon":
+        in_muon = {n for n, p in named if p.dim() == 2 and ".h." in n}
     rest = [p for n, p in named if n not in in_muon]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    betas, fused = (cfg.beta1, cfg.beta2), device_type in ("cuda", "cpu")
     optimizers: Optimizers = {
-        "adamw": torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+        "adamw": torch.optim.AdamW(
+            groups,
+            lr=cfg.learning_rate,
+            betas=(cfg.beta1, cfg.beta2),
+            fused=device_type in ("cuda", "cpu"),
+        )
     }
     if in_muon:
         optimizers["muon"] = Muon(
@@ -213,10 +227,10 @@ def make_optimizers(model: nn.Module, cfg: Any, device_type: str) -> Optimizers:
             weight_decay=cfg.muon_weight_decay,
             maps=stacked_maps(model),
         )
+    highest = {"adamw": cfg.learning_rate, "muon": cfg.muon_learning_rate}
     for name, optimizer in optimizers.items():
         for group in optimizer.param_groups:
-            muon = name == "muon"
-            group["highest_lr"] = cfg.muon_learning_rate if muon else cfg.learning_rate
+            group["highest_lr"] = highest[name]
     return optimizers
 
 
@@ -230,7 +244,9 @@ def set_learning_rates(optimizers: Optimizers, factor: float) -> None:
 def optimizer_state(optimizers: Optimizers) -> dict[str, Any]:
     """AdamW's state dict, as nanoGPT saves it; with Muon, the state dicts of both by name."""
     states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
-    return states if len(states) > 1 else states["adamw"]
+    if "muon" in states:
+        return states
+    return states["adamw"]
 
 
 def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: str | Path) -> None:
@@ -240,7 +256,9 @@ def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: st
     source: what messages call the checkpoint. Raises UserError if the state belongs to other
     optimizers or to another model.
     """
-    states = state if "adamw" in state else {"adamw": state}
+    states = state
+    if "adamw" not in state:
+        states = {"adamw": state}
     if states.keys() != optimizers.keys():
         raise UserError(
             f"{source} was trained with {' + '.join(states)}, this run uses "

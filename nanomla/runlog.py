@@ -1,13 +1,11 @@
 """
-What a run writes besides its weights: log.jsonl, loss.png and, if asked to, a wandb run or the
-files of TensorBoard.
+What a run writes besides its weights: log.jsonl, loss.png and, if asked to, a wandb run.
 
     python -m nanomla.runlog out-mla/log.jsonl     draw loss.png beside it at every line on stdin
 """
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -22,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 class RunLog:
     """
-    The log of a run: one JSON object a line in out_dir/log.jsonl, and the same numbers in wandb and
-    TensorBoard.
+    The log of a run: one JSON object a line in out_dir/log.jsonl, and the same numbers in wandb.
 
     Only rank 0 has a log. resume_at: the iteration that a resumed run starts at; lines of earlier
     iterations are kept, the others are dropped, as their iterations are done again.
@@ -33,7 +30,9 @@ class RunLog:
 
     def __init__(self, out_dir: str, resume_at: int = 0, settings: Sequence[str] = ()) -> None:
         self.path = Path(out_dir) / "log.jsonl"
-        entries = [e for e in read_log(self.path) if e["iter"] < resume_at] if resume_at else []
+        entries = []
+        if resume_at:
+            entries = [e for e in read_log(self.path) if e["iter"] < resume_at]
         tmp = self.path.with_name(".log.jsonl.tmp")
         try:
             tmp.write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
@@ -42,9 +41,10 @@ class RunLog:
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{self.path} cannot be written ({error.strerror})") from None
-        self.unwritten, self.warned = b"", False
-        self.first = {"settings": list(settings)} if settings else {}
-        self.others: dict[str, Any] = {}  # wandb, tensorboard: have log(numbers, step) and finish()
+        self.unwritten = b""
+        self.warned = False
+        self.settings = list(settings)  # they go into the first entry
+        self.wandb: Any = None  # the run in wandb
         self.plotter: subprocess.Popen | None = None
 
     def start_wandb(
@@ -59,7 +59,7 @@ class RunLog:
             import wandb
 
             folder = self.path.parent
-            opened = self.others["wandb"] = wandb.init(
+            self.wandb = wandb.init(
                 project=project,
                 name=name or folder.absolute().name,
                 config=config,
@@ -67,29 +67,24 @@ class RunLog:
                 resume="allow",
                 dir=folder,
             )
-            return opened.id
+            return self.wandb.id
         except Exception as error:  # noqa: BLE001  a failure of wandb must not stop the run
-            self._lost("wandb", error)
+            self._lost_wandb(error)
             return run_id
 
-    def start_tensorboard(self, resume_at: int) -> None:
-        """Write the numbers to out_dir/tensorboard too; what is there from resume_at on is void."""
-        try:
-            self.others["tensorboard"] = TensorBoard(self.path.parent / "tensorboard", resume_at)
-        except Exception as error:  # noqa: BLE001  as above
-            self._lost("tensorboard", error)
-
     def write(self, **entry: Any) -> None:
-        """Append an entry, which must have the key `iter`, to the log and the others."""
-        self.unwritten += json.dumps(entry | self.first).encode() + b"\n"
-        self.first = {}
-        self._flush()
+        """Append an entry, which must have the key `iter`, to the log and to wandb."""
         numbers = {k: v for k, v in entry.items() if k != "iter"}
-        for name, other in list(self.others.items()):
+        if self.settings:
+            entry["settings"] = self.settings
+            self.settings = []
+        self.unwritten += json.dumps(entry).encode() + b"\n"
+        self._flush()
+        if self.wandb is not None:
             try:
-                other.log(numbers, step=entry["iter"])
-            except Exception as error:  # noqa: BLE001
-                self._lost(name, error)
+                self.wandb.log(numbers, step=entry["iter"])
+            except Exception as error:  # noqa: BLE001  as above
+                self._lost_wandb(error)
 
     def _flush(self) -> None:
         """Write what is unwritten. What a full disk does not take, perhaps half a line, stays."""
@@ -136,35 +131,16 @@ class RunLog:
                 self.plotter.communicate(timeout=0 if at_once else 10)
             except (OSError, ValueError, subprocess.TimeoutExpired):
                 self.plotter.kill()
-        for name, other in list(self.others.items()) if not at_once else ():
+        if self.wandb is not None and not at_once:
             try:
-                other.finish()
-            except Exception as error:  # noqa: BLE001
-                self._lost(name, error)
+                self.wandb.finish()
+            except Exception as error:  # noqa: BLE001  as above
+                self._lost_wandb(error)
 
-    def _lost(self, name: str, error: Exception) -> None:
-        self.others.pop(name, None)
+    def _lost_wandb(self, error: Exception) -> None:
+        self.wandb = None
         reason = f"{type(error).__name__}: {error}"
-        say(f"warning: {name} is off from here on ({reason})", sys.stderr)
-
-
-class TensorBoard:
-    """TensorBoard's files in a folder, with wandb's interface. Raises ImportError without it."""
-
-    def __init__(self, folder: Path, resume_at: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=resume_at or None)
-
-    def log(self, numbers: dict[str, Any], step: int) -> None:
-        """Add each number to the curve of its name."""
-        for name, number in numbers.items():
-            if number is not None:
-                self.writer.add_scalar(name, number, step)
-
-    def finish(self) -> None:
-        """Write what is still held, and close the files."""
-        self.writer.close()
+        say(f"warning: wandb is off from here on ({reason})", sys.stderr)
 
 
 def clock(seconds: float) -> str:
@@ -220,37 +196,6 @@ def draw(path: Path) -> None:
 
 def _curve(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     return [e["iter"] for e in entries], [e[key] for e in entries]
-
-
-def draw_sweep(
-    path: str, setting: str, rates: list[float], losses: list[float], lowest: float
-) -> None:
-    """
-    Draw the losses of short runs over their learning rates, or warn if that fails.
-
-    setting: the learning rate's name. losses: infinite for a run that diverged. lowest: a rate.
-    """
-    try:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xscale="log", xlabel=setting, ylabel="validation loss (nats)")
-        least = min(losses)
-        finite = [(r, v) for r, v in zip(rates, losses, strict=True) if math.isfinite(v)]
-        axes.plot(*zip(*finite, strict=True), marker=".")
-        diverged = [rate for rate, loss in zip(rates, losses, strict=True) if math.isinf(loss)]
-        for rate in diverged:
-            axes.axvline(rate, color="gray", ls=":", label="diverged" * (rate == diverged[0]))
-        axes.plot(rates[losses.index(least)], least, "o", label=f"best: {least:.4f}")
-        axes.axvline(lowest, color="C2", ls="--", label=f"lowest: {lowest:.2g}")
-        if max(loss for _, loss in finite) > 2 * least:  # else nothing is seen near the lowest
-            axes.set_ylim(0.9 * least, 2 * least)
-        axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
-        axes.set_xticks([], minor=True)
-        axes.legend()
-        figure.savefig(path, dpi=110)
-    except Exception as error:  # noqa: BLE001  a missing picture needs no traceback
-        say(f"warning: no {path} ({type(error).__name__}: {error})", sys.stderr)
 
 
 def draw_on_request(path: Path) -> None:

@@ -1,134 +1,126 @@
 """
-Where a run starts: the model and state that --init_from names, and its folder.
+Where a run starts: its settings if it is resumed, and the model and state that --init_from names.
 
-`cfg` is train.py's TrainConfig, or any dataclass of settings with the fields model (a GPTConfig),
-vocab_size, init_from, out_dir, dataset, batch_size, device, parallel, eval_only, distill,
-verify, and those that optim.lr_factor reads.
+train.py's TrainConfig declares the settings; RunSettings names those that are read here.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from model import GPT, GPTConfig
+from model import ATTENTION, GPT, GPTConfig
 from nanomla import checkpoint, costs, formats, optim, settings, surgery
 from nanomla.checkpoint import Checkpoint
-from nanomla.dataset import Dataset, locked
-from nanomla.distributed import print0, resolve_device, warn0
-from nanomla.errors import UserError
+from nanomla.dataset import Dataset
+from nanomla.distributed import resolve_device, warn0
+from nanomla.errors import UsageError, UserError
 from nanomla.memory import require_memory
 from nanomla.runlog import read_log
 
-OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only", "lr_find", "lr_find_iters")
+OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
 NANOGPT_MACHINE = ("device", "dtype", "backend", "compile")
 
 
-def with_stored_settings(cfg: Any, origins: dict[str, str]) -> tuple[Any, dict[str, str]]:
-    """
-    The settings of a run that is resumed, and where each came from: what was not given is taken
-    from its checkpoint, which may be nanoGPT's.
+class RunSettings(optim.Schedule, Protocol):
+    """The settings of a run that decide what it starts from."""
 
+    decides_run: ClassVar[tuple[str, ...]]
+    model: GPTConfig
+    vocab_size: int | None
+    out_dir: str
+    init_from: str
+    distill: str | None
+    dataset: str
+    batch_size: int
+    eval_iters: int
+    eval_only: bool
+    verify: bool
+    device: str
+    parallel: Literal["ddp", "fsdp"]
+
+
+Config = TypeVar("Config", bound=RunSettings)
+
+
+# ---- The settings of a resumed run
+
+
+def resumed_settings(
+    config_class: type[Config], asked: dict[str, Any], origins: dict[str, str]
+) -> tuple[Config, dict[str, str]]:
+    """
+    The settings of a run that is resumed, and where each came from.
+
+    asked, origins: what settings.read_arguments returned. What was not given is taken from the
+    checkpoint, which may be nanoGPT's. So is the model's shape, even if another one was given: a
+    warning then names each setting that is not used.
     Raises UserError if there is no checkpoint, or for a stored setting that does not work.
     """
-    ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), verify=False)  # open_model does
-    known = settings.declared(type(cfg))
-    not_taken = {*origins, *OF_THIS_RUN}
+    shape = {field.name for field in dataclasses.fields(GPTConfig)}
+    cfg = settings.build(config_class, {k: v for k, v in asked.items() if k not in shape})
+    ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), verify=False)  # open_model verifies it
+    stored = checkpoint.stored_config(ckpt)
+
+    changes = {name: asked[name] for name in changeable(stored, asked) if name in asked}
+    try:
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(stored, **changes))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+    not_taken = (set(OF_THIS_RUN) | asked.keys()) - shape  # the shape is always the checkpoint's
     if is_nanogpts(ckpt):
-        not_taken |= {*NANOGPT_MACHINE}
-    recipe = {k: v for k, v in ckpt.config.items() if k in known and known[k].part is None}
-    shape = {k: v for k, v in ckpt.model_args.items() if k in known and known[k].part == "model"}
-    plain = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
-    given = {k: v for k, v in settings.flat(cfg).items() if k in origins and k in plain}
-    taken = {k: v for k, v in (recipe | shape).items() if k not in not_taken}
-    model = plain | shape | given  # not cfg.model, whose other settings are those of no run
-    values = {k: v for k, v in taken.items() if k not in model} | {k: model[k] for k in shape}
-    cfg = dataclasses.replace(cfg, model=GPTConfig())
-    cfg = settings.replace(cfg, values | given, ckpt.source)
-    return cfg, {**dict.fromkeys(taken, ckpt.source), **origins}
+        not_taken.update(NANOGPT_MACHINE)
+    taken = {}
+    for name, setting in settings.declared(config_class).items():
+        if setting.part is None and name in ckpt.config and name not in not_taken:
+            taken[name] = ckpt.config[name]
+    cfg = settings.replace(cfg, taken, ckpt.source)
+
+    not_used = warn_of_other_shape(asked, origins, cfg.model, ckpt.source)
+    if "use_mla" in not_used and asked["use_mla"]:
+        warn0(f"to give it latent attention, convert it: {conversion_command(cfg, cfg.out_dir)}")
+    used = {name: where for name, where in origins.items() if name not in not_used}
+    sources = dict.fromkeys(taken, ckpt.source)
+    for name in ckpt.model_args:
+        if name in shape:
+            sources[name] = ckpt.source
+    for name in used:
+        sources.pop(name, None)
+    return cfg, sources | used
 
 
-def nothing_left(cfg: Any, first: int) -> bool:
-    """Whether a run that is resumed at this iteration has been trained and evaluated to its end."""
-    log = read_log(Path(cfg.out_dir) / "log.jsonl")
-    evaluated = any("val_loss" in entry and entry["iter"] >= first for entry in log)
-    kept = evaluated and (Path(cfg.out_dir) / checkpoint.BEST).is_file()
-    return cfg.init_from == "resume" and first >= cfg.max_iters and (kept or not log)
+def changeable(stored: GPTConfig, asked: dict[str, Any]) -> list[str]:
+    """The model's settings that a resumed run may change: dropout, and to factorise its values."""
+    if asked.get("use_svd", stored.use_svd):
+        return ["dropout", "use_svd", "svd_rank", "svd_method"]
+    return ["dropout"]
 
 
-def open_model(cfg: Any, origins: dict[str, str], data: Dataset) -> tuple[GPT, Checkpoint]:
-    """
-    The model that --init_from names, on the CPU, and the state of the run that goes on with it.
-
-    The state is a checkpoint without weights, and an empty one unless a run is resumed.
-    Raises UserError if the weights cannot be opened.
-    """
-    new_run = Checkpoint(model={}, model_args={})
-    if cfg.init_from == "scratch":
-        config = dataclasses.replace(cfg.model, vocab_size=cfg.vocab_size or padded_vocab(data))
-        if not cfg.eval_only:
-            _require_memory(cfg, config)
-        return GPT(config), new_run
-
-    resume, asks_mla = cfg.init_from == "resume", "use_mla" in origins and cfg.model.use_mla
-    if asks_mla and cfg.init_from in formats.PRETRAINED:
-        raise _not_latent(cfg, origins, cfg.init_from)  # before anything is fetched
-    if resume:
-        ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), cfg.verify)
-    else:
-        ckpt = formats.open_weights(cfg.init_from, verify=cfg.verify)
-    ordinary = not (ckpt.model_args.get("use_mla") or ckpt.model_args.get("use_latent_tokens"))
-    if asks_mla and ordinary:
-        raise _not_latent(cfg, origins, ckpt.source)
-    overrides: dict[str, Any] = {"dropout": cfg.model.dropout}
-    if cfg.model.use_svd:
-        # A rank that was not given was resolved for cfg.model's head size, not the checkpoint's.
-        rank = cfg.model.svd_rank if "svd_rank" in origins else None
-        overrides |= {"use_svd": True, "svd_rank": rank, "svd_method": cfg.model.svd_method}
-    model, note = checkpoint.build(ckpt, **overrides)
-    if note:
-        warn0(note)
-    if not resume and "block_size" in origins and cfg.model.block_size < model.config.block_size:
-        surgery.crop_block_size(model, cfg.model.block_size)
-    asked = settings.flat(cfg)
-    for name, has in dataclasses.asdict(model.config).items():
-        if name in origins and asked[name] is not None and asked[name] != has:
-            given = f"{name}={asked[name]!r} ({origins[name]})"
-            warn0(f"{given} is overridden by {ckpt.source}, which has {name}={has!r}")
-    if ckpt.tokenizer and data.tokenizer and ckpt.tokenizer != data.tokenizer:
-        warn0(
-            f"{ckpt.source} was trained with another tokenizer than dataset {cfg.dataset}'s: "
-            "its token ids mean other text"
-        )
-    if not resume:
-        return model, new_run
-
-    ckpt.best_val_loss = _best_so_far(cfg, ckpt)
-    changed = changed_settings(ckpt.config, cfg, ckpt.iter_num)
-    if changed:
-        warn0("from here on this is another run than the one it continues: " + ", ".join(changed))
-    if note:
-        warn0("the optimizer starts anew, as the factors are new parameters")
-        ckpt.optimizer, ckpt.scaler = None, None
-    return model, dataclasses.replace(ckpt, model={})
+def warn_of_other_shape(
+    asked: dict[str, Any], origins: dict[str, str], config: GPTConfig, source: str
+) -> list[str]:
+    """Name the settings that were given and ask for another model than the one in `source`."""
+    not_used = []
+    for field in dataclasses.fields(GPTConfig):
+        name = field.name
+        if asked.get(name) is None or has_setting(config, name, asked[name]):
+            continue
+        setting = f"{name}={asked[name]!r} ({origins[name]})"
+        value = getattr(config, name)
+        warn0(f"{setting} is not used: the model in {source} has {name}={value!r}")
+        not_used.append(name)
+    return not_used
 
 
-def _best_so_far(cfg: Any, ckpt: Checkpoint) -> float:
-    """
-    The lowest validation loss of a resumed run, if weights that have it are on the disk and it is
-    that of the windows which are evaluated from here on; else infinity.
-    """
-    now = {name: getattr(cfg, name) for name in ("dataset", "eval_iters", "batch_size")}
-    if any(ckpt.config.get(name, value) != value for name, value in now.items()):
-        warn0("other validation windows than before: the best loss, and best.pt, start anew")
-        return math.inf
-    kept = (Path(cfg.out_dir) / checkpoint.BEST).is_file() or is_nanogpts(ckpt)
-    return ckpt.best_val_loss if kept else math.inf
+def has_setting(config: GPTConfig, name: str, value: Any) -> bool:
+    """Whether a config has this value, written in any way: (32, 32) is 32 for two layers."""
+    try:
+        return dataclasses.replace(config, **{name: value}) == config
+    except ValueError:
+        return False
 
 
 def is_nanogpts(ckpt: Checkpoint) -> bool:
@@ -136,23 +128,161 @@ def is_nanogpts(ckpt: Checkpoint) -> bool:
     return "parallel" not in ckpt.config
 
 
-def _require_memory(cfg: Any, config: GPTConfig) -> None:
+def changed_settings(before: dict[str, Any], cfg: RunSettings, it: int) -> list[str]:
+    """
+    The settings that decide a run's numbers and that differ from those in its checkpoint.
+
+    it: the iteration of the checkpoint. Under WSD the length of the run and of its decay may change
+    as long as the decay has not begun.
+    """
+    now = settings.flat(cfg)
+    pairs = {}
+    for name in cfg.decides_run:
+        if name in before:
+            pairs[name] = (before[name], now[name])
+    if cfg.decay_lr and before.get("decay_lr") and "max_iters" in before:
+        earlier = {"decay_shape": "cosine", "lr_decay_iters": None}  # what old checkpoints lack
+        old = SimpleNamespace(**now | earlier | before)
+        old_start, old_end = optim.decay_range(old)
+        start, end = optim.decay_range(cfg)
+        pairs["decay_shape"] = (old.decay_shape, cfg.decay_shape)
+        pairs["lr_decay_iters"] = (old_end, end)
+        both_wsd = old.decay_shape == cfg.decay_shape == "wsd"
+        if both_wsd and it <= min(old_start, start):
+            pairs.pop("wsd_decay", None)
+            pairs.pop("lr_decay_iters")
+    return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
+
+
+def nothing_left(cfg: RunSettings, first: int) -> bool:
+    """Whether a run that is resumed at this iteration has been trained and evaluated to its end."""
+    if cfg.init_from != "resume" or first < cfg.max_iters:
+        return False
+    log = read_log(Path(cfg.out_dir) / "log.jsonl")
+    if not log:
+        return True
+    evaluated = any("val_loss" in entry and entry["iter"] >= first for entry in log)
+    return evaluated and (Path(cfg.out_dir) / checkpoint.BEST).is_file()
+
+
+# ---- The model
+
+
+def open_model(cfg: RunSettings, origins: dict[str, str], data: Dataset) -> tuple[GPT, Checkpoint]:
+    """
+    The model that --init_from names, on the CPU, and the state of the run that goes on with it.
+
+    The state is a checkpoint without weights, and an empty one unless a run is resumed.
+    Raises UserError if the weights cannot be opened.
+    """
+    if cfg.init_from == "scratch":
+        return new_model(cfg, data), Checkpoint(model={}, model_args={})
+
+    # open the weights, and factorise their values if that is asked for
+    ckpt = open_weights(cfg, origins)
+    changes: dict[str, Any] = {"dropout": cfg.model.dropout}
+    if cfg.model.use_svd:
+        changes["use_svd"] = True
+        changes["svd_method"] = cfg.model.svd_method
+        changes["svd_rank"] = None
+        if "svd_rank" in origins:  # else it was resolved for cfg.model, which may be another model
+            changes["svd_rank"] = cfg.model.svd_rank
+    model, factorised = checkpoint.build(ckpt, **changes)
+    if factorised:
+        warn0(factorised)
+    if ckpt.tokenizer and data.tokenizer and ckpt.tokenizer != data.tokenizer:
+        warn0(
+            f"{ckpt.source} was trained with another tokenizer than dataset {cfg.dataset}'s: "
+            "its token ids mean other text"
+        )
+
+    # go on with the run
+    if cfg.init_from == "resume":
+        ckpt.best_val_loss = best_so_far(cfg, ckpt)
+        changed = changed_settings(ckpt.config, cfg, ckpt.iter_num)
+        if changed:
+            names = ", ".join(changed)
+            warn0(f"from here on this is another run than the one it continues: {names}")
+        if factorised:
+            warn0("the optimizer starts anew, as the factors are new parameters")
+            ckpt.optimizer = None
+            ckpt.scaler = None
+        return model, dataclasses.replace(ckpt, model={})
+
+    # or begin another one with these weights
+    if "block_size" in origins and cfg.model.block_size < model.config.block_size:
+        surgery.crop_block_size(model, cfg.model.block_size)
+    values = settings.flat(cfg)
+    asked = {name: values[name] for name in origins}
+    warn_of_other_shape(asked, origins, model.config, ckpt.source)
+    return model, Checkpoint(model={}, model_args={})
+
+
+def new_model(cfg: RunSettings, data: Dataset) -> GPT:
+    """A model with random weights. Raises UserError if training it cannot fit in the memory."""
+    vocab_size = cfg.vocab_size or padded_vocab(data)
+    config = dataclasses.replace(cfg.model, vocab_size=vocab_size)
+    if not cfg.eval_only:
+        require_room(cfg, config)
+    return GPT(config)
+
+
+def open_weights(cfg: RunSettings, origins: dict[str, str]) -> Checkpoint:
+    """
+    What --init_from names. Raises UserError if it cannot be opened, or has ordinary attention while
+    latent attention is asked for.
+    """
+    if cfg.init_from == "resume":
+        return checkpoint.load(checkpoint.find(cfg.out_dir), cfg.verify)
+    asks_for_mla = "use_mla" in origins and cfg.model.use_mla
+    if asks_for_mla and cfg.init_from in formats.PRETRAINED:
+        raise not_latent(cfg, origins, cfg.init_from)  # before anything is fetched
+    ckpt = formats.open_weights(cfg.init_from, verify=cfg.verify)
+    latent = ckpt.model_args.get("use_mla") or ckpt.model_args.get("use_latent_tokens")
+    if asks_for_mla and not latent:
+        raise not_latent(cfg, origins, ckpt.source)
+    return ckpt
+
+
+def not_latent(cfg: RunSettings, origins: dict[str, str], source: str) -> UserError:
+    """The error for use_mla=True on weights with ordinary attention; it names the way out."""
+    problem = f"use_mla=True ({origins['use_mla']}), but {source} has ordinary attention"
+    command = conversion_command(cfg, cfg.init_from)
+    return UserError(f"{problem}; convert it first: {command}, then --init_from=FOLDER")
+
+
+def conversion_command(cfg: RunSettings, source: str) -> str:
+    """The command that gives weights with ordinary attention a latent cache."""
+    return (
+        f"python -m tools.convert --init_from={source} --cache=8x --data={cfg.dataset} --to=FOLDER"
+    )
+
+
+def best_so_far(cfg: RunSettings, ckpt: Checkpoint) -> float:
+    """
+    The lowest validation loss of a resumed run, if weights that have it are on the disk and it is
+    that of the windows which are evaluated from here on; else infinity.
+    """
+    for name in ("dataset", "eval_iters", "batch_size"):
+        value = getattr(cfg, name)
+        if ckpt.config.get(name, value) != value:
+            warn0("other validation windows than before: the best loss, and best.pt, start anew")
+            return math.inf
+    if is_nanogpts(ckpt) or (Path(cfg.out_dir) / checkpoint.BEST).is_file():
+        return ckpt.best_val_loss
+    return math.inf
+
+
+def require_room(cfg: RunSettings, config: GPTConfig) -> None:
     """Raise UserError if a new run cannot fit: its shards' share, for all of FSDP's processes."""
-    device, remedy = resolve_device(cfg.device), "use a smaller model, batch_size or block_size"
+    device = resolve_device(cfg.device)
+    remedy = "use a smaller model, batch_size or block_size"
     weights = 4 * costs.parameters(config)
     require_memory(weights, "a model of this size", "cpu", remedy)  # where it is made
     needs = costs.training_bytes(config, cfg.batch_size)
     if cfg.parallel == "fsdp":
         needs -= 4 * weights  # weights, gradients and two moments are shared out
     require_memory(needs, "training this model with this batch", device, remedy)
-
-
-def _not_latent(cfg: Any, origins: dict[str, str], source: str) -> UserError:
-    """The error for use_mla=True on weights with ordinary attention; it names the way out."""
-    name = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    command = f"python -m tools.convert --init_from={name} --cache=8x --data={cfg.dataset}"
-    have = f"use_mla=True ({origins['use_mla']}), but {source} has ordinary attention"
-    return UserError(f"{have}; convert it first: {command} --to=FOLDER, then --init_from=FOLDER")
 
 
 def open_teacher(source: str | None, config: GPTConfig, device: str) -> GPT | None:
@@ -165,46 +295,30 @@ def open_teacher(source: str | None, config: GPTConfig, device: str) -> GPT | No
     if source is None:
         return None
     teacher, _ = checkpoint.build(formats.open_weights(source, prefer_best=True), dropout=0.0)
-    has, wants = teacher.config, (config.vocab_size, config.block_size)
-    if has.vocab_size != wants[0] or has.block_size < wants[1]:
-        sizes = f"vocab_size={has.vocab_size} and block_size={has.block_size}"
-        needs = f"the model to train has {wants[0]} and {wants[1]}"
-        raise UserError(f"--distill={source} has {sizes}, {needs}: it cannot be the teacher")
+    taught = teacher.config
+    if taught.vocab_size != config.vocab_size or taught.block_size < config.block_size:
+        raise UserError(
+            f"--distill={source} has vocab_size={taught.vocab_size} and "
+            f"block_size={taught.block_size}, the model to train has {config.vocab_size} and "
+            f"{config.block_size}: it cannot be the teacher"
+        )
     return teacher.to(device).eval().requires_grad_(False)
 
 
 def padded_vocab(data: Dataset) -> int:
     """The dataset's vocabulary; a large one rounded up to a multiple of 64, for faster kernels."""
     vocab = data.vocab_size or 50257
-    return vocab if vocab <= 1024 else -(-vocab // 64) * 64
+    if vocab <= 1024:
+        return vocab
+    return -(-vocab // 64) * 64
 
 
-def changed_settings(before: dict[str, Any], cfg: Any, it: int) -> list[str]:
-    """
-    The settings that decide a run's numbers and that differ from those in its checkpoint.
-
-    it: the iteration of the checkpoint. Under WSD the length of the run and of its decay may change
-    as long as the decay has not begun.
-    """
-    now = settings.flat(cfg)
-    pairs = {name: (before[name], now[name]) for name in cfg.decides_run if name in before}
-    if cfg.decay_lr and before.get("decay_lr") and "max_iters" in before:
-        earlier = {"decay_shape": "cosine", "lr_decay_iters": None}  # what old checkpoints lack
-        schedules = [SimpleNamespace(**now | c) for c in (earlier | before, now)]
-        starts, ends = zip(*map(optim.decay_range, schedules), strict=True)
-        shapes = tuple(s.decay_shape for s in schedules)
-        pairs |= {"decay_shape": shapes, "lr_decay_iters": ends}
-        if shapes == ("wsd", "wsd") and it <= min(starts):
-            pairs = {k: v for k, v in pairs.items() if k not in ("wsd_decay", "lr_decay_iters")}
-    return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
-
-
-def check_model(config: GPTConfig, cfg: Any, data: Dataset) -> None:
+def check_model(config: GPTConfig, cfg: RunSettings, data: Dataset) -> None:
     """Raise UserError if the model lacks tokens of the dataset; warn of settings without effect."""
-    remedy = f"use --vocab_size={data.vocab_size} or more"
-    if cfg.init_from != "scratch":
-        remedy = "give the dataset that it was trained on, or one in its tokens: --dataset=NAME"
     if data.vocab_size and data.vocab_size > config.vocab_size:
+        remedy = f"use --vocab_size={data.vocab_size} or more"
+        if cfg.init_from != "scratch":
+            remedy = "give the dataset that it was trained on, or one in its tokens: --dataset=NAME"
         raise UserError(
             f"dataset {cfg.dataset} has token ids up to {data.vocab_size - 1}, the model only "
             f"vocab_size={config.vocab_size}; {remedy}"
@@ -217,49 +331,16 @@ def check_model(config: GPTConfig, cfg: Any, data: Dataset) -> None:
 def without_effect(config: GPTConfig) -> list[str]:
     """The settings that differ from their default but do nothing under this configuration."""
     fields = GPTConfig.__dataclass_fields__
-    idle = [] if config.use_mla else [name for name in fields if name.startswith("mla_")]
-    idle += [] if config.use_svd else ["svd_rank", "svd_method"]
-    idle += [] if config.pos_emb == "rope" else ["rope_theta", "rope_freqs"]
-    idle += [] if config.use_latent_tokens else ["n_latent_tokens"]
-    idle += [] if config.attention == "mha" else ["n_kv_head"]
-    idle += [] if config.mlp == "gelu" else ["gelu"]
-    return [name for name in idle if getattr(config, name) != fields[name].default]
-
-
-@contextlib.contextmanager
-def run_folder(out_dir: str, keep: bool) -> Iterator[None]:
-    """
-    A context in which out_dir is there and no other process trains in it. Unless `keep`, the files
-    of an earlier run are moved to a folder old-N in it.
-
-    Raises UserError if out_dir cannot be written or another process trains in it.
-    """
-    folder = Path(out_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"out_dir {out_dir} cannot be written ({error.strerror})") from None
-    with locked(folder, "training in it"):
-        checkpoint.remove_leftovers(folder)
-        if not keep:
-            _move_earlier_run(folder)
-        yield
-
-
-def _move_earlier_run(folder: Path) -> None:
-    names = (checkpoint.LATEST, checkpoint.BEST, "log.jsonl", "loss.png", *checkpoint.CONVERSION)
-    names += ("tensorboard", "wandb")
-    earlier = [path for path in folder.iterdir() if path.name in names]
-    if not earlier:
-        return
-    number = 1
-    while (folder / f"old-{number}").exists():
-        number += 1
-    old = folder / f"old-{number}"
-    old.mkdir()
-    for path in earlier:
-        path.rename(old / path.name)
-    print0(f"an earlier run was here: it is now in {old}")
+    idle = []
+    reads = ATTENTION[config.attention_name].reads
+    for attention in ATTENTION.values():
+        for beginning in attention.reads:
+            if beginning not in reads:
+                idle += [name for name in fields if name.startswith(beginning)]
+    if not config.use_svd:
+        idle += ["svd_rank", "svd_method"]
+    if config.pos_emb != "rope":
+        idle += ["rope_theta", "rope_freqs"]
+    if config.mlp != "gelu":
+        idle += ["gelu"]
+    return [name for name in dict.fromkeys(idle) if getattr(config, name) != fields[name].default]

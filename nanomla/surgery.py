@@ -184,7 +184,7 @@ def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
         for idx in batches:
             seen.clear()
             with torch.enable_grad():
-                logits = model(idx, idx)[0].flatten(0, 1).float()
+                logits = model(idx, all_logits=True)[0].flatten(0, 1).float()
             gradient = logits.detach().softmax(-1)  # of the cross-entropies' sum
             # torch.multinomial draws a number for every entry, which takes longer than the model
             u = torch.rand(len(logits), 1, generator=draw, device=device)

@@ -92,7 +92,6 @@ CALLS = [
     ("train.py", ["--use_mla=True", "--mla_latent_dim=99"], 2, "mla_latent_dim"),
     ("train.py", ["--use_mla", "--mla_rope_dim=2"], 2, "pos_emb"),
     ("train.py", ["--use_latent_tokens=True"], 2, "n_latent_tokens"),
-    ("train.py", ["--lr_find", "--eval_only"], 2, "lr_find"),
     ("sample.py", ["--out_dir={tmp}/nothing"], 1, "no checkpoint in"),
     ("sample.py", ["--ckpt={tmp}/nothing"], 1, "no checkpoint at"),
     ("sample.py", ["--ckpt={tmp}"], 1, "folder"),

@@ -259,19 +259,3 @@ def test_the_shipped_mla_config_trains_on_two_processes(tmp_path, dataset):
     assert done.returncode == 0, done.stderr
     log = [e for e in entries(tmp_path / "o") if "val_loss" in e]
     assert log[-1]["iter"] == 50 and log[-1]["val_loss"] < 0.8 * log[0]["val_loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_lr_find_on_two_processes(tmp_path, dataset, parallel):
-    """The losses of every rate, and which rates diverge, are those of one process."""
-    args = [*QUICK, f"--dataset={dataset}", "--gradient_accumulation_steps=2", "--dtype=float32"]
-    args += ["--grad_clip=0", "--weight_decay=250", "--lr_find", "--lr_find_iters=20"]
-    one = run("train.py", *args, f"--out_dir={tmp_path}/one")
-    two = torchrun(*args, f"--out_dir={tmp_path}/two", f"--parallel={parallel}")
-    assert two.returncode == 0, two.stderr
-    tables = [done.stdout[done.stdout.index("factor ") :].split() for done in (one, two)]
-    numbers = [[float(w.rstrip(",")) for w in table if w[0].isdigit()] for table in tables]
-    assert "diverged" in tables[0] and len(tables[0]) == len(tables[1])
-    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
-    assert [p.name for p in (tmp_path / "two").iterdir()] == ["lr_find.png"]

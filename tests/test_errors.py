@@ -65,12 +65,12 @@ def test_what_nobody_expected_keeps_its_traceback(tmp_path, dataset, monkeypatch
     import train
 
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=40"]
-    step = train.Run.step
+    gradients = train.Trainer.gradients
 
-    def broken(self, it, received):
-        return 1 / 0 if it == 15 else step(self, it, received)
+    def broken(self, it):
+        return 1 / 0 if it == 15 else gradients(self, it)
 
-    monkeypatch.setattr(train.Run, "step", broken)
+    monkeypatch.setattr(train.Trainer, "gradients", broken)
     done = run("train.py", *args)
     first, second, *_ = done.stderr.splitlines()
     assert done.returncode == 1 and second.startswith("Traceback")

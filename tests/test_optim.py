@@ -1,13 +1,10 @@
 """Optimizers and the learning rate. Run: python -m pytest tests/test_optim.py"""
 
-import math
-
 import pytest
 import torch
 
 from model import GPT
-from nanomla.errors import UserError
-from nanomla.optim import Muon, lowest_point, make_optimizers, orthogonalise, stacked_maps
+from nanomla.optim import Muon, make_optimizers, orthogonalise, stacked_maps
 from nanomla.settings import flat
 from nanomla.start import changed_settings
 from tests.conftest import TINY_MLA, tiny_config
@@ -179,19 +176,3 @@ def test_a_cosine_that_ends_elsewhere_is_another_run():
     del before["decay_shape"], before["wsd_decay"]
     changed = changed_settings(before, TrainConfig(max_iters=150, decay_shape="wsd"), 0)
     assert set(changed) == {ends, "decay_shape 'cosine', now 'wsd'"}
-
-
-def test_lowest_point_of_losses_over_rates():
-    """The minimum of a parabola over log(rate), wherever it is between the rates; else an edge."""
-    rates = [0.001, 0.002, 0.005, 0.01, 0.02]
-    for lowest in (0.0017, 0.004, 0.005, 0.009):
-        losses = [2 + 0.3 * math.log(rate / lowest) ** 2 for rate in rates]
-        assert lowest_point(rates, losses) == pytest.approx(lowest)
-    assert lowest_point(rates, [5, 4, 3, 2, 1]) == 0.02
-    assert lowest_point(rates, [1, 2, 3, 4, math.inf]) == 0.001
-    assert lowest_point([1, 2, 4], [3, 3, 3]) == 1
-    # next to a run that diverged, half a step away from it
-    assert lowest_point([1, 4, 16], [3, 2, math.inf]) == pytest.approx(2, rel=1e-3)
-    assert lowest_point([1, 4, 16], [math.inf, 2, math.inf]) == pytest.approx(4)
-    with pytest.raises(UserError, match="all runs diverged"):
-        lowest_point(rates, [math.inf] * 5)

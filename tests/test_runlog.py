@@ -7,7 +7,7 @@ import types
 import pytest
 
 from nanomla import checkpoint
-from nanomla.runlog import RunLog, draw_sweep
+from nanomla.runlog import RunLog
 from tests.conftest import QUICK, run
 from tests.test_survival import iterations, start
 from tests.test_train import entries
@@ -43,13 +43,6 @@ def test_no_picture_without_matplotlib(tmp_path, dataset, monkeypatch, capfd):
     assert run("train.py", *args, f"--out_dir={tmp_path}/broken").returncode == 0
     assert "loss.png from here on (OSError: no font)" in capfd.readouterr().err
     assert not list(tmp_path.glob("*/*loss.png*")) and (tmp_path / "broken" / "best.pt").exists()
-
-
-def test_no_picture_of_a_sweep_without_matplotlib(tmp_path, monkeypatch, capsys):
-    """One warning."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    draw_sweep(f"{tmp_path}/lr_find.png", "learning_rate", [1.0, 2.0, 4.0], [3.0, 2.5, 3.0], 2.0)
-    assert "warning: no " in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path, dataset):
@@ -105,27 +98,3 @@ def test_a_failing_wandb_costs_nothing_but_a_warning(tmp_path, dataset, monkeypa
     assert len(entries(tmp_path / "o")) == 12
     run_id = checkpoint.load(tmp_path / "o" / "ckpt.pt").wandb_run_id
     assert run_id == (None if where == "init" else "abc123")
-
-
-def test_tensorboard_has_the_numbers_of_the_log(tmp_path, dataset):
-    """The same curves; those of a resumed run go on without the iterations that are done again."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--tensorboard=True"]
-    assert run("train.py", *args, "--max_iters=10").returncode == 0
-    done = run("train.py", f"--out_dir={tmp_path}/o", "--init_from=resume", "--max_iters=20")
-    assert done.returncode == 0 and "is off" not in done.stderr, done.stderr
-    events = EventAccumulator(str(tmp_path / "o" / "tensorboard"), {"scalars": 0}).Reload()
-    for name in ("loss", "val_loss", "lr"):
-        curve = {e.step: e.value for e in events.Scalars(name)}
-        log = {e["iter"]: e[name] for e in entries(tmp_path / "o") if name in e}
-        assert curve == pytest.approx(log) and len(curve) == len(events.Scalars(name)), name
-
-
-def test_without_tensorboard_a_warning(tmp_path, dataset, monkeypatch):
-    """A missing package costs one line."""
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--tensorboard"]
-    done = run("train.py", *args, "--max_iters=10")
-    assert done.returncode == 0 and done.stderr.count("warning: tensorboard is off") == 1

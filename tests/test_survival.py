@@ -205,7 +205,7 @@ def test_the_best_loss_is_that_of_weights_on_the_disk(tmp_path, dataset, monkeyp
 
     measures = iter((3.0, 2.0, 1.0, 1.5, 1.7))
     monkeypatch.setattr(
-        train.Run, "evaluate", lambda self: {"train_loss": 1.0, "val_loss": next(measures),
+        train.Trainer, "evaluate", lambda self: {"train_loss": 1.0, "val_loss": next(measures),
                                              "perplexity": 1.0}
     )  # fmt: skip
     save = checkpoint.save
@@ -228,13 +228,13 @@ def test_a_folder_that_is_gone_at_the_end(tmp_path, dataset, monkeypatch):
     """The run says that nothing is there, and fails; a signal does not promise a resume."""
     import train
 
-    step = train.Run.step
+    gradients = train.Trainer.gradients
 
-    def removing(self, it, received):
+    def removing(self, it):
         shutil.rmtree(tmp_path / "o", ignore_errors=True)
-        return step(self, it, received)
+        return gradients(self, it)
 
-    monkeypatch.setattr(train.Run, "step", removing)
+    monkeypatch.setattr(train.Trainer, "gradients", removing)
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=10"]
     done = run("train.py", *args)
     last = done.stderr.strip().splitlines()[-1]

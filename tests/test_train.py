@@ -117,15 +117,94 @@ def test_settings_without_effect_are_named(tmp_path, dataset):
     assert warning in done.stderr
 
 
-def test_resume_names_the_flags_it_overrides(tmp_path, dataset):
-    """The model's shape comes from the checkpoint."""
+def not_used(done):
+    """The warnings of a resumed run that name a setting of another model."""
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stderr.splitlines() if " is not used: the model in " in line]
+
+
+LATENT = [*MLA, "--mla_rope=latent"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "names"),
+    [
+        (LATENT, ["--n_head=3"], ["n_head"]),  # no divisor of n_embd
+        (LATENT, ["--mla_latent_dim=32"], ["mla_latent_dim"]),  # more than MHA's cache
+        (LATENT, ["--mla_latent_dim=2,6"], ["mla_latent_dim"]),
+        (LATENT, ["--mla_latent_dim=8,8", "--n_head=2", "--mla_rope_dim=None"], []),  # the same
+        (LATENT, ["--pos_emb=learned"], ["pos_emb"]),  # impossible with mla_rope=latent
+        (LATENT, ["--use_mla=False", "--block_size=8"], ["block_size", "use_mla"]),
+        (LATENT, ["--vocab_size=99", "--bias"], ["vocab_size", "bias"]),
+        ([], LATENT, ["pos_emb", "use_mla", "mla_rope"]),
+        ([], ["--use_latent_tokens", "--n_kv_head=5"], ["n_kv_head", "use_latent_tokens"]),
+        ([], ["--svd_rank=2", "--dropout=0.2", "--grad_checkpoint"], ["svd_rank"]),
+        (["--use_svd=True", "--svd_rank=3"], ["--use_svd=False"], ["use_svd"]),
+    ],
+)
+def test_a_resumed_model_is_the_checkpoints(tmp_path, dataset, trained, asked, names):
+    """
+    Settings that ask for another shape, possible or not, are named in a line each, and the run goes
+    on without them. Dropout is no shape.
+    """
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    assert run("train.py", *args, *trained, "--max_iters=10").returncode == 0
+    before = checkpoint.load(tmp_path / "o" / "ckpt.pt")
+    done = run("train.py", *args, *asked, "--max_iters=12", "--init_from=resume")
+    warnings = not_used(done)
+    assert [line.removeprefix("warning: ").split("=")[0] for line in warnings] == names
+    after = checkpoint.load(tmp_path / "o" / "ckpt.pt")
+    assert after.iter_num == 12 and after.config["vocab_size"] is None
+    if "--dropout=0.2" in asked:
+        before.model_args["dropout"] = 0.2
+    assert after.model_args == before.model_args
+    unused = {name: after.config[name] for name in names}
+    assert unused == {name: before.config[name] for name in names}
+
+
+def test_the_config_file_of_a_run_resumes_it(tmp_path, dataset):
+    """Also where a flag had made another model of it."""
+    args = ["config/train_mla.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    assert run("train.py", *args, "--mla_latent_dim=4", "--max_iters=10").returncode == 0
+    done = run("train.py", *args, "--init_from=resume", "--max_iters=12")
+    line = "warning: mla_latent_dim=32 (config/train_mla.py) is not used: the model in "
+    assert not_used(done) == [f"{line}{tmp_path}/o/ckpt.pt has mla_latent_dim=4"]
+
+
+def test_a_short_dataset_is_held_against_the_models_context(tmp_path, dataset):
+    """Not against the default's 1,024 tokens, for a new run from other weights and for a resume."""
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=5"]
+    assert run("train.py", *args).returncode == 0
+    for size in (17, 16):  # block_size + 1 tokens are one window
+        short = tmp_path / f"short{size}"
+        short.mkdir()
+        meta = json.loads((dataset / "meta.json").read_text())
+        meta["tokens"] = {"train": size, "val": size}
+        meta["split_bytes"] = {}
+        (short / "meta.json").write_text(json.dumps(meta))
+        for split in ("train.bin", "val.bin"):
+            (short / split).write_bytes((dataset / split).read_bytes()[: 2 * size])
+    new = [f"--init_from={tmp_path}/o", f"--out_dir={tmp_path}/new", "--device=cpu"]
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}/o"]
+    for flags in (new, resume):
+        flags = [*flags, "--eval_iters=2", "--eval_only"]
+        done = run("train.py", *flags, f"--dataset={tmp_path}/short17")
+        assert done.returncode == 0 and "val loss" in done.stdout, done.stderr
+        done = run("train.py", *flags, f"--dataset={tmp_path}/short16")
+        assert fails_with_one_line(done, 1, "16 tokens are too few for block_size=16")
+
+
+def test_resume_names_what_it_does_not_use(tmp_path, dataset):
+    """The setting, where it is from, and what the model has; also what makes it another run."""
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
     assert run("train.py", *args, "--max_iters=10").returncode == 0
     args += ["--max_iters=12", "--init_from=resume"]
     done = run("train.py", *args, "--n_layer=5")
-    assert done.returncode == 0
-    assert "n_layer=5 (--n_layer=5) is overridden" in done.stderr
-    assert "has n_layer=2" in done.stderr
+    path = tmp_path / "o" / "ckpt.pt"
+    line = f"warning: n_layer=5 (--n_layer=5) is not used: the model in {path} has n_layer=2"
+    assert not_used(done) == [line]
+    assert f"{path}: n_layer=2" in done.stdout and "n_layer=5" not in done.stdout
+    assert checkpoint.load(path).config["n_layer"] == 2
     assert "another run than the one it continues: lr_decay_iters 10, now 12\n" in done.stderr
     done = run("train.py", *args, "--seed=4", "--lr_decay_iters=12", "--eval_only")
     assert "continues: seed 1337, now 4\n" in done.stderr
@@ -206,10 +285,9 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, dataset):
         (["--init_from=resume"], 1, ["no checkpoint in"]),
         (["--init_from=no/such/run"], 1, ["no/such/run"]),
         (["--n_head=3"], 2, ["n_head=3"]),
-        (["--lr_find", "--eval_only"], 2, ["lr_find", "leave out eval_only"]),
-        (["--lr_find", "--init_from=resume"], 2, ["lr_find", "init_from=resume"]),
-        (["--lr_find", "--learning_rate=0"], 2, ["lr_find", "above 0"]),
-        (["--lr_find", "--learning_rate=1e30"], 1, ["all runs diverged", "lower"]),
+        (["--lr_find"], 2, ["--lr_find: ", "lr_find, which is gone", "--lr_factors=0.5,1,2"]),
+        (["--lr_find_iters=50"], 2, ["lr_find_iters, which is gone", "python -m tools.compare"]),
+        (["--tensorboard=True"], 2, ["tensorboard, which is gone", "log.jsonl", "--wandb_log"]),
         (["--device=cuda:77"], 2, ["--device=cuda:77: not on this machine"]),
         (["--dtype=int8"], 2, ["float32, bfloat16, float16"]),
         (["--batch_size=0"], 2, ["batch_size=0", "at least 1"]),
@@ -223,6 +301,23 @@ def test_bad_input_is_one_line(tmp_path, dataset, args, status, words):
     base = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=1"]
     assert fails_with_one_line(run("train.py", *base, *args), status, *words)
     assert not (tmp_path / "o" / "ckpt.pt").exists()
+
+
+def test_settings_that_are_gone(tmp_path, dataset):
+    """In a config file one line says what to use instead; in an old checkpoint they are ignored."""
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    (tmp_path / "old.py").write_text("lr_find = True\n")
+    done = run("train.py", tmp_path / "old.py", *args)
+    assert fails_with_one_line(done, 2, "old.py: ", "lr_find, which is gone", "--lr_factors")
+    done = run("tools.compare", tmp_path / "old.py", *args)
+    assert fails_with_one_line(done, 2, "old.py: ", "lr_find, which is gone", "--lr_factors")
+    assert run("train.py", *args, "--max_iters=10").returncode == 0
+    path = tmp_path / "o" / "ckpt.pt"
+    stored = torch.load(path, weights_only=True)
+    stored["config"] |= {"lr_find": False, "lr_find_iters": 100, "tensorboard": True}
+    torch.save(stored, path)
+    done = run("train.py", f"--out_dir={tmp_path}/o", "--init_from=resume", "--max_iters=12")
+    assert done.returncode == 0 and "tensorboard" not in checkpoint.load(path).config
 
 
 def test_a_wsd_run_is_made_longer(tmp_path, dataset):
@@ -244,43 +339,6 @@ def test_a_wsd_run_is_made_longer(tmp_path, dataset):
 
 def files_in(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_lr_find(tmp_path, dataset, optimizer):
-    """
-    A table, a picture and a suggestion between the best rate's neighbours. The loss at factor 1,
-    after other rates were tried, is that of a run of its own; that run's files stay as they are.
-    """
-    pytest.importorskip("matplotlib")
-    # Such a weight decay makes the highest rates diverge.
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", f"--optimizer={optimizer}"]
-    args += ["--weight_decay=250", "--muon_weight_decay=250", "--grad_clip=0", "--dropout=0.1"]
-    args += ["--min_lr=1e-3"]
-    done = run("train.py", *args, "--max_iters=20", "--warmup_iters=2", "--eval_interval=20")
-    assert done.returncode == 0, done.stderr
-    before = files_in(tmp_path / "o")
-    find = ["--lr_find=True", "--lr_find_iters=20", "--checkpoint_interval=5", "--max_iters=80"]
-    swept = run("train.py", *args, *find)
-    assert swept.returncode == 0 and swept.stderr == ""
-    after = files_in(tmp_path / "o")
-    assert after.pop("lr_find.png").startswith(b"\x89PNG") and after == before
-
-    lines = swept.stdout.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("factor"))
-    table = [line.split() for line in lines[first : first + 8]]
-    names = ["muon_learning_rate"] * (optimizer == "muon") + ["learning_rate", "min_lr"]
-    assert table[0] == ["factor", *names, "val_loss"] and swept.stdout.count("settings:") == 1
-    assert [row[0] for row in table[1:]] == ["0.125", "0.25", "0.5", "1", "2", "4", "8"]
-    assert table[7][-1] == "diverged" and f"val loss {table[4][-1]}," in done.stdout
-    losses = [float(row[-1].replace("diverged", "inf")) for row in table[1:]]
-    best = losses.index(min(losses))
-    rates = [float(row[-3]) for row in table[1:]]
-    assert 0 < best < 6 and lines[-1].startswith("suggestion: ")
-    flags = dict(flag.removeprefix("--").split("=") for flag in lines[-1].split()[1:])
-    assert list(flags) == names
-    # half of the best, as the run is four times longer
-    assert rates[best - 1] < 2 * float(flags["learning_rate"]) < rates[best + 1]
 
 
 def test_bfloat16_and_grad_checkpoint_train(tmp_path, dataset):

@@ -48,7 +48,7 @@ from tools.report import draw, report_text
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_HERE = {"init_from": "scratch", "eval_only": False, "lr_find": False}
+NOT_HERE = {"init_from": "scratch", "eval_only": False}
 RATES = ("learning_rate", "muon_learning_rate", "min_lr")  # what lr_factors multiply
 ORDINARY = {"use_mla": False, "use_svd": False, "use_latent_tokens": False, "n_kv_head": None}
 
@@ -154,13 +154,13 @@ def main(argv: list[str] | None = None) -> None:
     if folders:
         if len(folders) < len(files):
             raise UsageError("give config files or the folders of finished runs, not both")
-        cfg, origins = configure(CompareConfig, flags)
+        cfg, origins = configure(CompareConfig, flags, train.HINTS)
         if "out_dir" not in origins:
             cfg.out_dir += "-finished"
         return report_finished(cfg, [Path(name) for name in folders])
     titled = [f for f in files if run_config_file(f).get("title")]
     parts = [[f for f in files if f == name or f not in titled] for name in titled or [None]]
-    configs = [configure(CompareConfig, [*own, *flags]) for own in parts]
+    configs = [configure(CompareConfig, [*own, *flags], train.HINTS) for own in parts]
     if len({_slug(cfg.title or "") for cfg, _ in configs}) < len(configs):
         raise UsageError("several config files have the same title")
     failed = []
