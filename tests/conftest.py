@@ -1,6 +1,7 @@
 """What several test files need: a tiny prepared dataset, and scripts run as a user runs them."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
+from nanomla import checkpoint
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import run_script
 from nanomla.prepare import encode_chars
@@ -89,6 +91,18 @@ def make(kind: str | dict, **changes) -> GPT:
     """A tiny model of a kind, or with these settings, whose weights are large."""
     settings = KINDS[kind] if isinstance(kind, str) else kind
     return randomise(GPT(tiny_config(**{**settings, **changes})))
+
+
+def all_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """Logits of every position of idx (B, T), without dropout: (B, T, V)."""
+    with torch.no_grad():
+        return model.eval()(idx, all_logits=True)[0]
+
+
+def save_model(folder: Path, model: GPT, best: bool = False, **fields) -> None:
+    """Write a run's checkpoint of a model; fields are those of Checkpoint."""
+    args = dataclasses.asdict(model.config)
+    checkpoint.save(folder, checkpoint.Checkpoint(model.state_dict(), args, **fields), best)
 
 
 def settings_name(settings: dict) -> str:

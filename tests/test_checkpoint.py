@@ -21,7 +21,7 @@ from model import GPT
 from nanomla import checkpoint
 from nanomla.checkpoint import Checkpoint
 from nanomla.errors import UserError
-from tests.conftest import ROOT, TINY_MLA, tiny_config
+from tests.conftest import ROOT, TINY_MLA, save_model, tiny_config
 
 SHARED = {**TINY_MLA, "mla_share_latent": True}
 
@@ -30,9 +30,7 @@ def save(folder, seed=0, **settings):
     """Save a new model, as the best if its seed is 0."""
     torch.manual_seed(seed)
     model = GPT(tiny_config(**settings))
-    args = dataclasses.asdict(model.config)
-    stored = Checkpoint(model.state_dict(), args, iter_num=seed, best_val_loss=1.5)
-    checkpoint.save(folder, stored, best=seed == 0)
+    save_model(folder, model, best=seed == 0, iter_num=seed, best_val_loss=1.5)
     return model
 
 

@@ -1,6 +1,5 @@
 """The conversion of ordinary attention. Run: python -m pytest tests/test_convert.py"""
 
-import dataclasses
 import json
 import os
 import re
@@ -16,9 +15,17 @@ import torch
 import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, formats
-from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Meta, write_dataset
-from tests.conftest import QUICK, ROOT, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
+from tests.conftest import (
+    QUICK,
+    ROOT,
+    TINY_MLA,
+    fails_with_one_line,
+    randomise,
+    run,
+    save_model,
+    tiny_config,
+)
 from tests.test_formats import cached_logits, foreign, greedy, transformers_gpt2
 from tests.test_train import entries
 
@@ -237,8 +244,7 @@ def save(folder, **settings):
     """A run of random weights over the 20 characters of the dataset."""
     model = randomise(GPT(tiny_config(**{"vocab_size": 20, **settings})), 0.2)
     folder.mkdir()
-    args = dataclasses.asdict(model.config)
-    checkpoint.save(folder, Checkpoint(model.state_dict(), args), best=False)
+    save_model(folder, model)
     return folder
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT
 from nanomla.cache import Cache
 from nanomla.engine import Batch, Engine, Request, Sampling, StopText
 from nanomla.errors import UserError
@@ -20,14 +19,12 @@ from nanomla.generate import (
     stream_tokens,
 )
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import TINY_MLA, randomise, tiny_config
+from tests.conftest import KINDS, TINY_MLA, make
 from tools.bench import peak_bytes
 
 CHARS = "abcdefghijklmnopqrstuvw"  # 23, as TINY's vocabulary
-
-
-def make(settings):
-    return randomise(GPT(tiny_config(**settings)))
+LATENT_TOKENS = KINDS["latent tokens"]
+CACHES = [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, LATENT_TOKENS]
 
 
 def engine(settings=TINY_MLA, **sampling):
@@ -52,10 +49,7 @@ def test_rows_of_a_shared_prompt_differ():
     assert torch.equal(greedy[:1], model.generate(idx[:1], 6, temperature=0)[:, 3:])
 
 
-LATENT_TOKENS = {"use_latent_tokens": True, "n_latent_tokens": 5}
-
-
-@pytest.mark.parametrize("settings", [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, LATENT_TOKENS])
+@pytest.mark.parametrize("settings", CACHES)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_streamed_tokens_are_those_of_generate(settings, use_cache):
     """One at a time, past the context, whatever the rows hold: the tokens of one whole call."""
@@ -67,7 +61,7 @@ def test_streamed_tokens_are_those_of_generate(settings, use_cache):
     assert torch.equal(streamed, at_once[:, 5:])
 
 
-@pytest.mark.parametrize("settings", [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, LATENT_TOKENS])
+@pytest.mark.parametrize("settings", CACHES)
 def test_a_prompt_in_chunks_gives_equal_logits(settings):
     """Prompts of unequal and of equal rows, whatever a pass reads, and beside no cache."""
     model, seen = make(settings).double(), []
@@ -303,9 +297,6 @@ def test_logits_that_are_no_numbers_are_one_line(temperature, value):
         Sampler(temperature)(logits)
 
 
-KINDS = [{}, TINY_MLA, {**TINY_MLA, "mla_groups": 2}, LATENT_TOKENS]
-
-
 def batch(settings=TINY_MLA, rows=3, **options):
     torch.manual_seed(0)
     return Batch(make(settings), Tokenizer({"kind": "char", "chars": CHARS}), rows, **options)
@@ -342,7 +333,7 @@ def serve(batch, requests, together=True):
 
 
 @pytest.mark.parametrize("chunk", [256, 3])
-@pytest.mark.parametrize("settings", KINDS)
+@pytest.mark.parametrize("settings", CACHES)
 def test_a_request_does_not_depend_on_the_others(settings, chunk):
     """Rows that join and leave: every text is that of the request alone, and of the generator."""
     some = requests(12)
@@ -395,7 +386,7 @@ def test_rows_drawn_together_and_alone():
 
 
 @pytest.mark.parametrize("chunk", [256, 3])
-@pytest.mark.parametrize("settings", KINDS)
+@pytest.mark.parametrize("settings", CACHES)
 def test_log_probabilities(settings, chunk):
     """Of the prompt and of what is drawn: those of the model on the whole text, best first."""
     served = batch(settings, prefill_chunk=chunk)
@@ -420,7 +411,7 @@ def test_log_probabilities(settings, chunk):
             assert [lp for _, lp in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", KINDS)
+@pytest.mark.parametrize("settings", CACHES)
 def test_going_on_from_what_is_cached(settings):
     """A prompt that repeats an earlier text computes only what is new, and its text is the same."""
     served, fresh = batch(settings), batch(settings)

@@ -1,6 +1,5 @@
 """The export command, and exports in use. Run: python -m pytest tests/test_export.py"""
 
-import dataclasses
 import json
 import shlex
 
@@ -13,12 +12,20 @@ from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.errors import UserError
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import QUICK, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
+from tests.conftest import (
+    QUICK,
+    TINY_MLA,
+    all_logits,
+    fails_with_one_line,
+    randomise,
+    run,
+    save_model,
+    tiny_config,
+)
 from tests.test_formats import (
     CHARS,
     DEEPSEEK_STYLE,
     LLAMA_STYLE,
-    all_logits,
     foreign,
     greedy,
     transformers_gpt2,
@@ -31,8 +38,7 @@ def save(folder, tokenizer=CHARS, **settings):
     """A checkpoint of random weights, as train.py writes it."""
     model = randomise(GPT(tiny_config(**settings)), 0.2)
     folder.mkdir(exist_ok=True)
-    args = dataclasses.asdict(model.config)
-    checkpoint.save(folder, Checkpoint(model.state_dict(), args, tokenizer=tokenizer), best=False)
+    save_model(folder, model, tokenizer=tokenizer)
     return model
 
 

@@ -20,16 +20,19 @@ from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.errors import UserError
 from nanomla.tokenizer import Tokenizer, end_of_text, read_hf, start_of_text
-from tests.conftest import TINY, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
+from tests.conftest import (
+    TINY,
+    TINY_MLA,
+    all_logits,
+    fails_with_one_line,
+    randomise,
+    run,
+    tiny_config,
+)
 from tests.test_tokenizer import byte_level
 
 CHARS = {"kind": "char", "chars": "abcdefghijklmnopqrstuvw"}  # 23, as TINY's vocabulary
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def all_logits(model, idx):
-    with torch.no_grad():
-        return model.eval()(idx, idx)[0]
 
 
 def transformers_gpt2(**settings):

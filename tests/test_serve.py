@@ -4,7 +4,6 @@ Run: python -m pytest tests/test_serve.py
 """
 
 import contextlib
-import dataclasses
 import functools
 import http.client
 import json
@@ -23,11 +22,17 @@ import pytest
 import torch
 
 from model import GPT
-from nanomla import checkpoint
-from nanomla.checkpoint import Checkpoint
 from nanomla.engine import Engine, Sampling
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import ROOT, TINY_MLA, fails_with_one_line, randomise, run, tiny_config
+from tests.conftest import (
+    ROOT,
+    TINY_MLA,
+    fails_with_one_line,
+    randomise,
+    run,
+    save_model,
+    tiny_config,
+)
 
 pytest.importorskip("starlette", reason="make serve, or pip install -r requirements-serve.txt")
 pytest.importorskip("uvicorn")
@@ -156,11 +161,8 @@ def save_run(folder, spec, **settings):
     shape = {"block_size": CONTEXT, "vocab_size": tokenizer.vocab_size, **settings}
     model = randomise(GPT(tiny_config(**shape)))
     config = {"dataset": "x", "learning_rate": float("inf"), "vocab_size": None}
-    stored = Checkpoint(
-        model.state_dict(), dataclasses.asdict(model.config), iter_num=7, best_val_loss=1.5,
-        config=config, tokenizer=spec,
-    )  # fmt: skip
-    checkpoint.save(folder, stored, best=True)
+    fields = {"iter_num": 7, "best_val_loss": 1.5, "config": config, "tokenizer": spec}
+    save_model(folder, model, best=True, **fields)
     return model, tokenizer
 
 

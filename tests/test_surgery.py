@@ -19,7 +19,7 @@ from nanomla.surgery import (
     to_mla,
     without_svd,
 )
-from tests.conftest import TINY_MLA, randomise, tiny_config
+from tests.conftest import TINY_MLA, all_logits, randomise, tiny_config
 
 TINY_LLAMA = {"pos_emb": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 
@@ -32,11 +32,6 @@ DENSE = [
     {**TINY_MLA, "mla_nope_dim": 5},
     {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8},
 ]
-
-
-def all_logits(model, idx):
-    with torch.no_grad():
-        return model(idx, idx)[0]
 
 
 @pytest.mark.parametrize("settings", DENSE)
