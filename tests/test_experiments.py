@@ -60,7 +60,7 @@ def test_normed_keys_and_values():
     model = changed_gpt("normed_kv", **TINY_MLA).eval()
     attn = model.transformer.h[0].attn
     x = torch.randn(2, 5, 24)
-    c, kr = attn._latents(x, rotation_alone(model.config, x, 0))
+    c, kr = attn._latents(x, rotation_alone(model.config, x, None))
     k, v = attn._keys_and_values(c, kr)
     for part in (k[..., : attn.nope], v):
         torch.testing.assert_close(part.square().mean(-1), torch.ones(2, 4, 5), atol=0.01, rtol=0)

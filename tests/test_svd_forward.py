@@ -53,7 +53,7 @@ def test_equals_causal_attention_over_compressed_values():
         layers[rank] = SvdForwardAttention(config, 0, rank).double()
         layers[rank].load_state_dict(mla.state_dict())
     x = torch.randn(3, 11, 24, dtype=torch.float64)
-    rotation = rotation_alone(config, x, 0)
+    rotation = rotation_alone(config, x, None)
     q = torch.cat(mla._split_queries(x, rotation), dim=-1)
     k, v = mla._keys_and_values(*mla._latents(x, rotation))
     past = torch.ones(11, 11, dtype=torch.bool).tril()
