@@ -633,6 +633,8 @@ class MultiHeadLatentAttention(LatentAttention):
         """Latents after their norm, and the rotary key, after its rotation, that heads share."""
         if self.G == 1:
             sizes = [(1, self.L + self.r)]
+        elif self.r == 0:
+            sizes = [(self.G, self.L)]
         else:
             sizes = [(self.G, self.L), (1, self.r)]
         return LayerCache(sizes, batch_size, max_len, dtype, device)

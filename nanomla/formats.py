@@ -206,7 +206,10 @@ def read_nanomla(
 def as_nanomla(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the tensors of any model; tied and shared weights are stored once."""
     tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    return {"model_type": "nanomla", **MARK, **dataclasses.asdict(model.config)}, tensors
+    settings = dataclasses.asdict(model.config)
+    if settings["attention"] is None:  # as it is wherever the flags say which
+        del settings["attention"]
+    return {"model_type": "nanomla", **MARK, **settings}, tensors
 
 
 # --------------------------------------------------------------------------------------------------
