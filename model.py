@@ -114,9 +114,13 @@ class GPTConfig:
         """Let use_mla, mla_rope and use_latent_tokens say what the name of an attention says."""
         if self.attention is None:
             return
-        if self.attention in ("mla", "rotary_latent"):
+        if self.attention == "mla":
+            works = "'decoupled' with attention='mla'"
+            require(self.mla_rope == "decoupled", "mla_rope", self.mla_rope, works)
             self.use_mla = True
-            self.mla_rope = "decoupled" if self.attention == "mla" else "latent"
+        if self.attention == "rotary_latent":
+            self.use_mla = True
+            self.mla_rope = "latent"
         if self.attention == "latent_tokens":
             self.use_latent_tokens = True
         for flag, names in (("use_mla", ("mla", "rotary_latent")),
@@ -129,9 +133,11 @@ class GPTConfig:
         """The key of ATTENTION that a given name, or else the flags, stand for."""
         if self.attention is not None:
             return self.attention
+        if self.use_latent_tokens:  # whose check refuses use_mla
+            return "latent_tokens"
         if self.use_mla:
             return "mla" if self.mla_rope == "decoupled" else "rotary_latent"
-        return "latent_tokens" if self.use_latent_tokens else "mha"
+        return "mha"
 
     @property
     def hs(self) -> int:

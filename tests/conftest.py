@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPTConfig
+from model import GPT, GPTConfig
 from nanomla.dataset import Meta, write_dataset
 from nanomla.prepare import encode_chars
 from nanomla.settings import run_script
@@ -33,6 +34,21 @@ ROOT = Path(__file__).resolve().parents[1]
 # Unequal sizes, so that a mix-up cannot cancel: nh 4, hs 6, L 7, r 2.
 TINY = {"block_size": 16, "vocab_size": 23, "n_layer": 2, "n_head": 4, "n_embd": 24}
 TINY_MLA = {**TINY, "use_mla": True, "mla_latent_dim": 7, "pos_emb": "rope", "mla_rope_dim": 2}
+
+KINDS = {  # every attention, in every form of what it caches
+    "MHA": {},
+    "GQA, rotary": {"pos_emb": "rope", "n_kv_head": 2, "head_dim": 8},
+    "MHA + SVD": {"use_svd": True, "svd_rank": 3},
+    "MQA + SVD": {"n_kv_head": 1, "use_svd": True, "svd_rank": 5},
+    "MLA": TINY_MLA,
+    "MLA, no positions": {**TINY_MLA, "mla_rope_dim": 0},
+    "MLA, groups": {**TINY_MLA, "mla_groups": 2, "mla_latent_dim": 5},
+    "MLA + SVD, by layer": {**TINY_MLA, "mla_latent_dim": (5, 8), "use_svd": True, "svd_rank": 2},
+    "rotary latent": {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8, "mla_rope_dim": None},
+    "rotary latent, groups": {**TINY_MLA, "mla_rope": "latent", "mla_groups": 2},
+    "latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 5},
+}
+GROWING = [kind for kind in KINDS if kind != "latent tokens"]  # their caches, with every token
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +83,44 @@ def randomise(model, std=0.3):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=std)
     return model.eval()
+
+
+def make(kind: str | dict, **changes) -> GPT:
+    """A tiny model of a kind, or with these settings, whose weights are large."""
+    settings = KINDS[kind] if isinstance(kind, str) else kind
+    return randomise(GPT(tiny_config(**{**settings, **changes})))
+
+
+def settings_name(settings: dict) -> str:
+    """The name of a case in a table of settings."""
+    return ",".join(f"{k}={v}" for k, v in settings.items() if v not in (None, False))
+
+
+@contextlib.contextmanager
+def torch_threads(n: int):
+    """Run with n of torch's threads, by which the fast paths cut their work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Largest(TorchDispatchMode):
+    """The numbers in the largest tensor that any operation makes, views aside."""
+
+    def __init__(self, floats_only: bool = False) -> None:
+        super().__init__()
+        self.numbers = 0
+        self.floats_only = floats_only
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and (t.is_floating_point() or not self.floats_only):
+                self.numbers = max(self.numbers, t.untyped_storage().nbytes() // t.itemsize)
+        return out
 
 
 def run(
