@@ -165,8 +165,9 @@ class GPTConfig:
         if self.attention is None:
             return
         if self.attention == "mla":
+            allowed = "'decoupled' with attention='mla'"
+            require(self.mla_rope == "decoupled", "mla_rope", self.mla_rope, allowed)
             self.use_mla = True
-            self.mla_rope = "decoupled"
         elif self.attention == "rotary_latent":
             self.use_mla = True
             self.mla_rope = "latent"
@@ -184,12 +185,12 @@ class GPTConfig:
         """The key of ATTENTION that a given name, or else the flags, stand for."""
         if self.attention is not None:
             return self.attention
+        if self.use_latent_tokens:  # whose check refuses use_mla
+            return "latent_tokens"
         if self.use_mla and self.mla_rope == "latent":
             return "rotary_latent"
         if self.use_mla:
             return "mla"
-        if self.use_latent_tokens:
-            return "latent_tokens"
         return "mha"
 
     @property
@@ -1112,14 +1113,18 @@ class GPT(nn.Module):
 
     def _check_cache(self, cache: Cache, idx: Tensor) -> None:
         """Raise ValueError for a cache that cannot take idx, before anything is written to it."""
+        self._check_made_for(cache)
+        B, T = idx.shape
+        cache.check(B, T, self.lm_head.weight.device)
+
+    def _check_made_for(self, cache: Cache) -> None:
+        """Raise ValueError for a cache that a model of another shape made."""
         if cache.made_for is not self.config:
             has = (cache.made_for.attention_name, *cache.sizes())
             fresh = self._new_cache(1, 1, cache.dtype, "meta")
             needs = (self.config.attention_name, *fresh.sizes())
             if has != needs:
                 raise ValueError(f"the cache was made for another model: {has}, not {needs}")
-        B, T = idx.shape
-        cache.check(B, T, self.lm_head.weight.device)
 
     def generate(
         self,
@@ -1144,6 +1149,8 @@ class GPT(nn.Module):
         cache_dtype is that of the cache made otherwise. Raises ValueError for arguments out of
         range.
         """
+        if cache is not None:  # before it is made ready, which may empty it
+            self._check_made_for(cache)
         sampler = Sampler(temperature, top_k, top_p, generator)
         for token in stream_tokens(
             self, idx, max_new_tokens, sampler, use_cache, cache_dtype, cache, stop

@@ -107,12 +107,19 @@ class LayerCache:
         if torch.is_grad_enabled():
             raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
         T = keys.size(2)
+        self.require_room(T)
         at = self.positions(T)
         self.buffers[0].write(keys, at)
         if values is not None:
             self.buffers[1].write(values, at)
             values = self.buffers[1].read(self.pos + T)
         return self.buffers[0].read(self.pos + T), values
+
+    def require_room(self, T: int) -> None:
+        """Raise ValueError if T more tokens cannot be written."""
+        if self.pos + T > self.max_len:
+            full = f"{self.pos} tokens held, {T} to add, max_len={self.max_len}"
+            raise ValueError(f"the cache is full: {full}; truncate it, or make a longer one")
 
     def positions(self, T: int) -> slice | Tensor:
         """Those of T new tokens: the same for all sequences, or (B, T)."""
@@ -149,6 +156,10 @@ class LayerCache:
         self.pos = one.pos
         for tensor, source in zip(self.tensors, one.tensors, strict=True):
             tensor[:, :, : one.pos] = source[:, :, : one.pos].clone()  # they may be the same
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        """(heads, width) of what is kept of a token."""
+        return [(tensor.size(1), tensor.size(3)) for tensor in self.tensors]
 
     def nbytes_at(self, n: int) -> int:
         """Bytes that n tokens of all sequences take."""
@@ -252,9 +263,9 @@ class Cache:
         """Copy the tokens held in sequence i to all."""
         self.copy_from(self.row(i))
 
-    def sizes(self) -> list[list[tuple[int, int]]]:
-        """(heads, width) of what every layer keeps."""
-        return [[(t.size(1), t.size(3)) for t in layer.tensors] for layer in self.layers]
+    def sizes(self) -> list[list[tuple[int, ...]]]:
+        """The sizes of what every layer keeps."""
+        return [layer.sizes() for layer in self.layers]
 
     def check(self, B: int, T: int, device: torch.device) -> None:
         """Raise ValueError if T tokens of B sequences cannot be written, before any are."""
@@ -262,7 +273,5 @@ class Cache:
             raise ValueError(f"the cache is on {self.device}, the model on {device}")
         if self.batch_size != B:
             raise ValueError(f"the cache has {self.batch_size} rows, the input {B}; make another")
-        if self.pos + T > self.max_len:
-            full = f"{self.pos} tokens held, {T} to add, max_len={self.max_len}"
-            raise ValueError(f"the cache is full: {full}; truncate it, or make a longer one")
+        self.layers[0].require_room(T)
 

@@ -187,6 +187,7 @@ def check_prompt(idx: Tensor, cache: Cache | None, block_size: int) -> Tensor:
     if cache.pos > idx.size(1):
         counts = f"the cache holds {cache.pos} tokens, idx {idx.size(1)}"
         raise ValueError(f"{counts}: it must begin with those; truncate the cache")
+    cache.check(idx.size(0), 0, cache.device)
     longest = min(cache.max_len, block_size)
     cache.rewind(idx.size(1) - 1 if idx.size(1) <= longest else 0)
     return idx[:, -longest:]

@@ -79,6 +79,10 @@ class SlotCache(LayerCache):
         self.pos = one.pos
         self.state.copy_(one.state.clone())  # they may be the same
 
+    def sizes(self) -> list[tuple[int, ...]]:
+        """(heads, slots, width) of the state."""
+        return [tuple(self.state.shape[1:])]
+
     def nbytes_at(self, n: int) -> int:
         """Bytes of the state, whatever n is."""
         return self.state.nbytes

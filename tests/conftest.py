@@ -20,6 +20,8 @@ from model import GPT, GPTConfig
 from nanomla import checkpoint
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import run_script
+from nanomla.kernels import dequantise, reference
+from nanomla.kernels.reference import by_group, by_head
 from nanomla.prepare import encode_chars
 
 # Processes that the tests start would inherit an ignored SIGINT or SIGHUP, as a shell gives to
@@ -119,6 +121,14 @@ def torch_threads(n: int):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def reference_attend(q, k, v=None, *, scale, beside=None, lengths=None) -> torch.Tensor:
+    """What nanomla.kernels.attend should give for these arguments, by the reference in float64."""
+    k, v, beside = (None if t is None else dequantise(t, torch.float64) for t in (k, v, beside))
+    grouped = by_group(q.double(), k.size(1))
+    out = reference.attend(grouped, k, v, q.size(2), scale, beside, lengths)
+    return by_head(out, q.size(2))
 
 
 class Largest(TorchDispatchMode):

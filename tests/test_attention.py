@@ -1,70 +1,145 @@
-"""The picture of attention, beside attention. Run: python -m pytest tests/test_attention.py"""
+"""
+An attention block alone: its first weights, the rotations it makes, the picture of what it reads.
+
+Run: python -m pytest tests/test_attention.py
+"""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-import model as gpt
-from model import GPT
-from nanomla.attention import attention_weights
-from tests.conftest import TINY_MLA, randomise, tiny_config
+from model import ATTENTION, GPT
+from tests.conftest import KINDS, TINY_MLA, make, randomise, tiny_config
 
-ROTARY = {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8}
-KINDS = {
-    "mha": {"n_layer": 3},
-    "gqa": {"pos_emb": "rope", "n_kv_head": 2},
-    "mla": TINY_MLA,
-    "groups": {**TINY_MLA, "mla_groups": 2},
-    "svd": {**TINY_MLA, "use_svd": True, "svd_rank": 3},
-    "rotary": {**ROTARY, "mla_groups": 2},
-    "latent_tokens": {"use_latent_tokens": True, "n_latent_tokens": 5},
-}
+NEAR = {"atol": 1e-5, "rtol": 1e-4}
+
+
+@pytest.mark.parametrize("kind", ["GQA, rotary", "MLA, groups", "rotary latent", "latent tokens"])
+def test_weights_alone_are_drawn_as_in_a_gpt(kind):
+    """Standard deviation 0.02, but c_proj's over sqrt(2 n_layer); biases 0, norms 1; a seed repeats
+    them, and two blocks in a row differ."""
+    wide = {**KINDS[kind], "n_layer": 8, "n_embd": 128, "head_dim": 30, "mla_latent_dim": 60}
+    config = tiny_config(**wide)
+    attention = ATTENTION[config.attention_name]
+    torch.manual_seed(3)
+    attn = attention(config)
+    for name, p in attn.named_parameters():
+        if p.dim() == 1:
+            assert torch.equal(p, torch.full_like(p, float("norm" in name))), name
+        else:
+            std = 0.02 / 16**0.5 if name == "c_proj.weight" else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+            assert abs(p.mean().item()) < 0.1 * std, name
+    first = attn.c_proj.weight
+    assert not torch.equal(attention(config).c_proj.weight, first)
+    torch.manual_seed(3)
+    assert torch.equal(attention(config).c_proj.weight, first)
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}, TINY_MLA, KINDS["rotary latent"]])
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_low_rank_values_begin_as_dense_ones(settings, method):
+    """Alone and in a GPT, the product of the fresh factors has the variance that a dense
+    initialisation gives, at full rank, and less, but not 0, at a lower one."""
+    wide = {**settings, "n_embd": 128, "head_dim": 32, "mla_latent_dim": 96, "use_svd": True}
+    for rank, least, most in ((32, 0.0195, 0.0205), (8, 0.009, 0.0185)):
+        config = tiny_config(**wide, svd_rank=rank, svd_method=method)
+        alone = ATTENTION[config.attention_name](config)
+        for attn in (alone, GPT(config).transformer.h[1].attn):
+            heads = attn.v_up.size(0)
+            product = attn.v_up @ attn.v_down.weight.view(heads, rank, -1)
+            assert least < product.std().item() < most
+            assert all(torch.linalg.matrix_rank(product) == rank)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_alone_is_that_of_a_gpt(kind):
+    """It makes the rotary tables that GPT would give it, and has the same state dict."""
+    model = make(kind)
+    x = torch.randn(2, 9, 24)
+    attn = model.transformer.h[0].attn
+    tables = (model.rope_cos[:9], model.rope_sin[:9])
+    if model.config.rotary_dim:
+        assert torch.equal(attn(x), attn(x, rotation=tables))
+        assert torch.equal(attn.weights(x), attn.weights(x, tables))
+    alone = type(attn)(model.config)
+    alone.load_state_dict(attn.state_dict())
+    assert torch.equal(alone(x), attn(x))
 
 
 def values(attn, x, rotation):
-    """What the weights average, (nh, T, .), from the parts of an attention block."""
-    T, nh, hs = x.size(1), attn.nh, attn.hs
-    kind = attn.config.attention
+    """What the weights average, (B, nh, T, .), from the parts of an attention block."""
+    kind = attn.config.attention_name
     if kind == "mla":
-        return attn._expand(*attn._project(x, rotation)[1:])[1][0]
+        return attn._keys_and_values(*attn._latents(x, rotation))[1]
     if kind == "rotary_latent":
-        rows = attn.latent_norm(attn.kv_latent_proj(x).view(1, T, attn.G, attn.L))
-        rows = attn._turn(rows, rotation)[0].transpose(0, 1)  # (G, T, L)
-        return rows.repeat_interleave(nh // attn.G, dim=0)
-    v = attn.c_attn(x)[0, :, -attn.config.nkv * hs :].view(T, -1, hs).transpose(0, 1)
-    return v.repeat_interleave(nh // v.size(0), dim=0)
+        return attn._project(x, rotation)[1].repeat_interleave(attn.nh // attn.G, dim=1)
+    if kind == "latent_tokens":
+        v = attn.c_attn(x)[..., -attn.nh * attn.hs :]
+        return v.unflatten(-1, (attn.nh, attn.hs)).transpose(1, 2)
+    v = attn._project(x, None, rotation)[2]
+    return v.repeat_interleave(attn.nh // attn.nkv, dim=1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_weights_average_what_attention_averages(settings, layer):
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_average_what_attention_averages(kind, layer):
     """The weights times the values are what the heads give c_proj, in every attention."""
-    model, seen = randomise(GPT(tiny_config(**settings)), std=0.5), {}
+    model = randomise(make(kind), std=0.5)
+    seen = {}
     attn = model.transformer.h[layer].attn
     attn.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], rotation=args[2]))
     attn.c_proj.register_forward_pre_hook(lambda _, args: seen.update(y=args[0]))
-    tokens = torch.randint(23, (11,)).tolist()
-    kernels = gpt.attend, gpt.slot_attention
-    weights = attention_weights(model, tokens, layer)
-    assert (gpt.attend, gpt.slot_attention) == kernels
-    assert weights.shape == (4, 11, 11) and weights.dtype == torch.float32
+    idx = torch.randint(23, (2, 11))
+    model(idx)
+    weights = model.attention_weights(idx, layer)
+    assert weights.shape == (2, 4, 11, 11) and weights.dtype == torch.float32
     assert torch.equal(weights, weights.tril()) and bool((weights >= 0).all())
     total = weights.sum(dim=-1)
     if model.config.attention_name == "latent_tokens":
         assert bool((total < 1).all()) and bool((total > 0).all())
     else:
-        torch.testing.assert_close(total, torch.ones(4, 11))
-    o = weights @ values(attn, seen["x"], seen["rotation"])  # (nh, T, .)
+        torch.testing.assert_close(total, torch.ones(2, 4, 11))
+    o = weights @ values(attn, seen["x"], seen["rotation"])  # (B, nh, T, .)
     if model.config.attention_name == "rotary_latent":
         cos, sin = seen["rotation"]
-        o = attn._turn(o.transpose(0, 1)[None], (cos, -sin)).transpose(1, 2)
-        o = attn._read_values(o)[0]
-    torch.testing.assert_close(o.transpose(0, 1).flatten(1), seen["y"][0], atol=1e-5, rtol=1e-4)
+        o = attn._rotate(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
+        o = attn._read_values(o)
+    torch.testing.assert_close(o.transpose(1, 2).flatten(2), seen["y"], **NEAR)
+    torch.testing.assert_close(model.attention_weights(idx[1:], layer), weights[1:], **NEAR)
+
+
+def test_pictures_from_two_threads():
+    """Weights of several models and layers at once, beside passes of the same models: what each
+    gives alone, as nothing that they share is replaced."""
+    models = [make(kind) for kind in KINDS]
+    idx = torch.randint(23, (1, 16))
+    tasks = [(model, layer) for model in models for layer in (0, 1)] * 5
+
+    def picture(task):
+        model, layer = task
+        return model.attention_weights(idx, layer)
+
+    def logits(task):
+        with torch.no_grad():
+            return task[0](idx)[0]
+
+    want = [(picture(task), logits(task)) for task in tasks]
+    with ThreadPoolExecutor(4) as pool:
+        pictures = pool.map(picture, tasks)
+        passes = pool.map(logits, tasks)
+        for (weights, out), got_weights, got_out in zip(want, pictures, passes, strict=True):
+            assert torch.equal(got_weights, weights) and torch.equal(got_out, out)
 
 
 def test_what_has_no_picture():
     """A layer and a text that the model does not have are errors that say what would work."""
     model = GPT(tiny_config())
-    for tokens, layer in (([1], 2), ([1], -1), ([], 0), ([1] * 17, 0)):
-        with pytest.raises(ValueError, match="from"):
-            attention_weights(model, tokens, layer)
+    for layer in (2, -1):
+        with pytest.raises(ValueError, match=f"layer={layer} does not work.*from 0 to 1"):
+            model.attention_weights(torch.tensor([[1]]), layer)
+    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
+        model.attention_weights(torch.ones(1, 17, dtype=torch.int64), 0)

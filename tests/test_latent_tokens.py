@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from model import GPT, Cache, LatentTokenAttention, LatentTokenCache
-from nanomla.engine import Sampler, stream_tokens
-from nanomla.kernels import slots
+from model import GPT
+from nanomla import latent_tokens
+from nanomla.cache import Cache
+from nanomla.generate import Sampler, stream_tokens
+from nanomla.latent_tokens import LatentTokenAttention
 from tests.conftest import randomise, tiny_config
 
 M = 5  # slots; nh 4, hs 6, C 24
@@ -26,27 +28,40 @@ def layer(std=0.3, gate_bias=None, **changes):
 
 
 def recurrence(attn, x):
-    """The definition, one token after the other: K~_t = a_t K~_{t-1} + (1 - a_t) k_t^T."""
-    (B, T, _), nh, hs, m = x.shape, attn.nh, attn.hs, attn.m
-    q, k, v = attn.c_attn(x).split(nh * hs, dim=2)
-    q, k, v = (t.view(B, T, nh, hs) for t in (q, k, v))
-    a = attn.gate(x).sigmoid().pow(1 / 8).view(B, T, nh, m, 1)
-    keys = values = torch.zeros(B, nh, m, hs, dtype=x.dtype)
+    """
+    The definition, one token after the other: K~_t = a_t K~_{t-1} + (1 - a_t) k_t^T. 1 - a is
+    computed from the gate's logit, as 1 - 0.99... has few digits.
+    """
+    B, T, _ = x.shape
+    nh, hs, m = attn.nh, attn.hs, attn.m
+    q, k, v = attn.c_attn(x).view(B, T, 3, nh, hs).unbind(2)
+    gate = attn.gate(x).view(B, T, nh, m, 1)
+    gates = gate.sigmoid().pow(1 / 8)
+    keys = torch.zeros(B, nh, m, hs, dtype=x.dtype)
+    values = torch.zeros(B, nh, m, hs, dtype=x.dtype)
     out = []
     for t in range(T):
-        keys = a[:, t] * keys + (1 - a[:, t]) * k[:, t, :, None]
-        values = a[:, t] * values + (1 - a[:, t]) * v[:, t, :, None]
+        a = gates[:, t]
+        new = -torch.expm1(torch.nn.functional.logsigmoid(gate[:, t]) / 8)
+        keys = a * keys + new * k[:, t, :, None]
+        values = a * values + new * v[:, t, :, None]
         scores = torch.einsum("bhmd,bhd->bhm", keys, q[:, t]) / hs**0.5
         out.append(torch.einsum("bhm,bhmd->bhd", scores.softmax(-1), values))
     return attn.c_proj(torch.stack(out, dim=1).flatten(2))
+
+
+def cache_of(*layers, batch_size=3, max_len=40, dtype=torch.float32):
+    """A whole cache of these layers, as a GPT's."""
+    caches = [attn.new_cache(batch_size, max_len, dtype) for attn in layers]
+    return Cache(caches, layers[0].config)
 
 
 @pytest.fixture(params=[(1, 2**20), (3, 2000), (16, 1), (64, 2**20)], ids=str)
 def cut(request, monkeypatch):
     """Chunks of 1 to 64 tokens, one, a few or all of them at a time."""
     c, numbers = request.param
-    monkeypatch.setattr(slots, "CHUNK", c)
-    monkeypatch.setattr(slots, "NUMBERS", numbers)
+    monkeypatch.setattr(latent_tokens, "CHUNK", c)
+    monkeypatch.setattr(latent_tokens, "NUMBERS", numbers)
 
 
 @pytest.mark.parametrize("T", [1, 16, 50])
@@ -56,7 +71,8 @@ def test_chunks_are_the_recurrence(T, cut):
     x = torch.randn(3, T, 24, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, T, 24, dtype=torch.float64)
     wanted = [x, *attn.parameters()]
-    want, got = recurrence(attn, x), attn(x)
+    want = recurrence(attn, x)
+    got = attn(x)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
     got = torch.autograd.grad((got * weight).sum(), wanted)
     want = torch.autograd.grad((want * weight).sum(), wanted)
@@ -80,26 +96,10 @@ def test_extreme_gates(gate_bias):
         out = call(x)
         return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
 
-    got, want = results(attn, attn, x), results(twin, lambda x: exact(twin, x), x.double())
+    got, want = results(attn, attn, x), results(twin, lambda x: recurrence(twin, x), x.double())
     for a, b in zip(got, want, strict=True):
         assert torch.isfinite(a).all()
         torch.testing.assert_close(a.double(), b, atol=1e-4 * b.abs().max().item(), rtol=1e-4)
-
-
-def exact(attn, x):
-    """The recurrence with 1 - a computed from the gate's logit, as 1 - 0.99... has few digits."""
-    (B, T, _), nh, hs = x.shape, attn.nh, attn.hs
-    q, k, v = attn.c_attn(x).view(B, T, 3, nh, hs).unbind(2)
-    log_a = torch.nn.functional.logsigmoid(attn.gate(x)).view(B, T, nh, attn.m, 1) / 8
-    keys = values = torch.zeros(B, nh, attn.m, hs, dtype=x.dtype)
-    out = []
-    for t in range(T):
-        a, gain = log_a[:, t].exp(), -torch.expm1(log_a[:, t])
-        keys = a * keys + gain * k[:, t, :, None]
-        values = a * values + gain * v[:, t, :, None]
-        scores = torch.einsum("bhmd,bhd->bhm", keys, q[:, t]) / hs**0.5
-        out.append(torch.einsum("bhm,bhmd->bhd", scores.softmax(-1), values))
-    return attn.c_proj(torch.stack(out, dim=1).flatten(2))
 
 
 @pytest.mark.parametrize("gate_bias", [-60.0, 4.0, 60.0])
@@ -137,7 +137,8 @@ def test_long_gradients_in_bfloat16():
 
 def test_causal():
     """Another token t leaves all outputs before t bit-identical and changes those from t on."""
-    attn, x = layer(), torch.randn(2, 50, 24)
+    attn = layer()
+    x = torch.randn(2, 50, 24)
     with torch.no_grad():
         want = attn(x)
         for t in (0, 15, 16, 31, 49):
@@ -150,7 +151,8 @@ def test_causal():
 
 def test_batch_invariant():
     """A row alone gives what it gives among others, 1e-6."""
-    attn, x = layer(), torch.randn(3, 50, 24)
+    attn = layer()
+    x = torch.randn(3, 50, 24)
     with torch.no_grad():
         torch.testing.assert_close(attn(x[1:2]), attn(x)[1:2], atol=1e-6, rtol=1e-5)
 
@@ -159,8 +161,10 @@ def test_batch_invariant():
 @pytest.mark.parametrize("sizes", [(1,) * 40, (17, 23), (39, 1), (1, 16, 5, 18), (16, 16, 8)])
 def test_cached_is_whole(sizes, dtype):
     """However the tokens are cut into passes, the outputs are those of one pass."""
-    attn, x = layer(n_layer=2).to(dtype), torch.randn(3, 40, 24, dtype=dtype)
-    cache, end = LatentTokenCache(attn.config, 3, 40, dtype), 0
+    attn = layer(n_layer=2).to(dtype)
+    x = torch.randn(3, 40, 24, dtype=dtype)
+    cache = attn.new_cache(3, 40, dtype)
+    end = 0
     tol = 1e-5 if dtype == torch.float32 else 1e-12
     with torch.no_grad():
         want = attn(x)
@@ -170,14 +174,14 @@ def test_cached_is_whole(sizes, dtype):
             cache.advance(T)
             end += T
             assert cache.pos == end
-    assert not cache.tensors[0][1].any()  # the other layer's state is its own
 
 
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
 def test_rounded_states(dtype, tol):
     """A state in 16 bits, rounded with every token, stays near float32's over 300 tokens."""
-    attn, x = layer(std=0.1, block_size=512, bias=False), torch.randn(2, 300, 24)
-    cache = LatentTokenCache(attn.config, 2, 300, dtype)
+    attn = layer(std=0.1, bias=False)
+    x = torch.randn(2, 300, 24)
+    cache = attn.new_cache(2, 300, dtype)
     out = []
     with torch.no_grad():
         want = attn(x)
@@ -191,33 +195,37 @@ def test_rounded_states(dtype, tol):
 def test_a_pass_counts_once():
     """A pass that is not followed by advance leaves the state as it was: repeated, it gives the
     same; after truncate it is forgotten."""
-    attn, x = layer(), torch.randn(3, 9, 24)
-    cache = LatentTokenCache(attn.config, 3, 9)
+    attn = layer()
+    x = torch.randn(3, 9, 24)
+    cache = cache_of(attn, max_len=9)
+    state = cache.layers[0]
     with torch.no_grad():
         want = attn(x)
-        attn(x[:, :7], cache)
-        attn(x[:, :7], cache)
+        attn(x[:, :7], state)
+        attn(x[:, :7], state)
         cache.advance(7)
         for _ in range(3):
-            torch.testing.assert_close(attn(x[:, 7:8], cache), want[:, 7:8], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(attn(x[:, 7:8], state), want[:, 7:8], atol=1e-5, rtol=1e-5)
         cache.truncate(7)  # the tokens held: nothing to forget
         held = cache.tensors[0].clone()
         cache.advance(0)
         assert cache.pos == 7 and torch.equal(cache.tensors[0], held)
-        attn(x[:, 7:8], cache)
+        attn(x[:, 7:8], state)
         cache.advance(1)
-        torch.testing.assert_close(attn(x[:, 8:], cache), want[:, 8:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(attn(x[:, 8:], state), want[:, 8:], atol=1e-5, rtol=1e-5)
         cache.truncate(0)
         assert cache.pos == 0
-        torch.testing.assert_close(attn(x, cache), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(attn(x, state), want, atol=1e-5, rtol=1e-5)
 
 
 def test_truncate_and_rewind():
     """A state goes back to 0 or stays; what lies between is refused, and rewind takes 0 for it."""
-    attn, x = layer(), torch.randn(3, 9, 24)
-    cache = LatentTokenCache(attn.config, 3, 9)
+    attn = layer()
+    x = torch.randn(3, 9, 24)
+    cache = cache_of(attn, max_len=9)
+    state = cache.layers[0]
     with torch.no_grad():
-        attn(x, cache)
+        attn(x, state)
     cache.advance(9)
     for pos in (1, 8, 10, -1):
         with pytest.raises(ValueError, match=f"pos={pos} does not work: pos must be 0 or 9"):
@@ -230,24 +238,25 @@ def test_truncate_and_rewind():
 
 def test_shared_prefill():
     """One row read in pieces and copied to all rows equals all rows read at once."""
-    attn, x = layer(), torch.randn(1, 20, 24).expand(3, -1, -1)
-    cache = LatentTokenCache(attn.config, 3, 30)
+    attn = layer()
+    x = torch.randn(1, 20, 24).expand(3, -1, -1)
+    cache = cache_of(attn)
     with torch.no_grad():
         first = cache.row(0)
         for start, end in ((0, 12), (12, 19)):
-            attn(x[:1, start:end], first)
+            attn(x[:1, start:end], first.layers[0])
             first.advance(end - start)
-        assert first.pos == 19 and cache.pos == 0 and not cache.tensors[0][:, 1:].any()
+        assert first.pos == 19 and cache.pos == 0 and not cache.tensors[0][1:].any()
         cache.advance(19)
         cache.broadcast_row(0)
-        got = attn(x[:, 19:], cache)
+        got = attn(x[:, 19:], cache.layers[0])
         torch.testing.assert_close(got, attn(x)[:, 19:], atol=1e-5, rtol=1e-5)
 
 
 def test_the_state_is_constant():
     """2 m hs numbers per head and layer, whatever the context and however many are held."""
     for max_len, dtype in ((1, torch.float32), (64, torch.float64), (64, torch.bfloat16)):
-        cache = LatentTokenCache(config(), 3, max_len, dtype)
+        cache = cache_of(layer(), layer(), max_len=max_len, dtype=dtype)
         size = 3 * 2 * 4 * (2 * M * 6) * dtype.itemsize  # rows, layers, heads
         assert cache.nbytes == cache.nbytes_at(1) == cache.nbytes_at(10**6) == size
         assert cache.bytes_per_token == 0 and cache.max_len == max_len
@@ -258,34 +267,36 @@ def test_the_state_is_constant():
 
 
 def test_what_a_cache_refuses():
-    """int8, sizes below 1, gradients, other rows, another model's slots, too many tokens."""
-    attn, x = layer(), torch.randn(2, 3, 24)
+    """int8, sizes below 1, gradients, other sequences, too many tokens."""
+    model = randomise(GPT(config()))
+    idx = torch.randint(23, (2, 3))
     with pytest.raises(ValueError, match="dtype=torch.int8 does not work"):
-        LatentTokenCache(attn.config, 2, 9, torch.int8)
+        model.make_cache(2, 9, torch.int8)
+    with pytest.raises(ValueError, match="dtype=torch.int8 does not work"):
+        layer().new_cache(2, 9, torch.int8)
     with pytest.raises(ValueError, match="max_len=0 does not work"):
-        LatentTokenCache(attn.config, 2, 0)
-    cache = LatentTokenCache(attn.config, 2, 9)
+        model.make_cache(2, 0)
+    cache = model.make_cache(2, 9)
     with pytest.raises(RuntimeError, match="inference"):
-        attn(x, cache)
+        model(idx, cache=cache)
     cache.advance(3)
     assert cache.pos == 3 and not cache.tensors[0].any()
-    for other, B, T, words in (
-        (config(n_latent_tokens=M + 1), 2, 1, "another model"),
-        (config(n_layer=1), 2, 1, "another model"),
-        (config(head_dim=4), 2, 1, "another model"),
-        (tiny_config(), 2, 1, "needs a KVCache"),
-        (attn.config, 3, 1, "2 rows, the input 3"),
-        (attn.config, 2, 7, "the cache is full: 3 tokens held, 7 to add, max_len=9"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            cache.check(other, B, T, torch.device("cpu"))
-    cache.check(attn.config, 2, 6, torch.device("cpu"))
+    with torch.no_grad():
+        for B, T, words in (
+            (3, 1, "2 rows, the input 3"),
+            (2, 7, "the cache is full: 3 tokens held, 7 to add, max_len=9"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                model(torch.zeros(B, T, dtype=torch.int64), cache=cache)
+        assert cache.pos == 3 and not cache.tensors[0].any()
+        model(torch.zeros(2, 6, dtype=torch.int64), cache=cache)
 
 
 @pytest.mark.parametrize("changes", [{"head_dim": 10}, {"bias": False}, {"n_head": 1}])
 def test_other_shapes(changes):
     """A head size of its own, no biases but the gate's, a single head: still the recurrence."""
-    attn, x = layer(**changes).double(), torch.randn(2, 20, 24, dtype=torch.float64)
+    attn = layer(**changes).double()
+    x = torch.randn(2, 20, 24, dtype=torch.float64)
     torch.testing.assert_close(attn(x), recurrence(attn, x), atol=1e-12, rtol=1e-12)
     assert attn.gate.bias is not None
 
@@ -298,7 +309,8 @@ def test_gpt_with_a_cache():
     with torch.no_grad():
         want, _ = model(idx, idx)
         for sizes in ((1,) * 20, (7, 13), (19, 1)):
-            cache, end = model.make_cache(3, 20), 0
+            cache = model.make_cache(3, 20)
+            end = 0
             for T in sizes:
                 logits, _ = model(idx[:, end : end + T], cache=cache)
                 end += T
@@ -314,7 +326,6 @@ def test_gpt_with_a_cache():
     assert torch.equal(long[:, 33:35], model.generate(start, 2, temperature=0)[:, -2:])
 
 
-@pytest.mark.skipif(not hasattr(Cache, "rewind"), reason="generate does not rewind yet")
 def test_generate_goes_on_from_a_cache():
     """From a cache that holds all of the prompt, which is then read again, or a part of it."""
     model = randomise(GPT(config(block_size=32)))
@@ -330,8 +341,8 @@ def test_generate_goes_on_from_a_cache():
 
 def test_gradcheck(monkeypatch):
     """Numerical derivatives in float64, by x and every parameter, over several groups of chunks."""
-    monkeypatch.setattr(slots, "CHUNK", 3)
-    monkeypatch.setattr(slots, "NUMBERS", 1)
+    monkeypatch.setattr(latent_tokens, "CHUNK", 3)
+    monkeypatch.setattr(latent_tokens, "NUMBERS", 1)
     attn = layer().double()
     names, values = zip(*attn.named_parameters(), strict=True)
     x = torch.randn(1, 8, 24, dtype=torch.float64, requires_grad=True)

@@ -61,7 +61,7 @@ def attend(
     few = T <= FEW and dropout == 0 and not torch.is_grad_enabled()
     on_cpu = q.device.type == "cpu"
 
-    if few and not on_cpu:
+    if few:
         gpu = on_gpu(q.device)
         if gpu is not None and gpu.supports(q, k, v, beside):
             return by_head(gpu.attend(by_group(q, X), k, v, T, scale, beside, lengths), T)
