@@ -93,6 +93,12 @@ def make(kind: str | dict, **changes) -> GPT:
     return randomise(GPT(tiny_config(**{**settings, **changes})))
 
 
+def all_logits(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """Logits of every position of idx (B, T), without dropout: (B, T, V)."""
+    with torch.no_grad():
+        return model.eval()(idx, all_logits=True)[0]
+
+
 def settings_name(settings: dict) -> str:
     """The name of a case in a table of settings."""
     return ",".join(f"{k}={v}" for k, v in settings.items() if v not in (None, False))
