@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import ATTENTION
-from tests.conftest import GROWING, KINDS, make, settings_name
+from tests.conftest import GROWING, KINDS, all_logits, make, settings_name
 
 NEAR = {"atol": 1e-5, "rtol": 1e-4}
 ALONE = {  # an attention's settings, by its name
@@ -69,7 +69,7 @@ def test_reduced_dtypes(kind, dtype):
     """A float32 model decodes on a half-size cache with a relative error below 2e-2."""
     model = make(kind)
     idx = torch.randint(23, (2, 14))
-    full, _ = model(idx, all_logits=True)
+    full = all_logits(model, idx)
     cache = model.make_cache(2, 14, dtype)
     model(idx[:, :6], cache=cache)
     logits = [model(idx[:, t : t + 1], cache=cache)[0] for t in range(6, 14)]
@@ -217,7 +217,7 @@ def test_a_float64_model(kind):
     those of the whole context, and those of rotary tables that were never float32."""
     model = make(kind, block_size=64).double()
     idx = torch.randint(23, (2, 50))
-    full, _ = model(idx, all_logits=True)
+    full = all_logits(model, idx)
     cache = model.make_cache(2, 50)
     assert cache.dtype == torch.float64 and model.generate(idx[:, :9], 20).shape == (2, 29)
     exact = {"atol": 1e-12, "rtol": 1e-12}
@@ -241,7 +241,7 @@ def test_one_head_of_one_number(settings, dtype):
     """One row, one head of width 1, token by token: what the whole context gives."""
     model = make(settings, n_head=1, head_dim=1)
     idx = torch.randint(23, (1, 5))
-    full, _ = model(idx, all_logits=True)
+    full = all_logits(model, idx)
     cache = model.make_cache(1, 5, dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for t in range(5):

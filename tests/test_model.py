@@ -18,6 +18,7 @@ from model import (
 from tests.conftest import (
     KINDS,
     TINY_MLA,
+    all_logits,
     make,
     randomise,
     settings_name,
@@ -109,6 +110,9 @@ def grid():
     yield from by_layer()
 
 
+GRID = [*grid()]
+
+
 def numbers_by_hand(cfg):
     """Cached numbers per token and layer."""
     if cfg.use_latent_tokens:
@@ -121,11 +125,7 @@ def numbers_by_hand(cfg):
     return (cfg.n_kv_head or 4) * (cfg.hs + (cfg.svd_rank or cfg.hs))
 
 
-def all_logits(model, idx):
-    return model(idx, all_logits=True)[0]
-
-
-@pytest.mark.parametrize("settings", [*grid()], ids=settings_name)
+@pytest.mark.parametrize("settings", GRID, ids=settings_name)
 def test_every_two_settings_together(settings):
     """Causal; cached equals uncached however the prompt is cut; absorbed equals expanded; gradients
     reach everything; a state dict goes round; the cache is as large as the formula says."""
