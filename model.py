@@ -18,7 +18,9 @@ cached latents themselves:
 
     q'_h = [W_UK_h^T q_h ; q_rope_h]    s_hj = q'_h . [c_j ; kr_j]    o_h = W_UV_h sum_j p_hj c_j
 
-nanomla/kernels computes attend, softmax(q k^T) v, and Linear; nanomla/cache.py keeps past tokens.
+nanomla/kernels computes attend, softmax(q k^T) v, and Linear. nanomla/cache.py keeps past tokens; a
+cache whose sequences hold different numbers of them has these as lengths (B,). nanomla/generate.py
+draws tokens.
 """
 
 import math
@@ -140,16 +142,16 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check(self)  # types and ranges, as declared above
+        allowed = f"None or one of {', '.join(ATTENTION)}"
+        require(self.attention in (None, *ATTENTION), "attention", self.attention, allowed)
         self._set_flags()
-        name = self.attention_name
-        require(name in ATTENTION, "attention", name, f"None or one of {', '.join(ATTENTION)}")
         if self.head_dim is None:
             allowed = f"a divisor of n_embd={self.n_embd}: {_divisors(self.n_embd)}"
             allowed += "; or set head_dim"
             require(self.n_embd % self.n_head == 0, "n_head", self.n_head, allowed)
         allowed = f"a divisor of n_head={self.n_head}: {_divisors(self.n_head)}"
         require(self.n_head % self.nkv == 0, "n_kv_head", self.nkv, allowed)
-        ATTENTION[name].check(self)
+        ATTENTION[self.attention_name].check(self)
         if self.pos_emb == "rope" and self.rope_freqs:
             pairs = self.rotary_dim // 2
             allowed = f"None or {pairs} numbers, one per rotary pair"
@@ -164,20 +166,19 @@ class GPTConfig:
         """Let use_mla, mla_rope and use_latent_tokens say what the name of an attention says."""
         if self.attention is None:
             return
+        allowed = f"False with attention={self.attention!r}"
         if self.attention == "mla":
-            allowed = "'decoupled' with attention='mla'"
-            require(self.mla_rope == "decoupled", "mla_rope", self.mla_rope, allowed)
+            decoupled = self.mla_rope == "decoupled"
+            require(decoupled, "mla_rope", self.mla_rope, "'decoupled' with attention='mla'")
             self.use_mla = True
         elif self.attention == "rotary_latent":
             self.use_mla = True
             self.mla_rope = "latent"
         else:
-            allowed = f"False with attention={self.attention!r}"
             require(not self.use_mla, "use_mla", True, allowed)
         if self.attention == "latent_tokens":
             self.use_latent_tokens = True
         else:
-            allowed = f"False with attention={self.attention!r}"
             require(not self.use_latent_tokens, "use_latent_tokens", True, allowed)
 
     @property
@@ -279,22 +280,23 @@ def block_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
-def rope_tables(start: int, end: int, config: GPTConfig, dtype: torch.dtype) -> Rotation:
-    """cos and sin for positions start to end - 1, on the CPU (arXiv:2104.09864, eq. 15)."""
-    position = torch.arange(start, end, dtype=torch.float64, device="cpu")
-    angle = torch.outer(position, config.frequencies)
+def rope_tables(positions: Tensor, config: GPTConfig, dtype: torch.dtype) -> Rotation:
+    """cos and sin (..., dim / 2) of positions (...) (arXiv:2104.09864, eq. 15), on the CPU."""
+    angle = positions.double().cpu().unsqueeze(-1) * config.frequencies
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotation_alone(config: GPTConfig, x: Tensor, cache: LayerCache | None) -> Rotation:
-    """The rotation of x (B, T, C), which continues a cache, for a block used without a GPT."""
+    """The rotation of x (B, T, C), which continues a cache, for attention used without a GPT."""
     if config.rotary_dim == 0:
         return None
-    pos = 0
-    if cache is not None:
-        pos = cache.pos
+    positions = torch.arange(x.size(1))
+    if cache is not None and cache.lengths is None:
+        positions = positions + cache.pos
+    elif cache is not None:
+        positions = cache.positions(x.size(1))
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rope_tables(pos, pos + x.size(1), config, dtype)
+    cos, sin = rope_tables(positions, config, dtype)
     return cos.to(x.device), sin.to(x.device)
 
 
@@ -326,59 +328,21 @@ def per_group(c: Tensor, weight: Tensor) -> Tensor:
 
 # ---- Values in a low-rank subspace (SVD)
 #
-# Head h's value map W_h (hs, in) is kept as up_h down_h, of rank rv. In training both are
-# multiplied out, which is faster than both per token. In decoding MHA caches down_h x, rv numbers a
-# head, and MLA reads its average of latents by down_h; up_h comes last, behind the average.
+# Head h's value map W_h (hs, in) is kept as up_h down_h, of rank rv. Many tokens go through the
+# product of the two, which is faster. With a cache MHA keeps down_h x, rv numbers a head, and MLA,
+# absorbed, reads its average of latents by down_h; up_h comes last, behind the average.
 def dense_values(down: Tensor, up: Tensor) -> Tensor:
     """down (nh * rv, in) and up (nh, hs, rv) multiplied out: (nh * hs, in)."""
     heads, _, rank = up.shape
     return torch.bmm(up, down.view(heads, rank, -1)).flatten(0, 1)
 
 
-def factorise(W: Tensor, rank: int, method: str = "exact") -> tuple[Tensor, Tensor, float]:
-    """
-    Truncated SVD of every head's value map, the singular values split evenly between the factors.
-
-    W: (nh, hs, in), from the attention's input (C numbers, or L with MLA) to the head's values.
-    rank: from 1 to hs. method: 'exact' is torch.linalg.svd, 'randomized' is Halko's range finder
-    (arXiv:0909.4061) with a fixed seed; both compute in float64.
-    Returns down (nh * rank, in) and up (nh, hs, rank), so that up[h] @ down[h] is the best
-    approximation of W[h] of that rank, and the share of the squared singular values that is kept.
-    """
-    nh, _, width = W.shape
-    W64 = W.detach().double()
-    U, singular, Vh = truncated_svd(W64, rank, method)
-    root = singular[:, :rank].sqrt()  # (nh, min(rank, width))
-    up = U[:, :, :rank].clone()  # (nh, hs, rank)
-    down = W64.new_zeros(nh, rank, width)
-    # With rank > width there are only `width` singular values. The rows of down beyond them stay
-    # zero, while the columns of up keep their directions, so that training can use them.
-    down[:, : root.size(1)] = Vh[:, : root.size(1)] * root[:, :, None]
-    up[:, :, : root.size(1)] *= root[:, None, :]
-    total = W64.square().sum()
-    share = 1.0
-    if total > 0:
-        share = float(singular[:, :rank].square().sum() / total)
-    return down.reshape(nh * rank, width).to(W), up.to(W), share
-
-
-def truncated_svd(W: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U, the singular values and V^T of matrices (..., m, n); 'randomized': about rank of them."""
-    smaller = min(W.shape[-2:])
-    if method == "exact" or rank >= smaller:
-        return torch.linalg.svd(W, full_matrices=rank > W.size(-1))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        U, singular, V = torch.svd_lowrank(W.cpu(), q=min(rank + 8, smaller), niter=4)
-    return U.to(W.device), singular.to(W.device), V.mT.to(W.device)
-
-
 class AttentionWithValues(Attention):
     """What MHA and MLA share: c_proj, and values that use_svd keeps in a low-rank subspace."""
 
-    multiplies_out = True  # the value maps, in training
+    dense_values_in_training = True  # their factors multiplied out
 
-    def _add_output(self, value_in: int, value_heads: int) -> None:
+    def _add_output_and_values(self, value_in: int, value_heads: int) -> None:
         """Register c_proj and low-rank values, in the order that optimizer states rely on."""
         config = self.config
         self.low_rank = config.use_svd
@@ -423,7 +387,7 @@ class AttentionWithValues(Attention):
         if not self.low_rank:
             return super().flops_per_token(decoding)
         factors = self.v_down.weight.numel() + self.v_up.numel()
-        if self.multiplies_out and not decoding:
+        if self.dense_values_in_training and not decoding:
             used = self.value_heads * self.hs * self.v_down.in_features
         else:
             up_for_every_query = self.v_up.numel() * (self.nh // self.value_heads)
@@ -456,7 +420,7 @@ class CausalSelfAttention(AttentionWithValues):
         if not config.use_svd:  # else values have maps of their own
             self.parts.append(keys)
         self.c_attn = Linear(config.n_embd, sum(self.parts), bias=config.bias)
-        self._add_output(config.n_embd, self.nkv)
+        self._add_output_and_values(config.n_embd, self.nkv)
         self.init_alone()
 
     def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
@@ -472,7 +436,7 @@ class CausalSelfAttention(AttentionWithValues):
         if cache is None:
             return self._output(self._attend(q, k, v, None, self._dropout(cache)))
         cached_k, cached_v = cache.append(k, v)  # (B, nkv, S, hs), (B, nkv, S, hs or rv)
-        if cache.pos == 0:  # the new tokens are all there is, and need no rounding
+        if cache.pos == 0:  # not advanced yet: the new tokens are all there is, unrounded
             if self.low_rank:
                 v = per_head(v, self.v_up.to(v.dtype).mT)  # from (B, nkv, T, rv) to its hs numbers
             return self._output(self._attend(q, k, v))
@@ -534,6 +498,48 @@ class CausalSelfAttention(AttentionWithValues):
 
 
 # ---- MLA
+def check_latent(config: GPTConfig, beside: int, full: int) -> int:
+    """
+    A token's latents and what is cached beside them must be fewer numbers than `full`, MHA's.
+    Fills in mla_latent_dim; returns the narrowest layer's.
+    """
+    groups = config.mla_groups
+    allowed = f"a divisor of n_head={config.n_head}: {_divisors(config.n_head)}"
+    require(config.n_head % groups == 0, "mla_groups", groups, allowed)
+    if config.mla_latent_dim is None:
+        allowed = f"a number, as head size {config.hs} has no half"
+        require(config.hs > 1, "mla_latent_dim", None, allowed)
+        config.mla_latent_dim = config.n_head // groups * (config.hs // 2)
+    if isinstance(config.mla_latent_dim, tuple):
+        config.mla_latent_dim = _widths_of_layers(config, config.mla_latent_dim)
+    widths = config.mla_latent_dim
+    if not isinstance(widths, tuple):
+        widths = (widths,)
+    L = max(widths)
+    most = (full - 1 - beside) // groups
+    allowed = (
+        f"at most {most}: {groups} x {L} + {beside} cached numbers a token "
+        f"would not be fewer than MHA's {full}"
+    )
+    require(groups * L + beside < full, "mla_latent_dim", L, allowed)
+    return min(widths)
+
+
+def _widths_of_layers(config: GPTConfig, widths: tuple[int, ...]) -> int | tuple[int, ...]:
+    """One width for each layer, or one number if they are all the same."""
+    allowed = "one number"
+    different = config.n_layer
+    if config.mla_share_latent:
+        different = 1
+    if different > 1:
+        allowed = f"one number, or one for each of {different} layers"
+    fit = len(widths) == config.n_layer and len(set(widths)) <= different
+    require(fit, "mla_latent_dim", list(widths), allowed)
+    if len(set(widths)) == 1:
+        return widths[0]
+    return widths
+
+
 class LatentAttention(AttentionWithValues):
     """What attention through a latent has in common: its projections, and values out of latents."""
 
@@ -543,16 +549,16 @@ class LatentAttention(AttentionWithValues):
     def rotary_dim(config: GPTConfig) -> int:
         return config.mla_rope_dim
 
-    def _add_projections(self, layer: int, query_width: int, beside: int, nope: int) -> None:
-        """Register queries of every head, latents with what is cached beside them, expansions."""
+    def _add_projections(self, layer: int, query_width: int, key_width: int, nope: int) -> None:
+        """Register queries of every head, latents with a rotary key of key_width, expansions."""
         config = self.config
         C = config.n_embd
         self.G = config.mla_groups
         self.L = config.latent_dim(layer)
         self.r = config.mla_rope_dim
         self.query_width = query_width
-        self.beside = beside
-        self._add_output(self.L, self.nh)
+        self.key_width = key_width
+        self._add_output_and_values(self.L, self.nh)
         if config.mla_q_latent_dim is None:
             self.q_proj = Linear(C, self.nh * query_width, bias=config.bias)
         else:
@@ -560,14 +566,13 @@ class LatentAttention(AttentionWithValues):
             self.q_latent_proj = Linear(C, width, bias=False)  # [q_a_proj]
             self.q_latent_norm = latent_norm(config.mla_norm, width)
             self.q_expand = Linear(width, self.nh * query_width, bias=False)  # [q_b_proj]
-        latents = self.G * self.L + beside
+        latents = self.G * self.L + key_width
         self.kv_latent_proj = Linear(C, latents, bias=config.bias)  # [kv_a_proj_with_mqa]
         self.latent_norm = latent_norm(config.mla_norm, self.L)
         if nope:
             self.k_expand = Linear(self.L, self.nh * nope, bias=False)  # W_UK [kv_b_proj]
         if not config.use_svd:
             self.v_expand = Linear(self.L, self.nh * self.hs, bias=False)  # W_UV [kv_b_proj]
-        self.init_alone()
 
     def _queries(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, nh, query_width)."""
@@ -586,13 +591,13 @@ class LatentAttention(AttentionWithValues):
         down = self.v_down.weight.view(self.nh, -1, self.L)
         return per_head(per_head(o, down.mT), self.v_up.to(o.dtype).mT)
 
-    def _group_words(self) -> str:
+    def _latent_words(self) -> str:
         """The sizes of what is cached, for people to read."""
         widths = self.config.mla_latent_dim
         if isinstance(widths, tuple):
             widths = "/".join(map(str, widths))
         words = f"L = {widths}"
-        if self.beside:
+        if self.key_width:
             words += f", r = {self.r}"
         if self.G > 1:
             words += f", {self.G} groups"
@@ -628,7 +633,8 @@ class MultiHeadLatentAttention(LatentAttention):
         self.nope = config.nope  # [qk_nope_head_dim]
         r = config.mla_rope_dim
         self.scale = 1 / math.sqrt(self.nope + r)
-        self._add_projections(layer, query_width=self.nope + r, beside=r, nope=self.nope)
+        self._add_projections(layer, query_width=self.nope + r, key_width=r, nope=self.nope)
+        self.init_alone()
 
     def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
         """Latents after their norm, and the rotary key, after its rotation, that heads share."""
@@ -664,17 +670,17 @@ class MultiHeadLatentAttention(LatentAttention):
         if absorb is None:
             absorb = cache is not None and self.absorbing_is_cheaper(T, pos + T)
 
-        keys, beside = self._side_by_side(c, kr)
+        packed, beside = self._pack(c, kr)
         if cache is not None:
-            keys, beside = cache.append(keys, beside)  # all S
+            packed, beside = cache.append(packed, beside)  # now of all S tokens
         if absorb:
-            return self._output(self._absorbed(q_nope, q_rope, keys, beside, lengths))
+            return self._output(self._absorbed(q_nope, q_rope, packed, beside, lengths))
         if pos > 0:  # else the new tokens are all there is, and need no rounding
-            c, kr = self._apart(keys, beside, x.dtype)
+            c, kr = self._unpack(packed, beside, q_nope.dtype)
         dropout = self._dropout(cache)
         return self._output(self._expanded(q_nope, q_rope, c, kr, lengths, dropout))
 
-    def _side_by_side(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _pack(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor | None]:
         """
         What is cached, and attended to when absorbed. With one group [c ; kr] lie side by side, so
         that they are read once as key and value; with several, kr is kept once beside them.
@@ -685,14 +691,14 @@ class MultiHeadLatentAttention(LatentAttention):
             return c, None
         return c, kr
 
-    def _apart(
-        self, keys: Tensor | Quantized, beside: Tensor | Quantized | None, dtype: torch.dtype
+    def _unpack(
+        self, packed: Tensor | Quantized, beside: Tensor | Quantized | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """c (B, G, S, L) and kr (B, 1, S, r) again."""
-        keys = dequantise(keys, dtype)
+        packed = dequantise(packed, dtype)
         if beside is not None:
-            return keys, dequantise(beside, dtype)
-        return keys[..., : self.L], keys[..., self.L :]
+            return packed, dequantise(beside, dtype)
+        return packed[..., : self.L], packed[..., self.L :]
 
     def _split_queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Queries without position (B, nh, T, nope), and rotated ones (B, nh, T, r)."""
@@ -746,7 +752,7 @@ class MultiHeadLatentAttention(LatentAttention):
         self,
         q_nope: Tensor,
         q_rope: Tensor,
-        keys: Tensor | Quantized,
+        packed: Tensor | Quantized,
         beside: Tensor | Quantized | None,
         lengths: Tensor | None,
     ) -> Tensor:
@@ -755,14 +761,15 @@ class MultiHeadLatentAttention(LatentAttention):
         q = per_head(q_nope, W_UK)  # W_UK_h^T q_h, (B, nh, T, L)
         if self.r:
             q = torch.cat([q, q_rope], dim=-1)  # (B, nh, T, L + r)
-        o = attend(q, keys, scale=self.scale, beside=beside, lengths=lengths)
+        o = attend(q, packed, scale=self.scale, beside=beside, lengths=lengths)  # keys are values
         return self._read_values(o[..., : self.L].to(q.dtype))
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """
         Multiplications per head, with D = nope + hs rows of W_UK and W_UV: per pair of a query and
         a key it sees, 2 max(nope + r, hs) expanded, as values are padded to the keys' width, and
-        2 (L + r) absorbed; besides S L D and T L D. docs/results.md has the times of both.
+        2 (L + r) absorbed; and once S L D to expand, or T L D to absorb. docs/results.md has the
+        times of both.
         """
         D = self.nope + self.hs
         pairs = T * (2 * S - T + 1) // 2
@@ -780,7 +787,7 @@ class MultiHeadLatentAttention(LatentAttention):
         return causal_weights(torch.cat([q_nope, q_rope], dim=-1), k, self.scale)
 
     def _words(self) -> str:
-        return f"MLA, {self._group_words()}"
+        return f"MLA, {self._latent_words()}"
 
     def flops_per_key(self, decoding: bool) -> int:
         """Over latents when decoding, else over expanded keys and values."""
@@ -799,7 +806,7 @@ class RotaryLatentAttention(LatentAttention):
     so that both scores and values depend on the distance i - j. There is no expanded form.
     """
 
-    multiplies_out = False
+    dense_values_in_training = False
 
     @staticmethod
     def check(config: GPTConfig) -> None:
@@ -819,7 +826,8 @@ class RotaryLatentAttention(LatentAttention):
         super().__init__(config, layer)
         L = config.latent_dim(layer)
         self.scale = 1 / math.sqrt(L)
-        self._add_projections(layer, query_width=L, beside=0, nope=0)
+        self._add_projections(layer, query_width=L, key_width=0, nope=0)
+        self.init_alone()
 
     def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
         """The rotated latents of every group."""
@@ -865,53 +873,11 @@ class RotaryLatentAttention(LatentAttention):
         return causal_weights(q, c, self.scale)
 
     def _words(self) -> str:
-        return f"MLA with a rotary latent, {self._group_words()}"
+        return f"MLA with a rotary latent, {self._latent_words()}"
 
     def flops_per_key(self, decoding: bool) -> int:
         """Over latents, in training too."""
         return 2 * self.nh * 2 * self.L
-
-
-def check_latent(config: GPTConfig, beside: int, full: int) -> int:
-    """
-    A token's latents and what is cached beside them must be fewer numbers than `full`, MHA's.
-    Fills in mla_latent_dim; returns the narrowest layer's.
-    """
-    groups = config.mla_groups
-    allowed = f"a divisor of n_head={config.n_head}: {_divisors(config.n_head)}"
-    require(config.n_head % groups == 0, "mla_groups", groups, allowed)
-    if config.mla_latent_dim is None:
-        allowed = f"a number, as head size {config.hs} has no half"
-        require(config.hs > 1, "mla_latent_dim", None, allowed)
-        config.mla_latent_dim = config.n_head // groups * (config.hs // 2)
-    if isinstance(config.mla_latent_dim, tuple):
-        config.mla_latent_dim = _widths_of_layers(config, config.mla_latent_dim)
-    widths = config.mla_latent_dim
-    if not isinstance(widths, tuple):
-        widths = (widths,)
-    L = max(widths)
-    most = (full - 1 - beside) // groups
-    allowed = (
-        f"at most {most}: {groups} x {L} + {beside} cached numbers a token "
-        f"would not be fewer than MHA's {full}"
-    )
-    require(groups * L + beside < full, "mla_latent_dim", L, allowed)
-    return min(widths)
-
-
-def _widths_of_layers(config: GPTConfig, widths: tuple[int, ...]) -> int | tuple[int, ...]:
-    """One width for each layer, or one number if they are all the same."""
-    allowed = "one number"
-    different = config.n_layer
-    if config.mla_share_latent:
-        different = 1
-    if different > 1:
-        allowed = f"one number, or one for each of {different} layers"
-    fit = len(widths) == config.n_layer and len(set(widths)) <= different
-    require(fit, "mla_latent_dim", list(widths), allowed)
-    if len(set(widths)) == 1:
-        return widths[0]
-    return widths
 
 
 # A new attention is a class above, or in a file of its own, and an entry here: docs/extending.md.
@@ -921,6 +887,45 @@ ATTENTION: dict[str, type[Attention]] = {
     "rotary_latent": RotaryLatentAttention,
     "latent_tokens": LatentTokenAttention,
 }
+
+
+# ---- Factors of value maps
+def factorise(W: Tensor, rank: int, method: str = "exact") -> tuple[Tensor, Tensor, float]:
+    """
+    Truncated SVD of every head's value map, the singular values split evenly between the factors.
+
+    W: (nh, hs, in), from the attention's input (C numbers, or L with MLA) to the head's values.
+    rank: from 1 to hs. method: 'exact' is torch.linalg.svd, 'randomized' is Halko's range finder
+    (arXiv:0909.4061) with a fixed seed; both compute in float64.
+    Returns down (nh * rank, in) and up (nh, hs, rank), so that up[h] @ down[h] is the best
+    approximation of W[h] of that rank, and the share of the squared singular values that is kept.
+    """
+    nh, _, width = W.shape
+    W64 = W.detach().double()
+    U, singular, Vh = truncated_svd(W64, rank, method)
+    root = singular[:, :rank].sqrt()  # (nh, min(rank, width))
+    up = U[:, :, :rank].clone()  # (nh, hs, rank)
+    down = W64.new_zeros(nh, rank, width)
+    # With rank > width there are only `width` singular values. The rows of down beyond them stay
+    # zero, while the columns of up keep their directions, so that training can use them.
+    down[:, : root.size(1)] = Vh[:, : root.size(1)] * root[:, :, None]
+    up[:, :, : root.size(1)] *= root[:, None, :]
+    total = W64.square().sum()
+    share = 1.0
+    if total > 0:
+        share = float(singular[:, :rank].square().sum() / total)
+    return down.reshape(nh * rank, width).to(W), up.to(W), share
+
+
+def truncated_svd(W: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U, the singular values and V^T of matrices (..., m, n); 'randomized': about rank of them."""
+    smaller = min(W.shape[-2:])
+    if method == "exact" or rank >= smaller:
+        return torch.linalg.svd(W, full_matrices=rank > W.size(-1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        U, singular, V = torch.svd_lowrank(W.cpu(), q=min(rank + 8, smaller), niter=4)
+    return U.to(W.device), singular.to(W.device), V.mT.to(W.device)
 
 
 # ---- The transformer
@@ -981,11 +986,12 @@ class GPT(nn.Module):
             "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
             "ln_f": block_norm(config),
         }
-        if config.pos_emb == "rope":  # built first, so that a seed draws the other weights alike
+        if config.pos_emb == "rope":  # wpe is built all the same: what a seed draws stays
             del parts["wpe"]
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        cos, sin = rope_tables(0, config.block_size, config, torch.float32)
+        positions = torch.arange(config.block_size, device="cpu")
+        cos, sin = rope_tables(positions, config, torch.float32)
         self.register_buffer("rope_cos", cos, persistent=False)  # one table for all layers
         self.register_buffer("rope_sin", sin, persistent=False)
         if not self.lm_head.weight.is_meta:
@@ -998,14 +1004,14 @@ class GPT(nn.Module):
         The model of gpt2[-medium|-large|-xl], a Hugging Face folder, an export, a run or a file.
         override_args: dropout and the svd settings. Raises UserError for what cannot be read.
         """
-        from nanomla import checkpoint, formats
+        from nanomla.checkpoint import build
+        from nanomla.formats import open_weights
 
-        weights = formats.open_weights(source, prefer_best=True)
-        model, _ = checkpoint.build(weights, **(override_args or {}))
+        model, _ = build(open_weights(source, prefer_best=True), **(override_args or {}))
         return model
 
     def tie_weights(self) -> None:
-        """Make one of the weights that are shared: lm_head and wte, and all latent projections."""
+        """Let shared weights be one parameter: lm_head and wte, and all latent projections."""
         if self.config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight  # arXiv:1608.05859
         first = self.transformer.h[0].attn
@@ -1061,7 +1067,7 @@ class GPT(nn.Module):
         if self.config.pos_emb == "learned":
             x = x + self.transformer.wpe.weight[at]
         elif x.dtype == torch.float64:
-            cos, sin = rope_tables(0, end, self.config, x.dtype)
+            cos, sin = rope_tables(torch.arange(end), self.config, x.dtype)
             rotation = cos.to(x.device)[at], sin.to(x.device)[at]
         else:
             rotation = self.rope_cos[at], self.rope_sin[at]
@@ -1071,7 +1077,8 @@ class GPT(nn.Module):
     def attention_weights(self, idx: Tensor, layer: int) -> Tensor:
         """
         What every token of idx (B, T) reads of all in one layer, for pictures: (B, nh, T, T), row i
-        what token i reads of tokens 0 to i. Raises ValueError for a layer that is not there.
+        what token i reads of tokens 0 to i. For a model in evaluation mode. Raises ValueError for a
+        layer that is not there.
         """
         blocks = self.transformer.h
         require(layer in range(len(blocks)), "layer", layer, f"from 0 to {len(blocks) - 1}")
@@ -1119,12 +1126,15 @@ class GPT(nn.Module):
 
     def _check_made_for(self, cache: Cache) -> None:
         """Raise ValueError for a cache that a model of another shape made."""
-        if cache.made_for is not self.config:
-            has = (cache.made_for.attention_name, *cache.sizes())
-            fresh = self._new_cache(1, 1, cache.dtype, "meta")
-            needs = (self.config.attention_name, *fresh.sizes())
-            if has != needs:
-                raise ValueError(f"the cache was made for another model: {has}, not {needs}")
+        if cache.made_for is self.config:
+            return
+        has = cache.sizes()
+        needs = self._new_cache(1, 1, cache.dtype, "meta").sizes()
+        if cache.made_for is not None:
+            has = [cache.made_for.attention_name, *has]
+            needs = [self.config.attention_name, *needs]
+        if has != needs:
+            raise ValueError(f"the cache was made for another model: {has}, not {needs}")
 
     def generate(
         self,

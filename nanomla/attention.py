@@ -19,7 +19,7 @@ Rotation = tuple[Tensor, Tensor] | None
 
 class Attention(nn.Module):
     """
-    An attention block: x (B, T, C) -> (B, T, C). config is a GPTConfig.
+    An attention layer: x (B, T, C) -> (B, T, C). config is a GPTConfig.
 
     A subclass registers its modules in __init__ and ends it with self.init_alone(); it defines
     new_cache, forward, weights, flops_per_key and words, and check if it has settings.
@@ -49,7 +49,11 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
+        """
+        x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it.
+        rotation: that of the positions of x; None: nothing is rotated, or, under pos_emb='rope',
+        attention is used without a GPT and computes it itself.
+        """
         raise TypeError(f"{type(self).__name__} has no forward pass")
 
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
@@ -106,9 +110,9 @@ class Attention(nn.Module):
 @torch.no_grad()
 def init_weights(module: nn.Module, n_layer: int) -> None:
     """
-    Draw every weight. Matrices and embeddings are normal, standard deviation 0.02, but c_proj's
-    0.02 / sqrt(2 n_layer), which keeps the residual stream's variance over depth (GPT-2). Biases
-    are 0, norms 1.
+    Draw the weights of linear layers and embeddings: normal, standard deviation 0.02, but c_proj's
+    0.02 / sqrt(2 n_layer), which keeps the residual stream's variance over depth (GPT-2). Their
+    biases are 0. Norms stay as they are built; init_values draws what is left.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):

@@ -139,11 +139,15 @@ class LayerCache:
         """Forget all but the first pos tokens. Raises ValueError for more than are held."""
         require(0 <= pos <= self.pos, "pos", pos, f"from 0 to the {self.pos} tokens held")
         self.pos = int(pos)
+        if self.lengths is not None:
+            self.lengths = self.lengths.clamp(max=pos)
 
     def sequences(self, first: int, count: int) -> "LayerCache":
         """A cache of so many sequences from the first on, in the same memory, with its own pos."""
         view = copy.copy(self)
         view.batch_size = count
+        if self.lengths is not None:
+            view.lengths = self.lengths[first : first + count]
         view.buffers = []
         for buffer in self.buffers:
             part = copy.copy(buffer)

@@ -325,3 +325,45 @@ def test_a_row_of_mla_is_one_piece():
     assert [tuple(t.shape) for t in cache.tensors] == [(2, 1, 8, 7 + 2)] * 2
     assert all(t.is_contiguous() and t[:, :, :5].all() and not t[:, :, 5:].any()
                for t in cache.tensors)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in GROWING if "rotary" in kind or "MLA" in kind])
+def test_an_attention_alone_on_sequences_of_unequal_lengths(kind):
+    """Every sequence is rotated by its own positions."""
+    attn = make(kind).transformer.h[0].attn
+    x = torch.randn(2, 9, 24)
+    cache = attn.new_cache(2, 9)
+    for i, n in enumerate((2, 6)):
+        attn(x[i : i + 1, :n], cache.sequences(i, 1))
+    cache.lengths = torch.tensor([2, 6])
+    cache.pos = 6
+    got = attn(torch.stack([x[0, 2:5], x[1, 6:9]]), cache)
+    torch.testing.assert_close(got[0], attn(x[:1, :5])[0, 2:], **NEAR)
+    torch.testing.assert_close(got[1], attn(x[1:])[0, 6:], **NEAR)
+
+
+def test_views_of_unequal_lengths():
+    """A view of some sequences holds their lengths; what is cut off is cut off of each."""
+    cache = make("MLA").make_cache(3, 9)
+    cache.set_lengths(torch.tensor([2, 6, 4]), 6)
+    assert cache.sequences(1, 2).lengths.tolist() == [6, 4]
+    cache.truncate(3)
+    assert cache.pos == 3 and cache.lengths.tolist() == [2, 3, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.int8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_under_autocast(kind, dtype):
+    """A prompt in two pieces of many tokens, whose products autocast computes in bfloat16."""
+    model = make(kind, block_size=32)
+    if dtype == torch.int8 and kind not in GROWING:
+        return
+    idx = torch.randint(23, (1, 24))
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(idx)[0]
+        cache = model.make_cache(1, 24, dtype)
+        for piece in idx.split(12, dim=1):
+            got = model(piece, cache=cache)[0]
+    torch.testing.assert_close(got, want, atol=0.3, rtol=0.1)
