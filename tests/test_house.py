@@ -72,8 +72,8 @@ def test_model_imports_in_one_function():
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 if isinstance(node, ast.Import | ast.ImportFrom):
-                    lazily.append(f"{function.name}: {ast.unparse(node)}")
-    assert lazily == ["from_pretrained: from nanomla import checkpoint, formats"]
+                    lazily.append(function.name)
+    assert set(lazily) == {"from_pretrained"}
 
 
 def test_nothing_imports_in_a_circle():
