@@ -21,20 +21,21 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import FrameType
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from model import GPT
 from nanomla import checkpoint, formats
+from nanomla.cache import Cache
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, check
 from nanomla.distributed import resolve_device
 from nanomla.engine import Chat, Engine, Sampling
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.generate import PREFILL_CHUNK
 from nanomla.settings import configure
-from nanomla.surgery import SVD_SETTINGS
 from nanomla.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -147,47 +148,41 @@ class SampleConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg, _ = configure(SampleConfig, sys.argv[1:] if argv is None else argv)
-    text = read_prompt(cfg.start)
+    if argv is None:
+        argv = sys.argv[1:]
+    cfg, _ = configure(SampleConfig, argv)
+    prompt = read_prompt(cfg.start)
     device = resolve_device(cfg.device)
     model, tokenizer = open_model(cfg)
-    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    auto = "bfloat16" if bf16 else "float32"
-    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
-    cache_dtype = None if cfg.cache_dtype == "auto" else getattr(torch, cfg.cache_dtype)
+    dtype = weights_dtype(cfg.dtype, device)
     model.to(device, dtype).eval()
     if cfg.compile:
-        print("compiling (the first tokens take longer)", file=sys.stderr)
-        for block in model.transformer.h:  # attention's shapes change with every token in the cache
-            block.mlp.compile()
+        compile_mlps(model)
 
-    try:
-        cache, context = model.make_cache(1, 1, cache_dtype), model.config.block_size
+    cache_dtype = None  # that of the weights
+    if cfg.cache_dtype != "auto":
+        cache_dtype = getattr(torch, cfg.cache_dtype)
+    try:  # a cache of one token shows what a token takes, and refuses a dtype at once
+        cache = model.make_cache(1, 1, cache_dtype)
     except ValueError as error:
         raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
-    stop = cfg.stop.replace("\\n", "\n") if cfg.stop else None
-    sampling = Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop, cfg.use_cache, cache_dtype,
-        prefill_chunk=cfg.prefill_chunk,
-    )  # fmt: skip
-    engine = Engine(model, tokenizer, sampling, cfg.seed)
+
+    engine = Engine(model, tokenizer, make_sampling(cfg, cache_dtype), cfg.seed)
     if cfg.interactive:
         seconds = converse(engine)
-    elif cfg.num_samples == 1 and not cfg.one_per_line and not cfg.json:
-        seconds = print_one(engine, text)
+    elif cfg.one_per_line:
+        seconds = print_several(engine, cfg, prompt.splitlines())
+    elif cfg.json or cfg.num_samples > 1:
+        seconds = print_several(engine, cfg, [prompt])
     else:
-        seconds = print_several(engine, cfg, text.splitlines() if cfg.one_per_line else [text])
+        seconds = print_one(engine, prompt)
 
-    size = f"cache: {cache.bytes_per_token:,} bytes per token"
-    if cache.bytes_per_token == 0:
-        size = f"cache: {cache.nbytes:,} bytes at any length"
-    ratio = model.get_memory_savings(context)
-    if f"{ratio:.3g}" != "1":
-        than = f"{ratio:.3g}x smaller" if ratio > 1 else f"{1 / ratio:.3g}x larger"
-        size += f", {than} than MHA's" + f" at {context:,} tokens" * (not cache.grows)
-    rate = engine.tokens_made / max(seconds, 1e-9)
-    where = f"on {device} in {str(dtype).removeprefix('torch.')}"
-    print(f"{rate:,.0f} tokens/s {where}; {size if cfg.use_cache else 'no cache'}", file=sys.stderr)
+    dtype_name = str(dtype).removeprefix("torch.")
+    cache_size = "no cache"
+    if cfg.use_cache:
+        cache_size = describe_cache(model, cache)
+    rate = tokens_per_second(engine, seconds)
+    print(f"{rate} on {device} in {dtype_name}; {cache_size}", file=sys.stderr)
 
 
 def read_prompt(start: str) -> str:
@@ -211,20 +206,77 @@ def open_model(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     else:
         file = cfg.ckpt or checkpoint.find(cfg.out_dir, prefer_best=True)
         ckpt = checkpoint.load(file, cfg.verify)
-    svd = {name: getattr(cfg, name) for name in SVD_SETTINGS} if cfg.use_svd else {}
+    svd = {}
+    if cfg.use_svd:
+        svd = {"use_svd": True, "svd_rank": cfg.svd_rank, "svd_method": cfg.svd_method}
     model, note = checkpoint.build(ckpt, dropout=0.0, **svd)
     if note:
         print(note, file=sys.stderr)
     return model, Tokenizer(checkpoint.tokenizer_spec(ckpt, cfg.dataset), ckpt.source)
 
 
-def print_stream(pieces: Iterator[str], stopped: Sequence[int] = ()) -> float:
-    """Print text as it is made, until there is something in stopped; returns the seconds taken."""
+def weights_dtype(name: Dtype, device: str) -> torch.dtype:
+    """The dtype of that name; auto is bfloat16 on a CUDA device that has it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def compile_mlps(model: GPT) -> None:
+    """Compile the MLPs alone, as attention's shapes change with every token in the cache."""
+    print("compiling (the first tokens take longer)", file=sys.stderr)
+    for block in model.transformer.h:
+        block.mlp.compile()
+
+
+def make_sampling(cfg: SampleConfig, cache_dtype: torch.dtype | None) -> Sampling:
+    """The settings as an Engine takes them. cache_dtype None: that of the weights."""
+    stop = None
+    if cfg.stop:
+        stop = cfg.stop.replace("\\n", "\n")
+    return Sampling(
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        stop=stop,
+        use_cache=cfg.use_cache,
+        cache_dtype=cache_dtype,
+        prefill_chunk=cfg.prefill_chunk,
+    )
+
+
+def tokens_per_second(engine: Engine, seconds: float) -> str:
+    """The rate of all the tokens that were made in so many seconds."""
+    return f"{engine.tokens_made / max(seconds, 1e-9):,.0f} tokens/s"
+
+
+def describe_cache(model: GPT, cache: Cache) -> str:
+    """The bytes of a cache of one sequence and one token, compared with MHA's if they differ."""
+    context = model.config.block_size
+    size = f"cache: {cache.bytes_per_token:,} bytes per token"
+    if cache.bytes_per_token == 0:
+        size = f"cache: {cache.nbytes:,} bytes at any length"
+    ratio = model.get_memory_savings(context)
+    if f"{ratio:.3g}" == "1":
+        return size
+    comparison = f"{ratio:.3g}x smaller than MHA's"
+    if ratio < 1:
+        comparison = f"{1 / ratio:.3g}x larger than MHA's"
+    if not cache.grows:
+        comparison += f" at {context:,} tokens"
+    return f"{size}, {comparison}"
+
+
+def print_stream(pieces: Iterator[str], interrupts: Sequence[int] = ()) -> float:
+    """Print text as it is made, until there is an interrupt; returns the seconds taken."""
     began = time.perf_counter()
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
-        if stopped:
+        if interrupts:
             break
     print(flush=True)
     return time.perf_counter() - began
@@ -245,13 +297,17 @@ def print_several(engine: Engine, cfg: SampleConfig, prompts: list[str]) -> floa
     began = time.perf_counter()
     results = engine.complete(prompts, cfg.num_samples)
     seconds = time.perf_counter() - began
+    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
     for prompt, samples in zip(prompts, results, strict=True):
         for sample in samples:
             if cfg.json:
-                row = {"prompt": prompt, "text": sample.text, "tokens": len(sample.tokens)}
-                row["seconds"] = round(sample.seconds, 4)
-                utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-                print(json.dumps(row, ensure_ascii=not utf8))
+                record = {
+                    "prompt": prompt,
+                    "text": sample.text,
+                    "tokens": len(sample.tokens),
+                    "seconds": round(sample.seconds, 4),
+                }
+                print(json.dumps(record, ensure_ascii=not utf8))
             else:
                 print(prompt + sample.text + "\n---------------")
     return seconds
@@ -263,7 +319,9 @@ def converse(engine: Engine) -> float:
 
     On a terminal, Ctrl-C stops an answer or empties a line; two in a row end the conversation.
     """
-    chat, seconds, terminal = engine.chat(), 0.0, sys.stdin.isatty()
+    chat = engine.chat()
+    seconds = 0.0
+    terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 should not end it
     if terminal:
@@ -271,25 +329,41 @@ def converse(engine: Engine) -> float:
             import readline  # noqa: F401  gives input() line editing and a history
         say(f"{COMMANDS}; Ctrl-C stops an answer, an empty line or Ctrl-D ends", sys.stderr)
     while line := read_line(terminal):
-        if line.startswith("/") and not line.startswith("//"):
-            rate = engine.tokens_made / max(seconds, 1e-9)
+        if line.startswith("//"):
+            seconds += print_answer(chat, line[1:], terminal)
+        elif line.startswith("/"):
+            rate = tokens_per_second(engine, seconds)
             say(run_command(line.strip(), chat, rate), sys.stderr)
-            continue
-        text = line[1:] if line.startswith("//") else line
-        listening = interrupts_counted() if terminal else contextlib.nullcontext([])
-        try:
-            with listening as stopped, contextlib.closing(chat.reply(text)) as answer:
-                seconds += print_stream(answer, stopped)
-        except UserError as error:
-            say(f"{os.path.basename(sys.argv[0])}: {error}", sys.stderr)
+        else:
+            seconds += print_answer(chat, line, terminal)
     return seconds
+
+
+def print_answer(chat: Chat, text: str, terminal: bool) -> float:
+    """
+    Print the answer to a text, or why there is none; returns the seconds that the answer took.
+
+    On a terminal, Ctrl-C stops the answer.
+    """
+    interruptible = contextlib.nullcontext([])
+    if terminal:
+        interruptible = interrupts_counted()
+    try:
+        with interruptible as interrupts, contextlib.closing(chat.reply(text)) as answer:
+            return print_stream(answer, interrupts)
+    except UserError as error:
+        say(f"{os.path.basename(sys.argv[0])}: {error}", sys.stderr)
+        return 0.0
 
 
 def read_line(terminal: bool) -> str:
     """A line from stdin; "" at its end and, on a terminal, after two Ctrl-C in a row."""
+    prompt = ""
+    if terminal:
+        prompt = "> "
     for _ in range(2):
         try:
-            return input("> " if terminal else "")
+            return input(prompt)
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -299,15 +373,16 @@ def read_line(terminal: bool) -> str:
     return ""
 
 
-def run_command(command: str, chat: Chat, rate: float) -> str:
+def run_command(command: str, chat: Chat, rate: str) -> str:
     """Do what a line that begins with a slash asks for; returns the line that answers it."""
     if command == "/reset":
         chat.reset()
         return "the conversation is empty"
     if command == "/stats":
-        cache, context = chat.cache, f"{len(chat.context):,} of {chat.cache.max_len:,} tokens"
+        cache = chat.cache
+        context = f"{len(chat.context):,} of {cache.max_len:,} tokens"
         size = f"{cache.nbytes_at(cache.pos):,} of {cache.nbytes:,} cache bytes"
-        return f"{context}, {size}, {rate:,.0f} tokens/s"
+        return f"{context}, {size}, {rate}"
     return f"{command} is not a command; {COMMANDS}"
 
 
@@ -317,16 +392,16 @@ def interrupts_counted() -> Iterator[list[int]]:
     Inside, the first Ctrl-C only gets into the list, so that no step of the model is cut short; the
     second raises KeyboardInterrupt.
     """
-    seen: list[int] = []
+    interrupts: list[int] = []
 
-    def count(number: int, _frame: Any) -> None:
-        if seen:
+    def count(number: int, _frame: FrameType | None) -> None:
+        if interrupts:
             raise KeyboardInterrupt
-        seen.append(number)
+        interrupts.append(number)
 
     before = signal.signal(signal.SIGINT, count)
     try:
-        yield seen
+        yield interrupts
     finally:
         signal.signal(signal.SIGINT, before)
 

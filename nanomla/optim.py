@@ -66,10 +66,10 @@ def lr_factor(cfg: Schedule, it: int) -> float:
         return 1.0
     ratio = (it - start) / (end - start)
     if cfg.decay_shape == "wsd":
-        left = 1 - ratio
+        height = 1 - ratio
     else:
-        left = 0.5 * (1 + math.cos(math.pi * ratio))
-    return lowest + left * (1 - lowest)
+        height = 0.5 * (1 + math.cos(math.pi * ratio))
+    return lowest + height * (1 - lowest)  # height falls from 1 to 0
 
 
 def decay_range(cfg: Schedule) -> tuple[float, int]:
@@ -100,25 +100,47 @@ def orthogonalise(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     This is Muon's Newton-Schulz iteration (kellerjordan.github.io/posts/muon) for a whole batch, in
     float32 or bfloat16.
     """
-    in_float32, X = dtype == torch.float32, X.to(dtype)
+    X = X.to(dtype)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
     A = X @ X.mT
     A2 = A @ A
     # ||A^2||^(1/4) bounds the largest singular value much closer than ||X|| does
     scale = A2.norm(dim=(1, 2), keepdim=True).sqrt().clamp_min(1e-12)
-    scale = scale if in_float32 else 1.02 * scale  # the polynomials grow fast above 1
-    A, A2, X, Q = A / scale, A2 / scale.square(), X / scale.sqrt(), None
-    for i, (a, b, c) in enumerate(POLYNOMIALS):
-        P = b * A + c * A2
-        P.diagonal(dim1=1, dim2=2).add_(a)
-        if in_float32:  # products of the small A alone; bfloat16 is too coarse for that
-            Q = P if Q is None else P @ Q
-        else:
-            X = P @ X
-        if i + 1 < len(POLYNOMIALS):
-            A = P @ A @ P if in_float32 else X @ X.mT
-            A2 = A @ A
-    return Q @ X if in_float32 else X
+    if dtype != torch.float32:
+        scale = 1.02 * scale  # the polynomials grow fast above 1
+    A = A / scale
+    A2 = A2 / scale.square()
+    X = X / scale.sqrt()
+    if dtype == torch.float32:
+        return product_of_polynomials(A, A2) @ X
+    X = polynomial(A, A2, POLYNOMIALS[0]) @ X
+    for coefficients in POLYNOMIALS[1:]:
+        A = X @ X.mT
+        X = polynomial(A, A @ A, coefficients) @ X
+    return X
+
+
+def product_of_polynomials(A: Tensor, A2: Tensor) -> Tensor:
+    """
+    What all the polynomials multiply X by, (b, m, m), from A = X X^T and A2 = A A.
+
+    Only the small matrices are multiplied; bfloat16 is too coarse for that.
+    """
+    P = polynomial(A, A2, POLYNOMIALS[0])
+    product = P
+    for coefficients in POLYNOMIALS[1:]:
+        A = P @ A @ P
+        P = polynomial(A, A @ A, coefficients)
+        product = P @ product
+    return product
+
+
+def polynomial(A: Tensor, A2: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """a I + b A + c A2, (b, m, m): what one polynomial multiplies X by."""
+    a, b, c = coefficients
+    P = b * A + c * A2
+    P.diagonal(dim1=1, dim2=2).add_(a)
+    return P
 
 
 class Muon(torch.optim.Optimizer):
@@ -151,34 +173,55 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            means = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov's
+            momenta = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(params, self._updates(params, ahead), strict=True):
                 p.add_(sharded_like(update, p), alpha=-group["lr"])
 
     def _updates(self, params: list[nn.Parameter], ahead: list[Tensor]) -> list[Tensor]:
         """The scaled and orthogonalised matrices of `ahead`, whole on every rank."""
-        pairs = zip(params, ahead, strict=True)
-        parts = [[*full(x).split(self.maps.get(p, p.size(0)))] for p, x in pairs]
-        same_shape = defaultdict(list)
+        parts = []  # for every parameter, its maps
+        for p, x in zip(params, ahead, strict=True):
+            rows = self.maps.get(p, p.size(0))
+            parts.append(list(full(x).split(rows)))
+        same_shape = defaultdict(list)  # places in parts, by the shape of what lies there
+        for i, maps in enumerate(parts):
+            for j, x in enumerate(maps):
+                same_shape[tuple(sorted(x.shape))].append((i, j))
+
+        for (shorter, longer), places in same_shape.items():
+            wide = []
+            for i, j in places:
+                x = parts[i][j]
+                if x.size(0) > x.size(1):
+                    x = x.mT
+                wide.append(x)
+            dtype = torch.bfloat16
+            if wide[0].device.type == "cpu":
+                dtype = torch.float32
+            scaled = 0.2 * math.sqrt(longer) * orthogonalise(torch.stack(wide), dtype)
+            for (i, j), x in zip(places, scaled, strict=True):
+                if parts[i][j].size(0) > shorter:
+                    x = x.mT
+                parts[i][j] = x
+
+        updates = []
         for maps in parts:
-            for i, x in enumerate(maps):
-                same_shape[tuple(sorted(x.shape))].append((maps, i))
-        for (rows, columns), places in same_shape.items():
-            lying = [x.mT if x.size(0) > x.size(1) else x for x in (m[i] for m, i in places)]
-            dtype = torch.float32 if lying[0].device.type == "cpu" else torch.bfloat16
-            scaled = 0.2 * math.sqrt(columns) * orthogonalise(torch.stack(lying), dtype)
-            for (maps, i), x in zip(places, scaled, strict=True):
-                maps[i] = x if maps[i].size(0) == rows else x.mT
-        return [torch.cat(maps) if len(maps) > 1 else maps[0] for maps in parts]
+            if len(maps) == 1:
+                updates.append(maps[0])
+            else:
+                updates.append(torch.cat(maps))
+        return updates
 
 
 def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """The rows of the maps in the matrices of attention that hold several."""
     maps = {}
-    for attn in (module for module in model.modules() if isinstance(module, Attention)):
+    for attn in model.modules():
+        if not isinstance(attn, Attention):
+            continue
         for name, p in attn.named_parameters():
             rows = p.size(0)
             if name == "c_attn.weight":  # queries, keys and, unless they are low-rank, values
@@ -192,9 +235,7 @@ def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     return maps
 
 
-def make_optimizers(
-    model: nn.Module, cfg: OptimizerSettings, device_type: str
-) -> Optimizers:
+def make_optimizers(model: nn.Module, cfg: OptimizerSettings, device_type: str) -> Optimizers:
     """
     The optimizers of a model's trainable parameters, by name.
 
@@ -203,14 +244,21 @@ def make_optimizers(
     kellerjordan.github.io/posts/muon; its steps are scaled to AdamW's root mean square as in
     arXiv:2502.16982). Every group has a highest_lr, which set_learning_rates scales.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    in_muon = set()
-    if cfg.optimizer == "muon":
-        in_muon = {n for n, p in named if p.dim() == 2 and ".h." in n}
-    rest = [p for n, p in named if n not in in_muon]
+    in_muon = []
+    matrices = []  # and the other tensors of several dimensions, of AdamW
+    vectors = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if cfg.optimizer == "muon" and p.dim() == 2 and ".h." in name:
+            in_muon.append(p)
+        elif p.dim() >= 2:
+            matrices.append(p)
+        else:
+            vectors.append(p)
     groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     optimizers: Optimizers = {
         "adamw": torch.optim.AdamW(
@@ -222,7 +270,7 @@ def make_optimizers(
     }
     if in_muon:
         optimizers["muon"] = Muon(
-            [p for n, p in named if n in in_muon],
+            in_muon,
             lr=cfg.muon_learning_rate,
             weight_decay=cfg.muon_weight_decay,
             maps=stacked_maps(model),
@@ -266,21 +314,23 @@ def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: st
             "weights with --init_from=PATH"
         )
     for name, optimizer in optimizers.items():
-        groups = optimizer.param_groups
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        settings = []  # of this run, which loading would replace
+        for group in optimizer.param_groups:
+            settings.append({key: value for key, value in group.items() if key != "params"})
         try:
             _check_shapes(optimizer, states[name])
             load_optimizer_state(optimizer, states[name])
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            what = f"its optimizer state does not fit this model ({error})"
-            raise UserError(f"{source}: {what}") from None
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update(own)
+            problem = f"its optimizer state does not fit this model ({error})"
+            raise UserError(f"{source}: {problem}") from None
+        for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
+            group.update(group_settings)
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Raise ValueError for a state of another shape; torch would find it in the first step only."""
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
         for key, value in state["state"].get(i, {}).items():
             if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
                 shapes = f"{tuple(value.shape)}, expected {tuple(p.shape)}"

@@ -21,8 +21,6 @@ from model import GPT, GPTConfig, apply_rope, dense_values, factorise, truncated
 from nanomla.attention import Attention, Rotation
 from nanomla.kernels import attend
 
-SVD_SETTINGS = ("use_svd", "svd_rank", "svd_method")  # of GPTConfig
-
 
 def factorise_values(
     state: dict[str, Tensor], config: GPTConfig
