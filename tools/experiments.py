@@ -35,7 +35,9 @@ class RotatedKeys(ATTENTION["mla"]):
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__(config, layer)
         heads = dataclasses.replace(config, attention="mha", use_mla=False)  # rotates whole heads
-        self.tables = gpt.rope_tables(torch.arange(config.block_size), heads, torch.float32)
+        self.tables = gpt.rope_tables(
+            torch.arange(config.block_size, device="cpu"), heads, torch.float32
+        )
 
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None,
