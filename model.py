@@ -163,27 +163,30 @@ class GPTConfig:
             require(self.svd_rank <= self.hs, "svd_rank", self.svd_rank, allowed)
 
     def _set_flags(self) -> None:
-        """Let use_mla, mla_rope and use_latent_tokens say what the name of an attention says."""
-        if self.attention is None:
-            return
+        """
+        Write a name that flags can say as these flags, so that one model has one config, whichever
+        way it was asked for. Only the name of an attention without flags stays.
+        """
         allowed = f"False with attention={self.attention!r}"
+        if self.attention in ("mla", "rotary_latent"):
+            self.use_mla = True
+        elif self.attention is not None:
+            require(not self.use_mla, "use_mla", True, allowed)
         if self.attention == "mla":
             decoupled = self.mla_rope == "decoupled"
             require(decoupled, "mla_rope", self.mla_rope, "'decoupled' with attention='mla'")
-            self.use_mla = True
-        elif self.attention == "rotary_latent":
-            self.use_mla = True
+        if self.attention == "rotary_latent":
             self.mla_rope = "latent"
-        else:
-            require(not self.use_mla, "use_mla", True, allowed)
         if self.attention == "latent_tokens":
             self.use_latent_tokens = True
-        else:
+        elif self.attention is not None:
             require(not self.use_latent_tokens, "use_latent_tokens", True, allowed)
+        if self.attention in ("mha", "mla", "rotary_latent", "latent_tokens"):
+            self.attention = None
 
     @property
     def attention_name(self) -> str:
-        """The key of ATTENTION that a given name, or else the flags, stand for."""
+        """The attention's key in ATTENTION, whether a name or flags said it."""
         if self.attention is not None:
             return self.attention
         if self.use_latent_tokens:  # whose check refuses use_mla

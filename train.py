@@ -359,7 +359,7 @@ def rows_of_rank(cfg: TrainConfig, world: World) -> range:
 
 
 def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
-    """One run, until max_iters or a signal. `origins` is what settings.configure returned."""
+    """One run, until max_iters or a signal. origins: where each setting came from."""
     began = time.perf_counter()
     rows = rows_of_rank(cfg, world)
 

@@ -110,6 +110,8 @@ def warn_of_other_shape(
             continue
         setting = f"{name}={asked[name]!r} ({origins[name]})"
         value = getattr(config, name)
+        if name == "attention":
+            value = config.attention_name
         warn0(f"{setting} is not used: the model in {source} has {name}={value!r}")
         not_used.append(name)
     return not_used
@@ -214,6 +216,8 @@ def open_model(cfg: RunSettings, origins: dict[str, str], data: Dataset) -> tupl
         surgery.crop_block_size(model, cfg.model.block_size)
     values = settings.flat(cfg)
     asked = {name: values[name] for name in origins}
+    if "attention" in origins:  # of which the config keeps the flags that it stands for
+        asked["attention"] = cfg.model.attention_name
     warn_of_other_shape(asked, origins, model.config, ckpt.source)
     return model, Checkpoint(model={}, model_args={})
 
@@ -234,7 +238,7 @@ def open_weights(cfg: RunSettings, origins: dict[str, str]) -> Checkpoint:
     """
     if cfg.init_from == "resume":
         return checkpoint.load(checkpoint.find(cfg.out_dir), cfg.verify)
-    asks_for_mla = "use_mla" in origins and cfg.model.use_mla
+    asks_for_mla = cfg.model.use_mla and ("use_mla" in origins or "attention" in origins)
     if asks_for_mla and cfg.init_from in formats.PRETRAINED:
         raise not_latent(cfg, origins, cfg.init_from)  # before anything is fetched
     ckpt = formats.open_weights(cfg.init_from, verify=cfg.verify)
@@ -246,7 +250,8 @@ def open_weights(cfg: RunSettings, origins: dict[str, str]) -> Checkpoint:
 
 def not_latent(cfg: RunSettings, origins: dict[str, str], source: str) -> UserError:
     """The error for use_mla=True on weights with ordinary attention; it names the way out."""
-    problem = f"use_mla=True ({origins['use_mla']}), but {source} has ordinary attention"
+    where = origins.get("use_mla") or origins["attention"]
+    problem = f"use_mla=True ({where}), but {source} has ordinary attention"
     command = conversion_command(cfg, cfg.init_from)
     return UserError(f"{problem}; convert it first: {command}, then --init_from=FOLDER")
 

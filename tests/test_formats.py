@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT, GPTConfig
+from model import ATTENTION, GPT, GPTConfig
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.errors import UserError
@@ -377,16 +377,27 @@ FLIPPED = {
     "n_kv_head": 2, "head_dim": 10, "mla_latent_dim": 5, "mla_groups": 2, "mla_rope_dim": 4,
     "mla_nope_dim": 3, "mla_rope": "latent", "mla_q_latent_dim": 5, "mla_norm": "layernorm",
     "mla_share_latent": True, "use_latent_tokens": True, "n_latent_tokens": 3, "use_svd": True,
-    "svd_rank": 3, "svd_method": "randomized", "attention": "latent_tokens",
+    "svd_rank": 3, "svd_method": "randomized",
 }  # fmt: skip
 OTHER = {
     "bias": (True, False), "pos_emb": ("learned", "rope"), "norm": ("layernorm", "rmsnorm"),
     "mlp": ("gelu", "swiglu"), "use_mla": (True, False),
 }  # fmt: skip
 LATENT_TOKENS = {"n_latent_tokens": 3, "use_mla": False, "pos_emb": "learned"}
-WITH = {"use_latent_tokens": LATENT_TOKENS, "attention": LATENT_TOKENS}
+WITH = {"use_latent_tokens": LATENT_TOKENS}
 STYLES = {"gpt2": {}, "llama": LLAMA_STYLE, "deepseek_v3": DEEPSEEK_STYLE}
-NAMES = [field.name for field in dataclasses.fields(GPTConfig)]
+# A name of attention that flags can say becomes these flags; another has a test of its own.
+NAMES = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "attention"]
+
+
+@pytest.mark.parametrize("kind", STYLES)
+def test_an_attention_of_ones_own_forbids_other_formats(kind, monkeypatch):
+    """Its name is in the way of every format but our own."""
+    monkeypatch.setitem(ATTENTION, "mine", ATTENTION["mha"])
+    settings = {**STYLES[kind], "attention": "mine", "use_mla": False}
+    config = tiny_config(**settings)
+    assert "attention='mine'" in formats.in_the_way(config, kind)
+    assert formats.in_the_way(config, "nanomla") == []
 
 
 def flipped(name, style):
