@@ -29,10 +29,10 @@ from pydantic import Field
 
 from model import GPT
 from nanomla import checkpoint, formats
+from nanomla.batch import Chat, Engine, Sampling
 from nanomla.cache import Cache
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, check
 from nanomla.distributed import resolve_device
-from nanomla.engine import Chat, Engine, Sampling
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.generate import PREFILL_CHUNK
 from nanomla.settings import configure

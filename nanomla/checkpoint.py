@@ -25,10 +25,10 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanomla.checks import Natural, brief, check
+from nanomla.convert import factorise_values
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
 from nanomla.files import one_line, read_json, require_file
-from nanomla.surgery import factorise_values
 from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
@@ -250,7 +250,7 @@ class Conversion:
 
     source: str  # the file or name that was converted
     attention: str  # what it had, in words
-    plan: dict[str, Any]  # nanomla.surgery.Plan
+    plan: dict[str, Any]  # nanomla.convert.Plan
     data: str  # the dataset's name
     calibration_tokens: Natural  # tokens of it that were read
     layers: list[dict[str, int | float]]  # per layer: latent, kept, predicted

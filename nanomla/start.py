@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from model import ATTENTION, GPT, GPTConfig
-from nanomla import checkpoint, costs, formats, optim, settings, surgery
+from nanomla import checkpoint, convert, costs, formats, optim, settings
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, warn0
@@ -213,7 +213,7 @@ def open_model(cfg: RunSettings, origins: dict[str, str], data: Dataset) -> tupl
 
     # or begin another one with these weights
     if "block_size" in origins and cfg.model.block_size < model.config.block_size:
-        surgery.crop_block_size(model, cfg.model.block_size)
+        convert.crop_block_size(model, cfg.model.block_size)
     values = settings.flat(cfg)
     asked = {name: values[name] for name in origins}
     if "attention" in origins:  # of which the config keeps the flags that it stands for

@@ -162,6 +162,8 @@ def run(
             command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=timeout
         )
     module = importlib.import_module(script.removesuffix(".py"))
+    if not hasattr(module, "main"):  # a package
+        module = importlib.import_module(f"{script}.__main__")
     out, err, status, old = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = argv
     try:

@@ -19,7 +19,8 @@ from tests.conftest import (
     run,
     tiny_config,
 )
-from tools import bench, kernel, load
+from tools.bench import __main__ as bench
+from tools.bench import kernel, load
 
 
 def test_report_counts_a_config(tmp_path):

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanomla.engine import Piece, Token
+from nanomla.batch import Piece, Token
+from nanomla.serve.protocol import ApiError, Reply, make_requests, read_params, shown
 from nanomla.tokenizer import StreamDecoder, Tokenizer
-from tools.completions import ApiError, Reply, make_requests, read_params, shown
 
 BYTES = Tokenizer({"kind": "byte"})
 CHARS = Tokenizer({"kind": "char", "chars": "abc"})

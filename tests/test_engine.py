@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanomla.batch import Batch, Engine, Request, Sampling, StopText
 from nanomla.cache import Cache
-from nanomla.engine import Batch, Engine, Request, Sampling, StopText
 from nanomla.errors import UserError
 from nanomla.generate import (
     Sampler,
@@ -20,7 +20,7 @@ from nanomla.generate import (
 )
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import KINDS, TINY_MLA, make
-from tools.bench import peak_bytes
+from tools.bench.timing import peak_bytes
 
 CHARS = "abcdefghijklmnopqrstuvw"  # 23, as TINY's vocabulary
 LATENT_TOKENS = KINDS["latent tokens"]

@@ -16,7 +16,7 @@ import torch
 import model as gpt
 from model import ATTENTION, GPT
 from nanomla import costs
-from nanomla.engine import Batch
+from nanomla.batch import Batch
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import QUICK, ROOT, randomise, tiny_config
 from tools import serve

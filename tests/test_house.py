@@ -16,14 +16,14 @@ FLOORS = [  # bottom to top; what model.py stands on knows no model
     "model",
     "nanomla",
     "train sample",
-    "tools data",
+    "tools data experiments",
 ]
 
 
 def modules() -> dict[str, Path]:
     """Every module of the project by its dotted name, without tests and configs."""
-    folders = [ROOT, *(ROOT / f for f in ("nanomla", "nanomla/kernels", "tools", "data"))]
-    files = [p for f in folders for p in f.glob("**/*.py" if f.name == "data" else "*.py")]
+    folders = [ROOT / f for f in ("nanomla", "tools", "data", "experiments")]
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.glob("**/*.py"))]
     names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from model import GPT
-from nanomla.engine import Engine, Sampling
+from nanomla.batch import Engine, Sampling
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import (
     ROOT,
@@ -44,7 +44,7 @@ QUICK = {"prompt": "to be", "max_tokens": 4, "model": "out-mla"}
 LONG = {"prompt": "to be", "max_tokens": 3000, "model": "out-mla", "stream": True}
 START = """
 import sys
-import tools.app, tools.serve, tools.stepper
+import nanomla.serve.app, tools.serve, nanomla.serve.stepper
 from nanomla.errors import run_script
 sys.argv[0] = "serve.py"
 {patch}
@@ -388,7 +388,7 @@ def test_pieces_of_the_page(server, models):
 
 def test_the_page_is_a_table_of_files(tmp_path):
     """Every file of the folder that a page can have, and none if there is no folder."""
-    from tools.app import Site
+    from nanomla.serve.app import Site
 
     for name in ("index.html", "page.js", ".secret", "notes.txt~"):
         (tmp_path / name).write_text(name)
@@ -740,16 +740,16 @@ def test_nothing_is_lost_in_many_requests(server, count):
 
 FAILING = """
 import dataclasses
-tools.app.PATIENCE = 0.5
-step = tools.stepper.Batch.step
+nanomla.serve.app.PATIENCE = 0.5
+step = nanomla.serve.stepper.Batch.step
 def failing(self):
     if any(request.seed == 666 for request in self.waiting):
         raise RuntimeError("a mistake")
     bad = {"finish": "error", "error": "not finite"}
     pieces = step(self)
     return [dataclasses.replace(p, **bad) if p.request.seed == p.made + 99 else p for p in pieces]
-tools.stepper.Batch.step = failing
-tools.app.encode = None
+nanomla.serve.stepper.Batch.step = failing
+nanomla.serve.app.encode = None
 """
 
 OWN = {  # flags, and what is changed in the modules
@@ -876,7 +876,7 @@ def test_a_port_in_use_is_one_line(models):
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
 def test_a_missing_package_is_one_line(models, monkeypatch, package):
     """It says how to get all of them."""
-    for name in [n for n in sys.modules if n.split(".")[0] == package or n == "tools.app"]:
+    for name in [n for n in sys.modules if n.split(".")[0] == package or n == "nanomla.serve.app"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     done = run("tools.serve", f"--out_dir={models.folder}/out-mla", "--port=0")
@@ -897,7 +897,7 @@ def test_the_end_while_a_model_is_opened(models, number):
 
 def test_the_address_it_listens_on_is_its_own():
     """Any loopback address that was asked for is a Host that is taken, and no other name."""
-    from tools.app import Guard
+    from nanomla.serve.app import Guard
 
     hosts = Guard(None, "127.0.0.2", None, set()).hosts
     assert hosts.fullmatch("127.0.0.2:80") and hosts.fullmatch("localhost")

@@ -200,7 +200,7 @@ def test_every_setting_is_declared_in_full():
     from data.openwebtext.prepare import PrepareConfig as OpenWebText
     from data.text.prepare import PrepareConfig as Text
     from sample import SampleConfig
-    from tools.bench import DecodeConfig, ReportConfig
+    from tools.bench.__main__ import DecodeConfig, ReportConfig
     from tools.compare import CompareConfig
     from tools.convert import ConvertConfig
     from tools.export import ExportConfig

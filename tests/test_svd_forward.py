@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
-from model import ATTENTION, GPT, rotation_alone
-from nanomla.dataset import Dataset
-from tests.conftest import TINY_MLA, fails_with_one_line, randomise, run, tiny_config
-from tools.svd_forward import (
+from experiments.svd_forward import (
     SvdForwardAttention,
     decode,
     project,
     svd_forward_gpt,
     truncate,
 )
-from tools.three_step import leak
+from experiments.three_step import leak
+from model import ATTENTION, GPT, rotation_alone
+from nanomla.dataset import Dataset
+from tests.conftest import TINY_MLA, fails_with_one_line, randomise, run, tiny_config
 
 RANK = 3  # of values with hs = 6, so that half of their directions are lost
 
@@ -125,7 +125,7 @@ def test_has_no_cache():
 def test_command_prints_and_writes_its_figures(dataset, tmp_path):
     """Both tables at the smallest sizes; the model with the SVD in forward alone leaks."""
     done = run(
-        "tools.svd_forward",
+        "experiments.svd_forward",
         f"--dataset={dataset}",
         "--max_iters=2",
         "--rounds=1",
@@ -153,4 +153,4 @@ def test_command_prints_and_writes_its_figures(dataset, tmp_path):
 )
 def test_bad_input_is_one_line(args, status, words):
     """Values out of range, settings of other scripts, a dataset that is not there."""
-    assert fails_with_one_line(run("tools.svd_forward", *args), status, *words)
+    assert fails_with_one_line(run("experiments.svd_forward", *args), status, *words)

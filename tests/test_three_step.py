@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments import three_step
+from experiments.three_step import ThreeStepAttention, count_scores
 from model import GPT
 from nanomla.dataset import Dataset
 from tests.conftest import fails_with_one_line, randomise, run, tiny_config
-from tools import three_step
-from tools.three_step import ThreeStepAttention, count_scores
 
 
 def plain_attention(x, source, block):
@@ -98,7 +98,7 @@ def test_has_no_cache():
 def test_command_prints_and_writes_its_figures(dataset, tmp_path):
     """Both tables and both samples, at the smallest sizes; the causal model alone does not leak."""
     done = run(
-        "tools.three_step",
+        "experiments.three_step",
         f"--dataset={dataset}",
         "--max_iters=2",
         "--longest=256",
@@ -127,4 +127,4 @@ def test_command_prints_and_writes_its_figures(dataset, tmp_path):
 )
 def test_bad_input_is_one_line(args, status, words):
     """Values out of range, settings of other scripts, a dataset that is not there."""
-    assert fails_with_one_line(run("tools.three_step", *args), status, *words)
+    assert fails_with_one_line(run("experiments.three_step", *args), status, *words)

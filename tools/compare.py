@@ -43,7 +43,7 @@ from nanomla.errors import UsageError, UserError, run_script
 from nanomla.settings import configure, flat, run_config_file
 from nanomla.start import padded_vocab, without_effect
 from tools import experiments
-from tools.bench import machine
+from tools.bench.timing import machine
 from tools.report import draw, report_text
 from train import TrainConfig
 

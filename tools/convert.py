@@ -7,7 +7,7 @@ Give a trained model with ordinary attention (MHA, GQA) a latent cache: turn it 
     python -m tools.convert ... --sweep=True
 
 Some of the training text (--data) shows what attention needs, and the weights are factorised by
-that: nanomla/surgery.py says how. --heal_iters trains the result with train.py, with the source's
+that: nanomla/convert.py says how. --heal_iters trains the result with train.py, with the source's
 batch and optimizer and half its learning rate. --to becomes a run's folder like any other, for
 sample.py, train.py and tools.export, with a report in conversion.md. The same command goes on where
 it was interrupted. --sweep compares cache sizes and methods, in sweep.md and sweep.png.
@@ -33,15 +33,16 @@ from tqdm import tqdm
 
 import train
 from model import GPT, GPTConfig
-from nanomla import checkpoint, costs, formats, surgery
+from nanomla import checkpoint, costs, formats
+from nanomla import convert as weights
 from nanomla.checkpoint import Checkpoint, Conversion
 from nanomla.checks import Count, Natural, Positive, check
+from nanomla.convert import Calibration, Plan
 from nanomla.dataset import Dataset
 from nanomla.distributed import print0, resolve_device, resolve_dtype
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.settings import configure
-from nanomla.surgery import Calibration, Plan
-from tools.bench import markdown
+from tools.bench.timing import markdown
 from train import TrainConfig
 
 RECORD, REPORT, HEAL = checkpoint.CONVERSION
@@ -86,7 +87,7 @@ class ConvertConfig:
         "and 32 for 32 numbers per token and layer.",
     ] = "8x"
     method: Annotated[
-        Literal[surgery.METHODS],  # type: ignore[valid-type]
+        Literal[weights.METHODS],  # type: ignore[valid-type]
         "Where the error is counted that the conversion keeps small: in the weights, on their "
         "inputs, at the output of attention, or in the loss.",
     ] = "loss"
@@ -141,7 +142,7 @@ class Source:
         self.stored = formats.open_weights(cfg.init_from, prefer_best=True)
         _refuse_other_attention(self.stored)
         model, _ = checkpoint.build(self.stored)
-        self.model = surgery.without_svd(model).to(self.device).eval()
+        self.model = weights.without_svd(model).to(self.device).eval()
         self.config = self.model.config
         kind = self.device.partition(":")[0]
         bf16 = resolve_dtype("auto", kind, self.config.n_embd) == "bfloat16"
@@ -192,7 +193,7 @@ class Source:
         with progress("calibrating", self.cfg.calibration_tokens) as bar:
             batches = self.text(self.cfg.calibration_tokens, first=0)
             with self.amp():
-                found = surgery.calibrate(self.model, bar.count(x for x, _ in batches))
+                found = weights.calibrate(self.model, bar.count(x for x, _ in batches))
         if not all(t.isfinite().all() for t in (*found.inputs, *found.gradients)):
             raise UserError(f"{self.stored.source} computes values that are not finite")
         return found
@@ -355,7 +356,7 @@ def exact_numbers(config: GPTConfig) -> int:
     return min(config.n_embd, 2 * n)
 
 
-def search(cfg: ConvertConfig, source: Source, plan: Plan) -> surgery.Converted:
+def search(cfg: ConvertConfig, source: Source, plan: Plan) -> weights.Converted:
     """Try what the settings leave open; the loss on training text decides."""
     axes: dict[str, list[Any]] = {}
     n, exact = source.config.nkv * source.config.hs, exact_numbers(source.config)
@@ -365,11 +366,11 @@ def search(cfg: ConvertConfig, source: Source, plan: Plan) -> surgery.Converted:
         axes["balance"] = [0.3, 1.0, 3.0]
     if cfg.ranks == "auto":
         axes["spread"] = [True, False]
-    return surgery.choose(source.model, source.calibration, plan, axes, source.choice_loss)
+    return weights.choose(source.model, source.calibration, plan, axes, source.choice_loss)
 
 
 # ---- what a conversion leaves on the disk
-def make_record(source: Source, made: surgery.Converted, asked: dict[str, Any]) -> Conversion:
+def make_record(source: Source, made: weights.Converted, asked: dict[str, Any]) -> Conversion:
     """The record of what was made, and its measurements."""
     config = source.config
     kind = "MHA" if config.nkv == config.n_head else f"GQA with {config.nkv} key/value heads"
@@ -531,7 +532,7 @@ def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
         raise UserError(f"--to={cfg.to} holds a run; name another folder for the sweep")
     points = []
     for size in sizes or SWEEP_SIZES:
-        for method in surgery.METHODS:
+        for method in weights.METHODS:
             to = str(folder / f"{size}-{method}")
             balance = cfg.balance if method in ("input", "output") else None
             changes = {"cache": size, "method": method, "balance": balance, "to": to}
@@ -603,7 +604,7 @@ def draw_sweep(records: list[Conversion], longer: float | None, path: Path) -> N
     axes.axhline(0, color="black", lw=0.8)
     if longer is not None:
         axes.axhline(longer, color="black", lw=0.8, ls=":", label="source, trained on")
-    styles = zip(surgery.METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
+    styles = zip(weights.METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
     for method, marker, color in styles:
         mine = [r for r in records if r.plan["method"] == method]
         for key, line in (("converted", "-"), ("healed", "--")):

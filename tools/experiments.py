@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import model as gpt
+from experiments import svd_forward, three_step
 from model import ATTENTION, GPT, GPTConfig, RMSNorm
 from nanomla import checkpoint, costs
 from nanomla.attention import Rotation
 from nanomla.cache import LayerCache
 from nanomla.dataset import Dataset
 from nanomla.kernels import attend, dequantise
-from tools import svd_forward, three_step
-from tools.bench import Rows, Timed, alternate, fill, markdown
+from tools.bench.timing import Rows, Timed, alternate, fill, markdown
 
 
 # ---- changes to the model

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model import GPTConfig
-from tools.bench import markdown
+from tools.bench.timing import markdown
 
 MARKERS = "osD^vPX*<>hp"
 COLORS = (

@@ -33,17 +33,17 @@ from pydantic import Field
 
 from model import GPT
 from nanomla import checkpoint, formats
+from nanomla.batch import Batch
 from nanomla.checkpoint import Checkpoint
 from nanomla.checks import Count, Natural, check
 from nanomla.costs import cache_in_words, cached_numbers
 from nanomla.distributed import resolve_device
-from nanomla.engine import Batch
 from nanomla.errors import Stopped, UsageError, UserError, explain, raise_stopped, run_script, say
+from nanomla.serve.protocol import ApiError
+from nanomla.serve.stepper import Served, Stepper
 from nanomla.settings import configure
 from nanomla.tokenizer import Tokenizer
 from sample import CacheDtype, Dtype
-from tools.completions import ApiError
-from tools.stepper import Served, Stepper
 
 GRACE = 10.0  # seconds that running requests get at the end
 FLUSH = 3  # seconds that clients get to read the rest
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     """Open the models and serve them until a signal comes."""
     cfg, _ = configure(ServeConfig, sys.argv[1:] if argv is None else argv)
     try:
-        from tools.app import is_loopback
+        from nanomla.serve.app import is_loopback
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in PACKAGES:
@@ -268,7 +268,7 @@ async def serve(
     """
     import uvicorn
 
-    from tools.app import Connection, Site
+    from nanomla.serve.app import Connection, Site
 
     class Server(uvicorn.Server):
         @contextlib.contextmanager

@@ -35,7 +35,7 @@ from nanomla.checks import Natural, brief, check
 from nanomla.errors import UserError
 from nanomla.files import parse_json
 from nanomla.runlog import read_log
-from tools.completions import (
+from nanomla.serve.protocol import (
     ApiError,
     Params,
     Reply,
@@ -44,7 +44,7 @@ from tools.completions import (
     make_requests,
     read_params,
 )
-from tools.stepper import Call, Served, Stepper
+from nanomla.serve.stepper import Call, Served, Stepper
 
 PAGE = Path(__file__).resolve().parent / "page"
 TYPES = {

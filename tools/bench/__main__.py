@@ -22,9 +22,6 @@ rounds, but for prefill's last table, of one pass each. --json=FILE writes them 
 import dataclasses
 import functools
 import importlib
-import itertools
-import json
-import os
 import statistics
 import sys
 import time
@@ -51,10 +48,24 @@ from nanomla.memory import free_memory, in_units, require_memory
 from nanomla.optim import make_optimizers
 from nanomla.settings import configure, declared, run_config_file
 from nanomla.start import padded_vocab
-from tools import kernel
+from tools.bench import kernel
+from tools.bench.timing import (
+    Limits,
+    Rows,
+    Timed,
+    alternate,
+    fill,
+    in_ms,
+    machine,
+    measure_bandwidth,
+    measure_limits,
+    name_of,
+    peak_bytes,
+    table,
+    write_json,
+)
 from train import TrainConfig
 
-Rows = list[dict[str, Any]]
 Rounds = Annotated[Count, Field(le=10_000)]
 
 
@@ -197,124 +208,6 @@ def main(argv: list[str] | None = None) -> None:
         write_json(cfg.json, device, rows)
 
 
-def write_json(path: str, device: str, rows: Rows) -> None:
-    """Write figures and what they were taken on to a file; UserError if that is impossible."""
-    figures = {"machine": machine(device), "torch": torch.__version__, "rows": rows}
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
-    except OSError as error:
-        raise UserError(f"--json={path}: cannot be written ({error.strerror})") from None
-
-
-# ---- timing
-
-
-@dataclass
-class Timed:
-    """One thing that is timed, and what its row in the table needs besides the time."""
-
-    name: str
-    run: Callable[[], Any]
-    slow: bool = False  # runs in 3 rounds only
-    cache: Cache | None = None
-    nbytes: float = 0.0  # that have to be read, for the roofline
-    flops: float = 0.0  # that have to be computed; 0: no roofline
-    baseline: str = ""  # the name of what its time is divided by
-    parameters: int = 0
-    steps: int = 1  # tokens or iterations in one run
-    seconds: float = 0.0  # the measured median of one step
-
-
-def alternate(entries: list[Timed], rounds: int, device: str) -> dict[str, Timed]:
-    """Time each entry in turn, round after round; returns them by name, with median seconds."""
-    times: dict[str, list[float]] = {entry.name: [] for entry in entries}
-    for i in range(-1, rounds):  # the first round warms up
-        for entry in entries:
-            if entry.slow and i >= 3:
-                continue
-            began = time.perf_counter()
-            entry.run()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize(device)
-            if i >= 0:
-                times[entry.name].append(time.perf_counter() - began)
-    for entry in entries:
-        entry.seconds = statistics.median(times[entry.name]) / entry.steps
-    return {entry.name: entry for entry in entries}
-
-
-@dataclass
-class Limits:
-    """What this machine can do, measured: bytes per second (read and written), and FLOP/s."""
-
-    bandwidth: float
-    rate: dict[torch.dtype, float]
-
-    def seconds(self, nbytes: float, flops: float, dtype: torch.dtype) -> float:
-        """The roofline: no less time than the bytes take to move or the operations to compute."""
-        return max(nbytes / self.bandwidth, flops / self.rate[dtype])
-
-
-def measure_bandwidth(device: str) -> float:
-    """Bytes per second of a copy of 256 MB, which is beyond any cache: those read and written."""
-    a, n = torch.ones(2**26, device=device), 20 if device.startswith("cuda") else 1
-    b = torch.empty_like(a)
-    copy = Timed("copy", lambda: [b.copy_(a) for _ in range(n)], steps=n)
-    return 2 * a.nbytes / alternate([copy], 7, device)["copy"].seconds
-
-
-def measure_limits(device: str) -> Limits:
-    n, k = (4096, 20) if device.startswith("cuda") else (1024, 1)
-    dtypes = (torch.float32, torch.bfloat16)
-    square = {dtype: torch.randn(n, n, device=device).to(dtype) for dtype in dtypes}
-    products = {dtype: lambda m=m: [m @ m for _ in range(k)] for dtype, m in square.items()}
-    entries = [Timed(str(dtype), run, steps=k) for dtype, run in products.items()]
-    took = alternate(entries, 7, device)
-    rate = {dtype: 2 * n**3 / took[str(dtype)].seconds for dtype in dtypes}
-    limits = Limits(measure_bandwidth(device), rate)
-    fp32, bf16 = (f"{rate[dtype] / 1e9:.0f}" for dtype in dtypes)
-    products = f"matrix products {fp32} GFLOP/s in float32, {bf16} in bfloat16"
-    print(f"limits: copy {limits.bandwidth / 1e9:.1f} GB/s, {products}")
-    return limits
-
-
-def machine(device: str) -> str:
-    """What this runs on, in words."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    name = f"{device} {has.get('cpu_name', '')}".strip()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def table(title: str, rows: Rows) -> Rows:
-    """Print rows, whose keys are the columns, as a Markdown table; returns them with the title."""
-    print(f"\n{title}\n", *markdown(rows), sep="\n")
-    return [{"table": title, **row} for row in rows]
-
-
-def markdown(rows: Rows) -> list[str]:
-    """The lines of a Markdown table of rows, whose keys are the columns."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[str(row.get(c, "")) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    head, *body = [f"| {line} |" for line in lines]
-    return [head, rule, *body]
-
-
-def in_ms(seconds: float) -> str:
-    """Milliseconds, in three digits or more."""
-    ms = seconds * 1e3
-    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- decode
 
 
@@ -335,19 +228,6 @@ def bench_decode(cfg: DecodeConfig, device: str) -> Rows:
         rows += bench_long(cfg, device, limits, 32768, 1, torch.bfloat16)
         rows += bench_equal_memory(cfg, device, GPTConfig(block_size=8192), 16)
     return rows
-
-
-def fill(cache: Cache, pos: int) -> Cache:
-    """A cache of `pos` random tokens: the time of a step does not depend on what they are."""
-    for t in cache.tensors:
-        if t.dtype == torch.int8:
-            t.random_(-127, 128)
-        elif cache.dtype == torch.int8:  # the scales, such that the rows have a variance of 1
-            t.fill_(3**0.5 / 127)
-        else:
-            t.normal_()
-    cache.advance(pos)
-    return cache
 
 
 def layer_variants(L: int) -> dict[str, dict[str, Any]]:
@@ -808,21 +688,6 @@ def bench_chunks(device: str, T: int, chunk: int) -> Rows:
             cache.truncate(0)
         rows.append(row)
     return table(f"A prompt of {T:,} tokens through one block, 768 wide, batch 1, float32", rows)
-
-
-def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """The most bytes that torch holds at a time for what is allocated during a run."""
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
-    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(itertools.accumulate(changes, initial=0))
 
 
 # ---- train

@@ -1,7 +1,7 @@
 """
 An experiment: the three-step block of latent attention, tokens -> m latents -> tokens.
 
-    python -m tools.three_step [--dataset=shakespeare_char]
+    python -m experiments.three_step [--dataset=shakespeare_char]
 
 1. m learned latent queries attend over all T tokens (cross-attention).
 2. The m latents attend to each other.
@@ -36,7 +36,7 @@ from nanomla.distributed import resolve_device
 from nanomla.errors import UserError, run_script
 from nanomla.settings import configure
 from nanomla.tokenizer import Tokenizer
-from tools.bench import Rows, Timed, alternate, machine, table, write_json
+from tools.bench.timing import Rows, Timed, alternate, machine, table, write_json
 from train import TrainConfig
 
 TIMED_LATENTS = (16, 64)  # m of the timed blocks

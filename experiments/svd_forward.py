@@ -1,7 +1,7 @@
 """
 An experiment: MLA whose values are compressed by an SVD inside forward.
 
-    python -m tools.svd_forward [--dataset=shakespeare_char]
+    python -m experiments.svd_forward [--dataset=shakespeare_char]
 
 It checks a claim about "MLA with SVD": that in every forward pass the values V (T, hs) of a head,
 those of all T tokens of a sequence, are replaced by their best approximation of rank R,
@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.three_step import SHAPE, ExperimentConfig, start, title, train_one
 from model import ATTENTION, GPT, GPTConfig
 from nanomla.attention import Rotation
 from nanomla.checks import Count
 from nanomla.dataset import Dataset
 from nanomla.errors import run_script
 from nanomla.settings import configure
-from tools.bench import Rows, Timed, alternate, table, write_json
-from tools.three_step import SHAPE, ExperimentConfig, start, title, train_one
+from tools.bench.timing import Rows, Timed, alternate, table, write_json
 
 INPUTS = ((12, 64), (1, 512))  # B and T that a layer is timed on
 HEAD_SIZE = SHAPE["n_embd"] // SHAPE["n_head"]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model import GPT
-from nanomla.engine import Batch, Piece, Request
+from nanomla.batch import Batch, Piece, Request
+from nanomla.serve.protocol import ApiError
 from nanomla.tokenizer import Tokenizer
-from tools.completions import ApiError
 
 RATE_SECONDS = 5.0  # that the rate of /metrics looks back
 GATHER = 0.02  # seconds between two writes to a client, as each costs more than a token's JSON

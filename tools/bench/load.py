@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 from nanomla.checkpoint import Checkpoint, save
 from nanomla.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass

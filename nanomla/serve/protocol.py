@@ -5,7 +5,7 @@ the engine makes becomes JSON objects.
     params = read_params({"prompt": "ROMEO:", "max_tokens": 20}, limit=4096)
     requests, texts = make_requests(params, tokenizer, most=80)
     reply = Reply(params, requests, texts, "out-mla", tokenizer)
-    for piece in pieces:                    # of nanomla.engine.Batch, until every sample has ended
+    for piece in pieces:                    # of nanomla.batch.Batch, until every sample has ended
         delta = reply.add(piece, rate=0.0)  # one choice of a chunk of a stream, or None
     reply.whole()                           # the response of a request that does not stream
 """
@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from nanomla.batch import Piece, Request, Sampling, Token
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, brief, check
-from nanomla.engine import Piece, Request, Sampling, Token
 from nanomla.errors import UserError
 from nanomla.files import one_line
 from nanomla.tokenizer import Tokenizer, end_of_text, start_of_text

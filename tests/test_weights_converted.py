@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, apply_rope
-from nanomla.surgery import (
+from nanomla.convert import (
     METHODS,
     Plan,
     _ranks,

@@ -1,0 +1,1 @@
+"""One script per experiment that answers a claim, its finding on top."""

@@ -1,0 +1,1 @@
+"""Timing, and the one small library of it: `python -m tools.bench`."""
