@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanomla.errors import SIGNALS, UsageError, UserError, printable, raise_stopped, say
+from nanomla.errors import SIGNALS, UsageError, UserError, printable, say
+from nanomla.signals import raise_stopped
 
 TORCHRUN = os.getppid()  # under torchrun, which may be gone by the time a World is made
 

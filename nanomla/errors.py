@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+from nanomla.signals import Stopped, handled, raise_stopped
+
 SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "terminal closed"}
 LONGEST = 2000  # characters of an error's line
 MEMORY = {  # what a script takes less memory with
@@ -32,19 +34,6 @@ class UsageError(UserError):
     """A wrong flag, value or config file."""
 
     status = 2
-
-
-class Stopped(BaseException):
-    """A signal that ends the process, once what is open is closed; SIGINT is KeyboardInterrupt."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def raise_stopped(number: int, _frame: Any = None) -> None:
-    """A signal handler: KeyboardInterrupt for SIGINT, Stopped for any other."""
-    raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
 
 # ---- lines
@@ -194,11 +183,5 @@ def _signals_raise() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
         yield
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, raise_stopped) for number in heeded}
-    try:
+    with handled(raise_stopped, "SIGTERM", "SIGINT"):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

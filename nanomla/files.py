@@ -1,8 +1,10 @@
-"""Reading what is on disk, with errors that name the file."""
+"""Reading what is on disk, with errors that name the file, and the one way to replace a file."""
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,29 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{source}: cannot be read (it is no JSON object)")
     return content
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """
+    Inside, the name of a temporary file in the folder of `path`, to be written. At the end it is
+    synced and takes the name of `path`; if anything fails before, `path` stays what it was and the
+    temporary file is removed. Raises OSError.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.unlink(missing_ok=True)  # of a process that was killed and had this number
+        yield unfinished
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of UTF-8, whole or not at all. Raises OSError."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

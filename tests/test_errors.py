@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanomla.errors import Stopped, UsageError, UserError, explain, printable
+from nanomla.errors import UsageError, UserError, explain, printable
+from nanomla.signals import Stopped
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
 

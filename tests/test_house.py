@@ -11,7 +11,7 @@ from nanomla.attention import Attention
 from tests.conftest import ROOT, TINY_MLA, tiny_config
 
 FLOORS = [  # bottom to top; what model.py stands on knows no model
-    "nanomla.kernels nanomla.checks nanomla.errors",
+    "nanomla.kernels nanomla.checks nanomla.errors nanomla.signals",
     "nanomla.attention nanomla.cache nanomla.generate nanomla.latent_tokens nanomla.memory",
     "model",
     "nanomla",

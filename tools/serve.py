@@ -38,10 +38,11 @@ from nanomla.checkpoint import Checkpoint
 from nanomla.checks import Count, Natural, check
 from nanomla.costs import cache_in_words, cached_numbers
 from nanomla.distributed import resolve_device
-from nanomla.errors import Stopped, UsageError, UserError, explain, raise_stopped, run_script, say
+from nanomla.errors import UsageError, UserError, explain, run_script, say
 from nanomla.serve.protocol import ApiError
 from nanomla.serve.stepper import Served, Stepper
 from nanomla.settings import configure
+from nanomla.signals import Stopped, raise_stopped
 from nanomla.tokenizer import Tokenizer
 from sample import CacheDtype, Dtype
 
