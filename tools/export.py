@@ -5,7 +5,7 @@ Write a trained model as a folder of safetensors, in a format that other engines
     python -m tools.export --out_dir=out-llama-style --to=exported --format=llama
     python sample.py --init_from=exported
 
-The formats are those of nanomla/formats.py: GPT-2, Llama and DeepSeek-V3, which transformers loads,
+The formats are those of nanomla/formats: GPT-2, Llama and DeepSeek-V3, which transformers loads,
 and our own ("model_type": "nanomla"), which has every setting. Any such folder can be given to
 --init_from. docs/export.md has the details.
 """
@@ -14,14 +14,14 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from model import GPT
+from model import GPTConfig
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.checks import check
-from nanomla.costs import cached_numbers
 from nanomla.errors import UsageError, UserError, run_script, say
+from nanomla.formats import folder
 from nanomla.settings import configure, declared, flat
 from nanomla.tokenizer import end_of_text, start_of_text
 from train import TrainConfig
@@ -58,120 +58,70 @@ class ExportConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Export one checkpoint."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     cfg, _ = configure(ExportConfig, argv)
     if not cfg.to:
         raise UsageError("say where the export shall go: --to=FOLDER")
     target = Path(cfg.to)
-    formats.check_target(target)
+    folder.check_target(target)
     stored = formats.open_weights(cfg.ckpt or cfg.out_dir, prefer_best=True)
     model, _ = checkpoint.build(stored)
-    kind, why = formats.fitting_format(model.config)
-    if cfg.format not in ("auto", kind):
-        kind = cfg.format
-        if settings := formats.in_the_way(model.config, kind):
-            problem = f"{kind} has no {', '.join(settings)}"
-            raise UserError(f"--format={kind} does not fit {stored.source}: {problem}")
-        why = "as asked"
-    settings, tensors = formats.FORMATS[kind].write(model)
-    spec, texts = _tokenizer(stored, kind, cfg.dataset)
+    kind, why = _choose(model.config, cfg.format, stored.source)
+    settings, tensors = formats.write(model, kind)
+    spec = _tokenizer(stored, cfg.dataset)
+    texts = {}
+    if spec is not None:
+        texts = _tokenizer_texts(spec, kind)
     if kind != "nanomla":
-        settings |= {"bos_token_id": start_of_text(spec), "eos_token_id": end_of_text(spec)}
-    texts[formats.CONFIG] = formats.as_json(settings)
-    texts[formats.CARD] = model_card(model, stored, kind, why, argv)
-    formats.write_folder(target, tensors, texts)
+        settings["bos_token_id"] = start_of_text(spec)
+        settings["eos_token_id"] = end_of_text(spec)
+    commands = [f"python -m tools.export {shlex.join(argv)}"]
+    training = training_command(stored)
+    if training:
+        commands.insert(0, training)
+    texts[folder.CONFIG] = folder.as_json(settings)
+    texts[folder.CARD] = folder.model_card(model, stored, kind, why, commands)
+    folder.write_folder(target, tensors, texts)
     size = sum(tensor.nbytes for tensor in tensors.values())
     say(f"{stored.source} as {kind}: {why}")
     say(f"{size / 1e6:,.1f} MB in {target}")
 
 
-def _tokenizer(
-    stored: Checkpoint, kind: str, dataset: str | None
-) -> tuple[dict | None, dict[str, str]]:
-    """A checkpoint's tokenizer and its files by name; a warning says what cannot be written."""
+def _choose(config: GPTConfig, asked: str, source: str) -> tuple[str, str]:
+    """The format and the reason for it. Raises UserError if the one asked for does not fit."""
+    kind, why = formats.fitting_format(config)
+    if asked in ("auto", kind):
+        return kind, why
+    settings = formats.in_the_way(config, asked)
+    if settings:
+        problem = f"{asked} has no {', '.join(settings)}"
+        raise UserError(f"--format={asked} does not fit {source}: {problem}")
+    return asked, "as asked"
+
+
+def _tokenizer(stored: Checkpoint, dataset: str | None) -> dict[str, Any] | None:
+    """The spec of a checkpoint's tokenizer; without one, a warning and None."""
     try:
-        spec = checkpoint.tokenizer_spec(stored, dataset)
+        return checkpoint.tokenizer_spec(stored, dataset)
     except UserError as error:
         if stored.tokenizer is not None or dataset is not None:
             raise
         say(f"warning: exported without a tokenizer: {error}", sys.stderr)
-        return None, {}
+        return None
+
+
+def _tokenizer_texts(spec: dict[str, Any], kind: str) -> dict[str, str]:
+    """A tokenizer's files by name; a warning says what cannot be written."""
     try:
-        texts = formats.tokenizer_files(spec)
+        texts = folder.tokenizer_files(spec)
     except UserError as error:
-        file = f"{formats.HF_TOKENIZER}, for transformers"
+        file = f"{folder.HF_TOKENIZER}, for transformers"
         say(f"warning: exported without {file}: {error}", sys.stderr)
         texts = {}
-    if kind == "nanomla" or spec.get("kind") != "hf" or not texts:  # else the other files have it
-        texts[checkpoint.TOKENIZER] = formats.as_json(spec)
-    return spec, texts
-
-
-def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, argv: list[str]) -> str:
-    """The text of an export's README.md: metadata, what the model is, where it comes from."""
-    config, foreign = model.config, kind != "nanomla"
-    best, cache, numbers = stored.best_val_loss, model.make_cache(1, 1), cached_numbers(model)
-    fewer = f"{model.get_memory_savings(1):.3g}x fewer than MHA of this width" if numbers else ""
-    rows = {
-        "format": f"{kind}: {why}",
-        "parameters": f"{model.get_num_params(non_embedding=False):,}",
-        "cache": f"{numbers:,g} numbers per token and layer, {fewer}"
-        if numbers
-        else f"a state of {cache.nbytes:,} bytes, whatever the context",
-        "context": f"{config.block_size:,} tokens",
-        "vocabulary": f"{config.vocab_size:,} ids",
-        **conversion_row(stored),
-        "data": stored.config.get("dataset"),
-        "iterations": f"{stored.iter_num:,}" if stored.iter_num else None,
-        "best validation loss": f"{best:.4f} nats per token" if best < float("inf") else None,
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
-    made = [f"    python -m tools.export {shlex.join(argv)}"]
-    if command := training_command(stored):
-        made.insert(0, f"    {command}")
-    settings = "\n".join(f"    {name} = {value!r}" for name, value in vars(config).items())
-    use = ["    python sample.py --init_from=FOLDER"]
-    if foreign:
-        use += ["    transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"]
-    return "\n".join([
-        "---",
-        f"library_name: {'transformers' if foreign else 'nanomla'}",
-        "pipeline_tag: text-generation",
-        "tags:",
-        *(f"- {tag}" for tag in dict.fromkeys(("nanomla", kind, config.attention_name))),
-        "---",
-        "",
-        "# A GPT exported by nanoMLA",
-        "",
-        "| | |",
-        "|---|---|",
-        table,
-        "",
-        "## Made with",
-        "",
-        *made,
-        "",
-        "## Open it",
-        "",
-        *use,
-        "",
-        "## Settings",
-        "",
-        settings,
-        "",
-    ])  # fmt: skip
-
-
-def conversion_row(stored: Checkpoint) -> dict[str, str]:
-    """The model card's row on the conversion that made these weights; none if nothing did."""
-    path = Path(stored.source)
-    record = checkpoint.read_conversion(path.parent) if path.is_file() else None
-    if record is None:
-        return {}
-    text = f"{record.source}, with {record.attention}, by method {record.plan['method']}"
-    text += f" on {record.calibration_tokens:,} tokens of {record.data}"
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record.loss.items())
-    return {"converted from": text, "validation loss of the conversion": losses}
+    if kind == "nanomla" or spec["kind"] != "hf" or not texts:  # else the other files have it
+        texts[checkpoint.TOKENIZER] = folder.as_json(spec)
+    return texts
 
 
 def training_command(stored: Checkpoint) -> str | None:
@@ -180,17 +130,17 @@ def training_command(stored: Checkpoint) -> str | None:
 
     A resumed run's is that of a new run: --init_from=resume makes no model by itself.
     """
-    known, defaults = declared(TrainConfig), flat(TrainConfig())
-    given = {
-        name: value
-        for name, value in stored.config.items()
-        if name in known and value != defaults[name] and not name.startswith("wandb_")
-    }
-    if given.get("init_from") == "resume":
-        del given["init_from"]
-    if not given:
+    known = declared(TrainConfig)
+    defaults = flat(TrainConfig())
+    flags = []
+    for name, value in stored.config.items():
+        if name not in known or value == defaults[name] or name.startswith("wandb_"):
+            continue
+        if name != "init_from" or value != "resume":
+            flags.append(f"--{name}={value}")
+    if not flags:
         return None
-    return shlex.join(["python", "train.py", *(f"--{k}={v}" for k, v in given.items())])
+    return shlex.join(["python", "train.py", *flags])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""DeepSeek-V3, as transformers' DeepseekV3ForCausalLM stores it, with dense layers only."""
+
+import torch
+from torch import Tensor
+
+from model import GPT, GPTConfig
+from nanomla.formats.base import Format, Settings, Tensors, anything, only, require_value
+from nanomla.formats.llama import (
+    NAMES,
+    ROTARY_FITS,
+    add_zero_biases,
+    our_names,
+    rotary_args,
+    rotary_settings,
+    take,
+    their_names,
+)
+
+DEEPSEEK_NAMES = {
+    **NAMES,
+    ".attn.q_proj.": ".self_attn.q_proj.",
+    ".attn.q_latent_proj.": ".self_attn.q_a_proj.",
+    ".attn.q_latent_norm.": ".self_attn.q_a_layernorm.",
+    ".attn.q_expand.": ".self_attn.q_b_proj.",
+    ".attn.kv_latent_proj.": ".self_attn.kv_a_proj_with_mqa.",
+    ".attn.latent_norm.": ".self_attn.kv_a_layernorm.",
+    ".attn.kv_expand.": ".self_attn.kv_b_proj.",  # per head, k_expand's rows and then v_expand's
+}
+
+
+def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
+    """
+    DeepseekV3Config as arguments of GPTConfig, and the tensors as a state dict.
+
+    DeepSeek stores the numbers that rotate together side by side (rope_interleave, its default);
+    here they are r / 2 apart. So the rotary rows are put in another order.
+    """
+    settings = {"first_k_dense_replace": 3, "rope_interleave": True, **settings}
+    args = rotary_args(settings)
+    args["bias"] = bool(settings.get("attention_bias"))
+    args["use_mla"] = True
+    args["mla_latent_dim"] = settings["kv_lora_rank"]
+    args["mla_rope_dim"] = settings["qk_rope_head_dim"]
+    args["mla_nope_dim"] = settings["qk_nope_head_dim"]
+    args["mla_q_latent_dim"] = settings["q_lora_rank"]
+    args["head_dim"] = settings["v_head_dim"]
+    config = GPTConfig(**args)
+    heads = config.n_head
+    r = config.mla_rope_dim
+    dense = settings["first_k_dense_replace"]
+    if dense < config.n_layer:
+        problem = f"first_k_dense_replace={dense} with num_hidden_layers={config.n_layer}"
+        raise ValueError(f"{problem}: mixtures of experts are not supported, only dense layers")
+    if settings.get("num_key_value_heads") is not None:
+        require_value(settings, "num_key_value_heads", heads)
+    if config.bias and config.mla_q_latent_dim is not None:
+        raise ValueError("attention_bias=True with a q_lora_rank is not supported, only False")
+    state = our_names(tensors, DEEPSEEK_NAMES)
+    for name in list(state):
+        if name.endswith(".attn.kv_expand.weight"):
+            weight = take(state, name, heads * (config.nope + config.hs))
+            keys, values = weight.unflatten(0, (heads, -1)).split([config.nope, config.hs], dim=1)
+            state[name.replace("kv_expand", "k_expand")] = keys.flatten(0, 1)
+            state[name.replace("kv_expand", "v_expand")] = values.flatten(0, 1)
+        elif name.endswith((".attn.q_proj.weight", ".attn.q_expand.weight")):
+            state[name] = take(state, name, heads * (config.nope + r))
+            if settings["rope_interleave"]:
+                state[name] = halves_from_pairs(state[name], heads, r)
+        elif ".attn.kv_latent_proj." in name:
+            state[name] = take(state, name, config.mla_latent_dim + r)
+            if settings["rope_interleave"]:
+                state[name] = halves_from_pairs(state[name], 1, r)
+    if config.bias:
+        add_zero_biases(state, {"attn.q_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"})
+    return args, state
+
+
+def write(model: GPT) -> tuple[Settings, Tensors]:
+    """
+    config.json and the tensors of a DeepseekV3ForCausalLM.
+
+    The rotary rows are interleaved, as DeepSeek's own are: that order is the default, and engines
+    that do not read rope_interleave take it for granted.
+    """
+    config = model.config
+    heads = config.n_head
+    r = config.mla_rope_dim
+    state = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if ".attn.k_expand." in name:
+            values = model.get_parameter(name.replace("k_expand", "v_expand")).detach()
+            per_head = [weight.unflatten(0, (heads, -1)), values.unflatten(0, (heads, -1))]
+            state[name.replace("k_expand", "kv_expand")] = torch.cat(per_head, dim=1).flatten(0, 1)
+        elif name.endswith((".attn.q_proj.weight", ".attn.q_expand.weight")):
+            state[name] = pairs_from_halves(weight, heads, r)
+        elif ".attn.kv_latent_proj." in name:
+            state[name] = pairs_from_halves(weight, 1, r)
+        elif ".attn.v_expand." not in name:
+            state[name] = weight
+    settings = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **rotary_settings(config),
+        "num_key_value_heads": heads,
+        "kv_lora_rank": config.mla_latent_dim,
+        "q_lora_rank": config.mla_q_latent_dim,
+        "qk_rope_head_dim": r,
+        "qk_nope_head_dim": config.nope,
+        "v_head_dim": config.hs,
+        "rope_interleave": True,
+        "attention_bias": False,
+        "first_k_dense_replace": config.n_layer,  # every layer is dense
+        "num_nextn_predict_layers": 0,
+    }
+    return settings, their_names(state, DEEPSEEK_NAMES)
+
+
+def halves_from_pairs(weight: Tensor, heads: int, r: int) -> Tensor:
+    """
+    A weight (heads * width, ...) whose last r rows of every head are pairs of rotary numbers, with
+    the first numbers of all pairs before the second ones.
+    """
+    per_head = weight.unflatten(0, (heads, -1))
+    content, pairs = per_head.split([per_head.size(1) - r, r], dim=1)
+    return torch.cat([content, pairs[:, 0::2], pairs[:, 1::2]], dim=1).flatten(0, 1)
+
+
+def pairs_from_halves(weight: Tensor, heads: int, r: int) -> Tensor:
+    """The inverse of halves_from_pairs."""
+    per_head = weight.unflatten(0, (heads, -1))
+    content, halves = per_head.split([per_head.size(1) - r, r], dim=1)
+    first, second = halves.chunk(2, dim=1)
+    pairs = torch.stack([first, second], dim=2).flatten(1, 2)
+    return torch.cat([content, pairs], dim=1).flatten(0, 1)
+
+
+FITS = {
+    **ROTARY_FITS,
+    "bias": only("bias", False),
+    "n_kv_head": anything,  # without effect with use_mla
+    "head_dim": anything,
+    "use_mla": only("use_mla", True),
+    **dict.fromkeys(("mla_nope_dim", "mla_q_latent_dim"), anything),
+    "mla_latent_dim": lambda config: isinstance(config.mla_latent_dim, int),  # of all layers
+    "mla_rope_dim": lambda config: bool(config.mla_rope_dim),
+}
+HAS = "MLA with a decoupled rotary key, RMSNorm, SwiGLU"
+DEEPSEEK = Format("deepseek_v3", HAS, read, write, FITS)

@@ -1,0 +1,313 @@
+"""
+Folders of weights: config.json, safetensors in one file or in pieces, tokenizer files and a card.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model import GPT
+from nanomla.bpe import gpt2_tables
+from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer, read_conversion
+from nanomla.checks import brief
+from nanomla.costs import cached_numbers
+from nanomla.errors import UserError
+from nanomla.files import one_line, read_json
+from nanomla.formats.base import MARK, Settings, Tensors
+from nanomla.tokenizer import (
+    BYTE_LETTERS,
+    HF_TOKENIZER,
+    Tokenizer,
+    check_spec,
+    end_of_text,
+    read_hf,
+    start_of_text,
+)
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+HF_TOKENIZER_CONFIG = "tokenizer_config.json"
+EXPORT_FILES = {
+    CONFIG, WEIGHTS, CARD, TOKENIZER, HF_TOKENIZER, HF_TOKENIZER_CONFIG,
+    "vocab.json", "merges.txt",  # of exports by earlier versions
+}  # fmt: skip
+
+
+# ---- Reading
+
+
+def download(name: str) -> Path:
+    """
+    The folder in Hugging Face's cache with config.json and the safetensors of a GPT-2, downloaded
+    if they are not there. No pickle is downloaded.
+    """
+    repository = f"openai-community/{name}"
+    remedy = f"download {CONFIG} and {WEIGHTS} of {repository} elsewhere and give their folder"
+    remedy += ": --init_from=FOLDER"
+    try:
+        import huggingface_hub
+    except ImportError:
+        install = "pip install huggingface_hub"
+        raise UserError(f"fetching {name} needs huggingface_hub: {install}, or {remedy}") from None
+    huggingface_hub.logging.set_verbosity_error()  # otherwise every retry prints a line
+    files = [CONFIG, "model*.safetensors", "model*.safetensors.index.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
+    except Exception as error:  # noqa: BLE001  network, proxy, disk and cache errors
+        reason = f"{type(error).__name__}: {str(error)[:150].partition(chr(10))[0]}"
+        problem = f"{name} cannot be had from the Hugging Face hub ({reason})"
+        raise UserError(f"{problem}; {remedy}") from None
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """
+    All tensors in a folder's model.safetensors, or in the pieces that its index lists.
+
+    Raises UserError naming a file that is missing or damaged, or a tensor that is quantised.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"reading {folder} needs safetensors: pip install safetensors") from None
+    index = folder / f"{WEIGHTS}.index.json"
+    files = [WEIGHTS]
+    if index.exists() and not (folder / WEIGHTS).exists():
+        files = _pieces(index)
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(folder / file)
+        except FileNotFoundError:
+            problem = f"{folder}: no {file} in this folder"
+            if (folder / "pytorch_model.bin").exists():
+                remedy = "save the model with safetensors"
+                problem += f"; pytorch_model.bin is a pickle and not read, {remedy}"
+            raise UserError(problem) from None
+        except (SafetensorError, OSError) as error:
+            reason = one_line(error)[:100]
+            raise UserError(f"{folder / file}: truncated or not safetensors ({reason})") from None
+    for name, tensor in tensors.items():
+        quantised = not tensor.is_floating_point() or tensor.element_size() < 2  # int8, float8
+        if quantised and not is_mask_buffer(name):
+            problem = f"{one_line(name)} is {tensor.dtype}; quantised weights cannot be read"
+            raise UserError(f"{folder}: {problem}")
+    return tensors
+
+
+def _pieces(index: Path) -> list[str]:
+    """The files that an index lists. Raises UserError if they are not some beside it."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{index}: weight_map={brief(listed)} lists no files")
+    for name in listed.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: weight_map names {brief(name)}, which is no file beside it")
+    return sorted(set(listed.values()))
+
+
+def read_tokenizer(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """The spec of a folder's tokenizer, ours or Hugging Face's; None if it has none."""
+    path = folder / TOKENIZER
+    if path.exists():
+        spec = read_json(path)
+    elif (folder / HF_TOKENIZER).exists():
+        path = folder / HF_TOKENIZER
+        spec = read_hf(path, settings)
+    else:
+        return None
+    check_spec(spec, str(path))
+    return spec
+
+
+# ---- Writing
+
+
+def check_target(folder: Path) -> None:
+    """Raise UserError if --to names a folder with anything but an earlier export in it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--to={folder} is a file; name a folder")
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        return
+    try:
+        exported = read_json(folder / CONFIG).items() >= MARK.items()
+    except UserError:
+        exported = False
+    if not exported or names - EXPORT_FILES:
+        remedy = "name a new or an empty folder"
+        raise UserError(f"--to={folder} holds other files than an export's; {remedy}")
+
+
+def as_json(value: dict[str, Any]) -> str:
+    """The text of a .json file."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def write_folder(folder: Path, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
+    """
+    Write tensors and texts (content by file name) as a folder, whole or not at all.
+
+    An earlier export in that place is replaced. Raises UserError, with nothing changed, if the
+    folder cannot be written.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("exporting needs safetensors: pip install safetensors") from None
+    folder = folder.resolve()
+    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    try:
+        new.mkdir(parents=True)
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})  # transformers requires this
+        mode = (new / CONFIG).stat().st_mode
+        for path in new.iterdir():
+            path.chmod(mode)  # safetensors makes its file readable by the owner alone
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"nothing exported to {folder}: {error}") from None
+    finally:
+        if old.exists() and not folder.exists():  # stopped between the two renames
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def tokenizer_files(spec: dict[str, Any]) -> dict[str, str]:
+    """
+    The content of the files, by name, that transformers' AutoTokenizer reads a tokenizer from.
+
+    They have the same ids, and the same text for them. Raises UserError if there is no such file
+    for this tokenizer, or if what it needs is not on this machine.
+    """
+    if spec.get("kind") == "hf":
+        opened = Tokenizer(spec).hf
+        text = spec["json"]
+    else:
+        opened = _as_hf(spec)
+        text = opened.to_str(pretty=True)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for name, token in (("bos_token", start_of_text(spec)), ("eos_token", end_of_text(spec))):
+        token_text = None
+        if token is not None:
+            token_text = opened.id_to_token(token)
+        if token_text is not None:
+            about[name] = token_text
+    return {HF_TOKENIZER: text, HF_TOKENIZER_CONFIG: as_json(about)}
+
+
+def _as_hf(spec: dict[str, Any]) -> Any:
+    """
+    A tokenizer of Hugging Face with the ids of ours. Its single tokens are characters, which it
+    must not read as bytes, or bytes in the letters of byte-level BPE.
+    """
+    try:
+        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as HF
+    except ImportError:
+        raise UserError("it needs Hugging Face tokenizers: pip install tokenizers") from None
+    if spec["kind"] == "char":
+        for char in spec["chars"]:
+            if 0xD800 <= ord(char) <= 0xDFFF:  # half a surrogate pair
+                raise UserError(f"its character {char!r} has no form in UTF-8")
+        ids = {char: i for i, char in enumerate(spec["chars"])}
+        made = HF(models.WordLevel(ids, unk_token="<unk>"))  # which is no token: an error
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+        return made
+    if spec["kind"] == "byte":
+        ids = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+        merges = []
+    elif spec["name"] == "gpt2":
+        ids, merges = gpt2_tables()
+    else:
+        raise UserError(f"there is no list of {spec['name']}'s merges")
+    made = HF(models.BPE(ids, merges))
+    words = spec["kind"] != "byte"  # GPT-2's regular expression cuts a text into words
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
+    made.decoder = decoders.ByteLevel()
+    if words:
+        made.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+    return made
+
+
+# ---- The model card
+
+
+def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, commands: list[str]) -> str:
+    """
+    The text of an export's README.md: metadata for the hub, what the model is, where it comes from.
+
+    kind, why: the format, and the reason for it. commands: what the model was made with.
+    """
+    config = model.config
+    library = "nanomla"
+    use = ["python sample.py --init_from=FOLDER"]
+    if kind != "nanomla":
+        library = "transformers"
+        use.append("transformers.AutoModelForCausalLM.from_pretrained(FOLDER)")
+    tags = dict.fromkeys(("nanomla", kind, config.attention_name))  # each once, in this order
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
+    lines += [f"- {tag}" for tag in tags]
+    lines += ["---", "", "# A GPT exported by nanoMLA", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in _facts(model, stored, kind, why).items()]
+    lines += ["", "## Made with", ""]
+    lines += [f"    {command}" for command in commands]
+    lines += ["", "## Open it", ""]
+    lines += [f"    {line}" for line in use]
+    lines += ["", "## Settings", ""]
+    lines += [f"    {name} = {value!r}" for name, value in vars(config).items()]
+    return "\n".join([*lines, ""])
+
+
+def _facts(model: GPT, stored: Checkpoint, kind: str, why: str) -> dict[str, str]:
+    """The rows of a model card."""
+    config = model.config
+    numbers = cached_numbers(model)
+    if numbers:
+        fewer = f"{model.get_memory_savings(1):.3g}x fewer than MHA of this width"
+        cache = f"{numbers:,g} numbers per token and layer, {fewer}"
+    else:
+        cache = f"a state of {model.make_cache(1, 1).nbytes:,} bytes, whatever the context"
+    facts = {
+        "format": f"{kind}: {why}",
+        "parameters": f"{model.get_num_params(non_embedding=False):,}",
+        "cache": cache,
+        "context": f"{config.block_size:,} tokens",
+        "vocabulary": f"{config.vocab_size:,} ids",
+        **_conversion(stored),
+    }
+    if stored.config.get("dataset"):
+        facts["data"] = stored.config["dataset"]
+    if stored.iter_num:
+        facts["iterations"] = f"{stored.iter_num:,}"
+    if stored.best_val_loss < float("inf"):
+        facts["best validation loss"] = f"{stored.best_val_loss:.4f} nats per token"
+    return facts
+
+
+def _conversion(stored: Checkpoint) -> dict[str, str]:
+    """The rows on the conversion that made these weights; none if nothing did."""
+    path = Path(stored.source)
+    record = None
+    if path.is_file():
+        record = read_conversion(path.parent)
+    if record is None:
+        return {}
+    text = f"{record.source}, with {record.attention}, by method {record.plan['method']}"
+    text += f" on {record.calibration_tokens:,} tokens of {record.data}"
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record.loss.items())
+    return {"converted from": text, "validation loss of the conversion": losses}
