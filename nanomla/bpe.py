@@ -62,14 +62,12 @@ def load_encoding(name: str) -> "tiktoken.Encoding":
     """
     The tiktoken encoding `name`: gpt2, cl100k_base or o200k_base.
 
-    Raises UserError for any other name, if tiktoken is missing, or if no place has the tables.
+    Raises UserError for any other name, or if no place has the tables.
     """
     if name not in TABLES:
         raise UserError(f"unknown encoding {name}; known: {', '.join(TABLES)}")
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError(f"the {name} tokenizer needs tiktoken: pip install tiktoken") from None
+    import tiktoken
+
     folder = _find_tables(name)
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)  # get_encoding has no argument for the folder

@@ -20,26 +20,13 @@ FIELDS = {"char": ["chars"], "byte": [], "tiktoken": ["name"], "hf": ["json", "e
 TIKTOKEN_ENDS = {"gpt2": 50256, "cl100k_base": 100257, "o200k_base": 199999}
 DECODERS = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip")
 
-
-def _byte_letters() -> list[str]:
-    """
-    The visible letters that byte-level BPE writes the 256 bytes as: a byte that is one in Latin-1
-    as itself, the others as the letters from 256 on.
-    """
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    letters = []
-    others = 0
-    for byte in range(256):
-        if byte in visible:
-            letters.append(chr(byte))
-        else:
-            letters.append(chr(256 + others))
-            others += 1
-    return letters
-
-
-BYTE_LETTERS = _byte_letters()
-LETTER_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+# Byte-level BPE writes a byte as one visible letter: as itself where it is one in Latin-1, and as
+# the letters from 256 on otherwise.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+LETTER_BYTES = {chr(byte): byte for byte in VISIBLE}
+LETTER_BYTES |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
+BYTE_LETTERS = sorted(LETTER_BYTES, key=LETTER_BYTES.get)
 
 
 def end_of_text(spec: dict[str, Any] | None) -> int | None:
@@ -268,14 +255,11 @@ def _open_hf(text: str, count: int, source: str) -> tuple[Any, list[dict[str, An
 
     Raises UserError if it is damaged, or if its tokens have no bytes of their own.
     """
+    import tokenizers
+
     where = HF_TOKENIZER
     if source:
         where = f"{source}: {HF_TOKENIZER}"
-    try:
-        import tokenizers
-    except ImportError:
-        problem = "this model's tokenizer.json needs Hugging Face tokenizers"
-        raise UserError(f"{problem}: pip install tokenizers") from None
     try:
         opened = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  the library raises nothing more special

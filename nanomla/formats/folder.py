@@ -44,22 +44,18 @@ def download(name: str) -> Path:
     The folder in Hugging Face's cache with config.json and the safetensors of a GPT-2, downloaded
     if they are not there. No pickle is downloaded.
     """
+    import huggingface_hub
+
     repository = f"openai-community/{name}"
-    remedy = f"download {CONFIG} and {WEIGHTS} of {repository} elsewhere and give their folder"
-    remedy += ": --init_from=FOLDER"
-    try:
-        import huggingface_hub
-    except ImportError:
-        install = "pip install huggingface_hub"
-        raise UserError(f"fetching {name} needs huggingface_hub: {install}, or {remedy}") from None
-    huggingface_hub.logging.set_verbosity_error()  # otherwise every retry prints a line
     files = [CONFIG, "model*.safetensors", "model*.safetensors.index.json"]
+    huggingface_hub.logging.set_verbosity_error()  # otherwise every retry prints a line
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # noqa: BLE001  network, proxy, disk and cache errors
-        reason = f"{type(error).__name__}: {str(error)[:150].partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {one_line(error)[:150]}"
         problem = f"{name} cannot be had from the Hugging Face hub ({reason})"
-        raise UserError(f"{problem}; {remedy}") from None
+        remedy = f"download {CONFIG} and {WEIGHTS} of {repository} elsewhere and give their folder"
+        raise UserError(f"{problem}; {remedy}: --init_from=FOLDER") from None
 
 
 def read_tensors(folder: Path) -> Tensors:
@@ -68,11 +64,9 @@ def read_tensors(folder: Path) -> Tensors:
 
     Raises UserError naming a file that is missing or damaged, or a tensor that is quantised.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"reading {folder} needs safetensors: pip install safetensors") from None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     index = folder / f"{WEIGHTS}.index.json"
     files = [WEIGHTS]
     if index.exists() and not (folder / WEIGHTS).exists():
@@ -156,11 +150,9 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], texts: dict[str, str]
     An earlier export in that place is replaced. Raises UserError, with nothing changed, if the
     folder cannot be written.
     """
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("exporting needs safetensors: pip install safetensors") from None
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     folder = folder.resolve()
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")

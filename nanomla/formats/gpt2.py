@@ -22,11 +22,6 @@ SHAPE = {  # GPT-2's name and ours
     "n_embd": "n_embd",
 }
 DEFAULTS = {  # of GPT2Config
-    "n_positions": 1024,
-    "vocab_size": 50257,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_embd": 768,
     "n_inner": None,
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
