@@ -15,8 +15,9 @@ from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
 LARGEST_TOKENIZER = 2**26  # bytes; the tokenizer.json of 256,000 tokens has 2**25
-TIKTOKEN_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+# The kinds of specs, and their fields.
 FIELDS = {"char": ["chars"], "byte": [], "tiktoken": ["name"], "hf": ["json", "end", "bos"]}
+TIKTOKEN_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 TIKTOKEN_ENDS = {"gpt2": 50256, "cl100k_base": 100257, "o200k_base": 199999}
 DECODERS = ("ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip")
 

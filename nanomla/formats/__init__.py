@@ -22,7 +22,8 @@ from nanomla.formats.gpt2 import GPT2
 from nanomla.formats.llama import LLAMA
 from nanomla.formats.own import OWN
 
-FORMATS = {form.name: form for form in (GPT2, LLAMA, DEEPSEEK, OWN)}  # the first that fits is taken
+# An export is written in the first that fits.
+FORMATS = {form.name: form for form in (GPT2, LLAMA, DEEPSEEK, OWN)}
 PRETRAINED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -110,9 +111,11 @@ def in_the_way(config: GPTConfig, kind: str) -> list[str]:
 def fitting_format(config: GPTConfig) -> tuple[str, str]:
     """The format to export this model in, and why, in a few words."""
     lacks = []
-    for form in (GPT2, LLAMA, DEEPSEEK):
-        settings = in_the_way(config, form.name)
+    for kind, form in FORMATS.items():
+        if form is OWN:  # which has every setting, but opens here alone
+            continue
+        settings = in_the_way(config, kind)
         if not settings:
-            return form.name, form.has
-        lacks.append(f"{form.name} has no {', '.join(settings)}")
+            return kind, form.has
+        lacks.append(f"{kind} has no {', '.join(settings)}")
     return OWN.name, "; ".join(lacks)

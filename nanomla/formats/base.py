@@ -33,7 +33,7 @@ class Format:
     read: config.json and tensors in, the arguments of GPTConfig and a state dict out. Raises
         KeyError for a setting or a tensor that is missing, ValueError naming what a model here
         cannot have.
-    write: the opposite, for a model of which no setting is in the way. Its name need not be there.
+    write: the opposite, for a model of which no setting is in the way; model_type is added later.
     fits: whether a model in this format can have a field's value. A field that is not listed must
         have its default. None: it can have any.
     """
