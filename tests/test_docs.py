@@ -15,7 +15,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = ("README.md", *(f"docs/{n}.md" for n in ("data", "nanogpt", "export", "conversion")))
+PAGES = ("README.md", *(f"docs/{n}.md" for n in (
+    "attention", "data", "nanogpt", "export", "conversion", "distributed"
+)))  # fmt: skip
 SHORT = "--n_layer=2 --n_head=4 --n_embd=64 --batch_size=2 --eval_iters=1 --eval_interval=2"
 SHORTER = {  # flags that follow what is printed
     "train.py": f"{SHORT} --block_size=64 --max_iters=2 --log_interval=1",
