@@ -43,7 +43,9 @@ os.remove("out/best.pt")
 """
 RUN = """
 import importlib.util, io, contextlib, json, sys, traceback
-work, failed = json.load(sys.stdin), []
+sys.modules["matplotlib"] = None  # a process of three seconds for every run that draws its loss
+work = json.load(sys.stdin)
+failed = []
 loaded = {}
 for page, kind, what in work:
     out = io.StringIO()
