@@ -1,5 +1,5 @@
-# The settings for a CPU from nanoGPT's README: ordinary attention (MHA), AdamW, float32, on the works
-# of Shakespeare. train_mla.py is compared with this run on tiny Shakespeare, nanoGPT's text:
+# The settings for a CPU from nanoGPT's README: ordinary attention (MHA), AdamW, float32, on the
+# works of Shakespeare. train_mla.py is compared with this run on tiny Shakespeare, nanoGPT's text:
 # --dataset=shakespeare_tiny (README).
 
 out_dir = "out-shakespeare-char-cpu"
