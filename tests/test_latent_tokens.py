@@ -109,19 +109,18 @@ def test_long_in_bfloat16():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "tol"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
-def test_rounded_states(dtype, tol):
+def test_rounded_states():
     """A state in 16 bits, rounded with every token, stays near float32's over 300 tokens."""
     attn = layer(std=0.1, bias=False)
     x = torch.randn(2, 300, 24)
-    cache = attn.new_cache(2, 300, dtype)
+    cache = attn.new_cache(2, 300, torch.bfloat16)
     want = attn(x)
     out = []
     for t in range(300):
         out.append(attn(x[:, t : t + 1], cache))
         cache.advance(1)
     got = torch.cat(out, dim=1)
-    assert got.dtype == torch.float32 and (got - want).norm() < tol * want.norm()
+    assert got.dtype == torch.float32 and (got - want).norm() < 0.03 * want.norm()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from model import ATTENTION, GPT, CausalSelfAttention, GPTConfig, MultiHeadLatentAttention
+from model import ATTENTION, GPT, GPTConfig, MultiHeadLatentAttention
 from tests.conftest import KINDS, TINY_MLA, all_logits, make, randomise, tiny_config
 
 NEAR = {"atol": 1e-5, "rtol": 1e-4}
@@ -173,22 +173,22 @@ def test_no_setting_is_dead(base, change):
     assert outputs[0][0] != outputs[1][0] or not torch.equal(outputs[0][1], outputs[1][1])
 
 
-NAMES = {  # an attention's name, the shape beside it, and the flags that say the same
-    "mha": ({"pos_emb": "rope", "n_kv_head": 2}, {}),
-    "mla": ({"pos_emb": "rope", "mla_latent_dim": 7}, {"use_mla": True}),
-    "rotary_latent": (
-        {"pos_emb": "rope", "mla_latent_dim": 8}, {"use_mla": True, "mla_rope": "latent"}
-    ),
-    "latent_tokens": ({"n_latent_tokens": 5}, {"use_latent_tokens": True}),
-}  # fmt: skip
+FLAGS = {  # what an attention's name stands for
+    "mha": {},
+    "mla": {"use_mla": True},
+    "rotary_latent": {"use_mla": True, "mla_rope": "latent"},
+    "latent_tokens": {"use_latent_tokens": True},
+}
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_a_name_is_what_the_flags_give(attention):
     """GPTConfig(attention=...) sets the flags, and builds the model that they build."""
-    shape, flags = NAMES[attention]
+    shape = {"pos_emb": "rope", "mla_latent_dim": 8}
+    if attention == "latent_tokens":
+        shape = {"n_latent_tokens": 5}
     named = tiny_config(**shape, attention=attention)
-    assert named == tiny_config(**shape, **flags) and named.attention is None
+    assert named == tiny_config(**shape, **FLAGS[attention]) and named.attention is None
     assert named.attention_name == attention
     assert GPTConfig(**asdict(named)) == named  # as a checkpoint keeps it
     assert type(GPT(named).transformer.h[0].attn) is ATTENTION[attention]
@@ -217,29 +217,10 @@ def test_gpt2_parity():
         torch.testing.assert_close(all_logits(ours, idx), theirs(idx).logits, atol=1e-5, rtol=1e-5)
 
 
-def equals_theirs(ours, theirs, rotary, T=9):
-    """An attention alone is one of transformers', at once and step by step; its cache."""
-    x = torch.randn(3, T, ours.config.n_embd)
-    mask = torch.full((T, T), float("-inf")).triu(1)[None, None]
-    near = {"atol": 1e-5, "rtol": 1e-5}
-    with torch.no_grad():
-        rotation = rotary(x, torch.arange(T)[None])
-        want = theirs(x, position_embeddings=rotation, attention_mask=mask)[0]
-        torch.testing.assert_close(ours(x), want, **near)
-        cache = ours.new_cache(3, T)
-        for t in range(T):
-            got = ours(x[:, t : t + 1], cache)
-            torch.testing.assert_close(got, want[:, t : t + 1], **near)
-            cache.advance(1)
-        if ours.config.use_mla:
-            torch.testing.assert_close(ours(x, absorb=True), want, **near)
-    return cache
-
-
 @pytest.mark.parametrize(("q_latent", "r", "nope"), [(None, 4, 6), (12, 12, 3)])
 def test_deepseek_parity(q_latent, r, nope):
-    """MLA is transformers' DeepseekV3Attention with copied weights, at once and step by step, 1e-5
-    in float32."""
+    """MLA is transformers' DeepseekV3Attention with copied weights, expanded, absorbed and step by
+    step, 1e-5 in float32. tests/test_formats.py compares whole models."""
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 
@@ -271,34 +252,19 @@ def test_deepseek_parity(q_latent, r, nope):
         state["q_latent_norm"] = theirs.q_a_layernorm.weight
         state["q_expand"] = theirs.q_b_proj.weight
     ours.load_state_dict({f"{name}.weight": weight for name, weight in state.items()})
-    equals_theirs(ours, theirs, deepseek.DeepseekV3RotaryEmbedding(theirs_cfg))
-
-
-@pytest.mark.parametrize(("nkv", "bias"), [(1, False), (2, True)])
-def test_llama_attention_parity(nkv, bias):
-    """Grouped heads are transformers' LlamaAttention with copied weights, whole and step by
-    step."""
-    from transformers import LlamaConfig
-    from transformers.models.llama import modeling_llama as llama
-
-    nh, hs, C = 6, 8, 54
-    theirs_cfg = LlamaConfig(
-        hidden_size=C, num_attention_heads=nh, num_key_value_heads=nkv, head_dim=hs,
-        attention_bias=bias, max_position_embeddings=32, attn_implementation="eager",
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, num_hidden_layers=1,
-    )  # fmt: skip
-    theirs = randomise(llama.LlamaAttention(theirs_cfg, 0), 0.2)
-    sizes = {"n_embd": C, "n_head": nh, "n_kv_head": nkv, "head_dim": hs}
-    config = tiny_config(**sizes, pos_emb="rope", rope_theta=500.0, bias=bias)
-    ours = CausalSelfAttention(config).eval()
-    parts = (theirs.q_proj, theirs.k_proj, theirs.v_proj)
-    ours.c_attn.weight.data = torch.cat([p.weight for p in parts]).data
-    ours.c_proj.weight.data = theirs.o_proj.weight.data
-    if bias:
-        ours.c_attn.bias.data = torch.cat([p.bias for p in parts]).data
-        ours.c_proj.bias.data = theirs.o_proj.bias.data
-    cache = equals_theirs(ours, theirs, llama.LlamaRotaryEmbedding(theirs_cfg))
-    assert cache.tensors[0].shape == (3, nkv, 9, hs)
+    x = torch.randn(3, 9, C)
+    mask = torch.full((9, 9), float("-inf")).triu(1)[None, None]
+    near = {"atol": 1e-5, "rtol": 1e-5}
+    with torch.no_grad():
+        rotation = deepseek.DeepseekV3RotaryEmbedding(theirs_cfg)(x, torch.arange(9)[None])
+        want = theirs(x, position_embeddings=rotation, attention_mask=mask)[0]
+        torch.testing.assert_close(ours(x), want, **near)
+        torch.testing.assert_close(ours(x, absorb=True), want, **near)
+        cache = ours.new_cache(3, 9)
+        for t in range(9):
+            got = ours(x[:, t : t + 1], cache)
+            torch.testing.assert_close(got, want[:, t : t + 1], **near)
+            cache.advance(1)
 
 
 def rotate_by_hand(x, position, theta=10000.0):
