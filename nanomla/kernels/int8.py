@@ -48,6 +48,8 @@ def quantise(x: Tensor) -> Quantized:
 
 def dequantise(rows: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
     """Rows (..., S, W), quantised or not, as a tensor of a floating dtype."""
+    if rows.dtype == dtype:  # a tensor, as a Quantized is int8
+        return rows
     if isinstance(rows, Tensor):
         return rows.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
