@@ -1,7 +1,7 @@
 """
 The whole model: a GPT whose attention is causal self-attention (MHA), multi-head latent attention
-(MLA), MLA on a latent that rotates, or latent tokens, chosen by GPTConfig. All but the last can
-keep their values in a low-rank subspace (SVD).
+(MLA), MLA with a rotary latent, or latent tokens, chosen by GPTConfig. All but the last can keep
+their values in a low-rank subspace (SVD).
 
 Letters: B sequences, T new tokens, S cached and new tokens, C = n_embd, nh heads, nkv key/value
 heads, hs head size, L latent numbers per group, G groups, r rotary numbers, rv value rank.
@@ -104,7 +104,8 @@ class GPTConfig:
     mla_rope_dim: Annotated[
         int | None,
         "The width of the rotary key beside the latent. None stands for half a head size with "
-        "pos_emb='rope' and for 0 without.",
+        "pos_emb='rope' and for 0 without. With mla_rope='latent' it is how many numbers of the "
+        "latent are rotated, and None stands for all.",
     ] = None
     mla_nope_dim: Annotated[
         Count | None,
@@ -113,7 +114,8 @@ class GPTConfig:
     ] = None
     mla_rope: Annotated[
         Literal["decoupled", "latent"],
-        "What rotates with the position: a key beside the latent, or the latent itself.",
+        "What is rotated by the position: with decoupled a rotary key beside the latent, with "
+        "latent the latent itself, which is then called a rotary latent.",
     ] = "decoupled"
     mla_q_latent_dim: Annotated[
         Count | None, "The rank of low-rank queries. None keeps queries of full rank."
@@ -609,8 +611,9 @@ class LatentAttention(AttentionWithValues):
 
 class MultiHeadLatentAttention(LatentAttention):
     """
-    MLA: keys and values are functions of a cached latent and one shared rotary key; the equations
-    are on top of this file. With groups, head h reads latent h // m (arXiv:2505.21487).
+    MLA: keys and values are functions of a cached latent and one shared, decoupled rotary key; the
+    equations are on top of this file. With groups, head h reads latent h // (nh / G)
+    (arXiv:2505.21487).
     """
 
     @staticmethod
@@ -801,8 +804,9 @@ class MultiHeadLatentAttention(LatentAttention):
 
 class RotaryLatentAttention(LatentAttention):
     """
-    The latent is key and value at once and carries the position itself (DeepSeek-V4's shared
-    key-value): c_j = R_j norm(W_down x_j), R_j rotating the last r numbers by position j, and
+    MLA with a rotary latent, which is key and value at once and carries the position itself (the
+    shared key-value of DeepSeek-V4, arXiv:2606.19348): c_j = R_j norm(W_down x_j), where R_j
+    rotates the last r numbers by position j, and
 
         s_hij = (R_i q_hi) . c_j / sqrt(L)    o_hi = W_UV_h R_i^-1 sum_j p_hij c_j
 
@@ -833,7 +837,7 @@ class RotaryLatentAttention(LatentAttention):
         self.init_alone()
 
     def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
-        """The rotated latents of every group."""
+        """Rotary latents, those of every group."""
         return LayerCache([(self.G, self.L)], batch_size, max_len, dtype, device)
 
     def forward(
@@ -855,7 +859,7 @@ class RotaryLatentAttention(LatentAttention):
         return self._output(self._read_values(o))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Rotated queries (B, nh, T, L) and latents (B, G, T, L)."""
+        """Rotated queries (B, nh, T, L) and rotary latents (B, G, T, L)."""
         B, T, _ = x.shape
         c = self.latent_norm(self.kv_latent_proj(x).view(B, T, self.G, self.L))
         c = self._rotate(c, rotation)

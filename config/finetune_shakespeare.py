@@ -1,6 +1,6 @@
-# GPT-2 fine-tuned on Shakespeare in GPT-2 tokens, as nanoGPT does it: a low constant learning rate
-# and few iterations. A GPU with more memory can train gpt2-medium, gpt2-large or gpt2-xl instead
-# (--init_from=...); a small one, or a CPU, needs --block_size=64.
+# GPT-2 fine-tuned on the works of Shakespeare in GPT-2 tokens, as nanoGPT does it on its own text:
+# a low constant learning rate and few iterations. A GPU with more memory can train gpt2-medium,
+# gpt2-large or gpt2-xl instead (--init_from=...); a small one, or a CPU, needs --block_size=64.
 #   python data/shakespeare/prepare.py && python train.py config/finetune_shakespeare.py
 
 out_dir = "out-shakespeare"

@@ -1,6 +1,7 @@
-# DeepSeek-V3's dense block on Shakespeare, one token per character: MLA with a decoupled rotary key
-# and low-rank queries, RMSNorm, SwiGLU, no biases, and an output matrix of its own. An export of it
-# is a DeepseekV3ForCausalLM without experts. The cache has 48 numbers per token and layer.
+# DeepSeek-V3's dense block on the works of Shakespeare, one token per character: MLA with a
+# decoupled rotary key and low-rank queries, RMSNorm, SwiGLU, no biases, and an output matrix of its
+# own. An export of it is a DeepseekV3ForCausalLM without experts. The cache has 48 numbers per
+# token and layer.
 # Validation loss 1.68 in less than two minutes on two CPU cores.
 
 out_dir = "out-deepseek-style"

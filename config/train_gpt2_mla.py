@@ -1,4 +1,5 @@
-# train_gpt2.py with latent attention: 192 + 32 numbers cached per token and layer instead of 1,536.
+# train_gpt2.py with MLA: a latent and a rotary key, 192 + 32 cached numbers per token and layer
+# instead of 1,536.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_mla.py
 
 out_dir = "out-gpt2-mla"

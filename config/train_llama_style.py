@@ -1,6 +1,6 @@
-# Llama's block on Shakespeare, one token per character: RMSNorm, SwiGLU, rotary positions, grouped
-# key/value heads (4 query heads share 2), no biases. The token embedding is the output matrix too,
-# as in the small Llama 3.2 models. An export of it is a LlamaForCausalLM.
+# Llama's block on the works of Shakespeare, one token per character: RMSNorm, SwiGLU, rotary
+# positions, grouped key/value heads (4 query heads share 2), no biases. The token embedding is the
+# output matrix too, as in the small Llama 3.2 models. An export of it is a LlamaForCausalLM.
 # Validation loss 1.74 after about a minute on two CPU cores.
 
 out_dir = "out-llama-style"

@@ -1,6 +1,6 @@
-# The main example: MLA on Shakespeare, one token per character. It takes less than a minute on two
-# CPU cores, and runs on a GPU without further flags. The cache is a latent of 32 numbers per token
-# and layer that carries its own position; ordinary attention of this width needs 256.
+# The main example: MLA on the works of Shakespeare, one token per character. It takes less than a
+# minute on two CPU cores, and runs on a GPU without further flags. The cache is a rotary latent of
+# 32 numbers per token and layer; MHA of this width needs 256.
 
 out_dir = "out-mla"
 dataset = "shakespeare_char"

@@ -1,5 +1,5 @@
-# nanoGPT's baby GPT on Shakespeare, one token per character, with ordinary attention. It takes
-# minutes on one GPU.
+# nanoGPT's baby GPT with ordinary attention (MHA) on the works of Shakespeare, one token per
+# character; nanoGPT's own text is --dataset=shakespeare_tiny (README). It takes minutes on one GPU.
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"

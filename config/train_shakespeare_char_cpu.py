@@ -1,5 +1,6 @@
-# The settings for a CPU from nanoGPT's README: ordinary attention, AdamW, float32. train_mla.py is
-# compared with this run.
+# The settings for a CPU from nanoGPT's README: ordinary attention (MHA), AdamW, float32, on the
+# works of Shakespeare. train_mla.py is compared with this run on tiny Shakespeare, nanoGPT's text:
+# --dataset=shakespeare_tiny (README).
 
 out_dir = "out-shakespeare-char-cpu"
 dataset = "shakespeare_char"

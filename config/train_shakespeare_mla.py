@@ -1,5 +1,5 @@
-# The baby GPT of train_shakespeare_char.py with latent attention: a cache of 96 + 32 numbers per
-# token and layer instead of 768. Everything else is the same.
+# The baby GPT of train_shakespeare_char.py with MLA: a latent and a rotary key, 96 + 32 cached
+# numbers per token and layer instead of 768. Everything else is the same.
 
 out_dir = "out-shakespeare-mla"
 dataset = "shakespeare_char"

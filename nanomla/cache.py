@@ -63,8 +63,8 @@ def put(tensor: Tensor, new: Tensor, at: slice | Tensor) -> None:
 
 class LayerCache:
     """
-    One layer's past tokens, in a buffer for each kind of numbers. It holds pos tokens of every
-    sequence or, where they differ, lengths (B,), of which pos is the most.
+    One layer's past tokens, in one buffer or two, such as keys and values. It holds pos tokens of
+    every sequence or, where their numbers differ, lengths (B,), whose largest is pos.
 
     sizes: (heads, width) of the one or two buffers. Raises ValueError for a dtype not in DTYPES.
     """
@@ -80,17 +80,19 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        names = ", ".join(str(known).removeprefix("torch.") for known in self.DTYPES)
+        names = ", ".join(str(allowed).removeprefix("torch.") for allowed in self.DTYPES)
         require(dtype in self.DTYPES, "dtype", dtype, f"one of {names}")
         self.batch_size = batch_size
         self.max_len = max_len
         self.dtype = dtype
         self.pos = 0
         self.lengths: Tensor | None = None
-        kind = Int8Buffer if dtype == torch.int8 else Buffer
+        buffer_class = Buffer
+        if dtype == torch.int8:
+            buffer_class = Int8Buffer
         self.buffers = []
         for heads, width in sizes:
-            self.buffers.append(kind((batch_size, heads, max_len, width), dtype, device))
+            self.buffers.append(buffer_class((batch_size, heads, max_len, width), dtype, device))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -101,8 +103,8 @@ class LayerCache:
         self, keys: Tensor, values: Tensor | None = None
     ) -> tuple[Tensor | Quantized, Tensor | Quantized | None]:
         """
-        Write what T new tokens have for the first buffer and for the second, (B, heads, T, width)
-        each; returns all S of both, uncopied. They count as held from advance(T) on.
+        Write keys and, where there is a second buffer, values of T new tokens, (B, heads, T, width)
+        each. Returns those of all S tokens, uncopied. advance(T) then counts the new ones as held.
         """
         if torch.is_grad_enabled():
             raise RuntimeError("a cache is for inference; use torch.no_grad or inference_mode")
@@ -235,7 +237,9 @@ class Cache:
     def rewind(self, pos: int) -> None:
         """Forget all but the first pos tokens, or all of them where that is impossible."""
         if pos < self.pos:
-            self.truncate(pos if self.grows else 0)
+            if not self.grows:
+                pos = 0
+            self.truncate(pos)
 
     def sequences(self, first: int, count: int) -> "Cache":
         """A cache of so many sequences from the first on, in the same memory, with its own pos."""
@@ -246,8 +250,8 @@ class Cache:
 
     def set_lengths(self, lengths: Tensor, longest: int) -> None:
         """
-        Let every sequence hold a number of tokens of its own, lengths (B,). A pass has longest + T
-        keys, so that their lengths need not be read from the device.
+        Let every sequence hold a number of tokens of its own, lengths (B,). longest is the largest
+        of them: given as a number, it need not be read from the device.
         """
         for layer in self.layers:
             layer.lengths = lengths

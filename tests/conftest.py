@@ -107,11 +107,6 @@ def save_model(folder: Path, model: GPT, best: bool = False, **fields) -> None:
     checkpoint.save(folder, checkpoint.Checkpoint(model.state_dict(), args, **fields), best)
 
 
-def settings_name(settings: dict) -> str:
-    """The name of a case in a table of settings."""
-    return ",".join(f"{k}={v}" for k, v in settings.items() if v not in (None, False))
-
-
 @contextlib.contextmanager
 def torch_threads(n: int):
     """Run with n of torch's threads, by which the fast paths cut their work."""
@@ -156,15 +151,19 @@ def run(
     """
     argv = [script, *map(str, args)]
     if fresh or "/" in script:
-        start = argv if script.endswith(".py") else ["-m", *argv]
-        command = [sys.executable, *start]
+        command = [sys.executable, *argv]
+        if not script.endswith(".py"):
+            command.insert(1, "-m")
         return subprocess.run(
             command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=timeout
         )
     module = importlib.import_module(script.removesuffix(".py"))
     if not hasattr(module, "main"):  # a package
         module = importlib.import_module(f"{script}.__main__")
-    out, err, status, old = io.StringIO(), io.StringIO(), 0, sys.argv
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
+    arguments = sys.argv
     sys.argv = argv
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -172,7 +171,7 @@ def run(
     except SystemExit as stop:
         status = stop.code
     finally:
-        sys.argv = old
+        sys.argv = arguments
     return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 

@@ -4,8 +4,6 @@ An attention block alone: its first weights, the rotations it makes, the picture
 Run: python -m pytest tests/test_attention.py
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -16,28 +14,27 @@ NEAR = {"atol": 1e-5, "rtol": 1e-4}
 
 
 @pytest.mark.parametrize("kind", ["GQA, rotary", "MLA, groups", "rotary latent", "latent tokens"])
-def test_weights_alone_are_drawn_as_in_a_gpt(kind):
-    """Standard deviation 0.02, but c_proj's over sqrt(2 n_layer); biases 0, norms 1; a seed repeats
-    them, and two blocks in a row differ."""
-    wide = {**KINDS[kind], "n_layer": 8, "n_embd": 128, "head_dim": 30, "mla_latent_dim": 60}
-    config = tiny_config(**wide)
+def test_first_weights(kind):
+    """Alone and in a GPT: standard deviation 0.02, but c_proj's over sqrt(2 n_layer); biases 0,
+    norms 1; a seed repeats them, and two blocks in a row differ."""
+    wide = {"n_layer": 8, "n_embd": 128, "head_dim": 30, "mla_latent_dim": 60, "vocab_size": 500}
+    config = tiny_config(**{**KINDS[kind], **wide})
     attention = ATTENTION[config.attention_name]
     torch.manual_seed(3)
-    attn = attention(config)
-    for name, p in attn.named_parameters():
+    alone = attention(config)
+    for name, p in [*alone.named_parameters(), *GPT(config).named_parameters()]:
         if p.dim() == 1:
-            assert torch.equal(p, torch.full_like(p, float("norm" in name))), name
-        else:
-            std = 0.02 / 16**0.5 if name == "c_proj.weight" else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.1), name
-            assert abs(p.mean().item()) < 0.1 * std, name
-    first = attn.c_proj.weight
-    assert not torch.equal(attention(config).c_proj.weight, first)
+            norm = name.endswith("weight")
+            assert torch.equal(p, torch.full_like(p, float(norm))), name
+        elif p.numel() > 10_000:
+            std = 0.02 / 16**0.5 if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+    assert not torch.equal(attention(config).c_proj.weight, alone.c_proj.weight)
     torch.manual_seed(3)
-    assert torch.equal(attention(config).c_proj.weight, first)
+    assert torch.equal(attention(config).c_proj.weight, alone.c_proj.weight)
 
 
-@pytest.mark.parametrize("settings", [{}, {"n_kv_head": 2}, TINY_MLA, KINDS["rotary latent"]])
+@pytest.mark.parametrize("settings", [{"n_kv_head": 2}, TINY_MLA, KINDS["rotary latent"]], ids=str)
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 def test_low_rank_values_begin_as_dense_ones(settings, method):
     """Alone and in a GPT, the product of the fresh factors has the variance that a dense
@@ -84,18 +81,17 @@ def values(attn, x, rotation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_average_what_attention_averages(kind, layer):
+def test_weights_average_what_attention_averages(kind):
     """The weights times the values are what the heads give c_proj, in every attention."""
     model = randomise(make(kind), std=0.5)
     seen = {}
-    attn = model.transformer.h[layer].attn
+    attn = model.transformer.h[1].attn
     attn.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], rotation=args[2]))
     attn.c_proj.register_forward_pre_hook(lambda _, args: seen.update(y=args[0]))
     idx = torch.randint(23, (2, 11))
     model(idx)
-    weights = model.attention_weights(idx, layer)
+    weights = model.attention_weights(idx, 1)
     assert weights.shape == (2, 4, 11, 11) and weights.dtype == torch.float32
     assert torch.equal(weights, weights.tril()) and bool((weights >= 0).all())
     total = weights.sum(dim=-1)
@@ -109,37 +105,5 @@ def test_weights_average_what_attention_averages(kind, layer):
         o = attn._rotate(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
         o = attn._read_values(o)
     torch.testing.assert_close(o.transpose(1, 2).flatten(2), seen["y"], **NEAR)
-    torch.testing.assert_close(model.attention_weights(idx[1:], layer), weights[1:], **NEAR)
-
-
-def test_pictures_from_two_threads():
-    """Weights of several models and layers at once, beside passes of the same models: what each
-    gives alone, as nothing that they share is replaced."""
-    models = [make(kind) for kind in KINDS]
-    idx = torch.randint(23, (1, 16))
-    tasks = [(model, layer) for model in models for layer in (0, 1)] * 5
-
-    def picture(task):
-        model, layer = task
-        return model.attention_weights(idx, layer)
-
-    def logits(task):
-        with torch.no_grad():
-            return task[0](idx)[0]
-
-    want = [(picture(task), logits(task)) for task in tasks]
-    with ThreadPoolExecutor(4) as pool:
-        pictures = pool.map(picture, tasks)
-        passes = pool.map(logits, tasks)
-        for (weights, out), got_weights, got_out in zip(want, pictures, passes, strict=True):
-            assert torch.equal(got_weights, weights) and torch.equal(got_out, out)
-
-
-def test_what_has_no_picture():
-    """A layer and a text that the model does not have are errors that say what would work."""
-    model = GPT(tiny_config())
-    for layer in (2, -1):
-        with pytest.raises(ValueError, match=f"layer={layer} does not work.*from 0 to 1"):
-            model.attention_weights(torch.tensor([[1]]), layer)
-    with pytest.raises(ValueError, match="17 tokens do not fit block_size=16"):
-        model.attention_weights(torch.ones(1, 17, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="layer=2 does not work.*from 0 to 1"):
+        model.attention_weights(idx, 2)

@@ -15,7 +15,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = ("README.md", *(f"docs/{n}.md" for n in ("data", "nanogpt", "export", "conversion")))
+PAGES = ("README.md", *(f"docs/{n}.md" for n in (
+    "attention", "data", "nanogpt", "export", "conversion", "distributed"
+)))  # fmt: skip
 SHORT = "--n_layer=2 --n_head=4 --n_embd=64 --batch_size=2 --eval_iters=1 --eval_interval=2"
 SHORTER = {  # flags that follow what is printed
     "train.py": f"{SHORT} --block_size=64 --max_iters=2 --log_interval=1",
@@ -41,7 +43,9 @@ os.remove("out/best.pt")
 """
 RUN = """
 import importlib.util, io, contextlib, json, sys, traceback
-work, failed = json.load(sys.stdin), []
+sys.modules["matplotlib"] = None  # a process of three seconds for every run that draws its loss
+work = json.load(sys.stdin)
+failed = []
 loaded = {}
 for page, kind, what in work:
     out = io.StringIO()
@@ -81,17 +85,22 @@ def printed(page):
 def argv_of(command, folder):
     """A command's script and arguments, with what shortens it and files for its patterns."""
     words = shlex.split(command, comments=True)[1:]
-    script = " ".join(words[:2]) if words[0] == "-m" else words[0]
-    words = words[2:] if words[0] == "-m" else words[1:]
-    path = script.removeprefix("-m ").replace(".", "/") + ".py" if "-m" in script else script
+    script = words.pop(0)
+    path = script
+    if script == "-m":
+        module = words.pop(0)
+        script = f"-m {module}"
+        path = module.replace(".", "/") + ".py"
     more = SHORTER.get(script, "").split()
-    if "--init_from=resume" in words or any(w.startswith("--init_from=") for w in words):
-        more = [w for w in more if not w.startswith(("--n_", "--block_size"))]
-        more = [w.replace("max_iters=2", "max_iters=4") for w in more]
+    if any(word.startswith("--init_from=") for word in words):  # the shape is that of the weights
+        more = [word for word in more if not word.startswith(("--n_", "--block_size"))]
+        more = [word.replace("max_iters=2", "max_iters=4") for word in more]
     expanded = []
     for word in words:
-        found = sorted(str(p.relative_to(folder)) for p in folder.glob(word)) if "*" in word else []
-        expanded += found or [word]
+        files = []
+        if "*" in word:
+            files = sorted(str(file.relative_to(folder)) for file in folder.glob(word))
+        expanded += files or [word]
     return [path, *expanded, *more]
 
 

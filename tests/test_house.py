@@ -1,14 +1,12 @@
-"""Who imports whom, and what things are called. Run: python -m pytest tests/test_house.py"""
+"""Who imports whom, and which names must stay. Run: python -m pytest tests/test_house.py"""
 
 import ast
 import graphlib
-import inspect
 import tomllib
 from pathlib import Path
 
 from model import ATTENTION, GPT
-from nanomla.attention import Attention
-from tests.conftest import ROOT, TINY_MLA, tiny_config
+from tests.conftest import ROOT, tiny_config
 
 FLOORS = [  # bottom to top; what model.py stands on knows no model
     "nanomla.kernels nanomla.checks nanomla.errors nanomla.signals",
@@ -22,10 +20,14 @@ FLOORS = [  # bottom to top; what model.py stands on knows no model
 
 def modules() -> dict[str, Path]:
     """Every module of the project by its dotted name, without tests and configs."""
-    folders = [ROOT / f for f in ("nanomla", "tools", "data", "experiments")]
-    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.glob("**/*.py"))]
-    names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files}
-    return {name.removesuffix(".__init__"): path for name, path in names.items()}
+    files = [*ROOT.glob("*.py")]
+    for folder in ("nanomla", "tools", "data", "experiments"):
+        files += (ROOT / folder).glob("**/*.py")
+    names = {}
+    for path in files:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        names[name.removesuffix(".__init__")] = path
+    return names
 
 
 def floor(name: str) -> int:
@@ -36,19 +38,19 @@ def floor(name: str) -> int:
     raise AssertionError(f"{name} is on no floor")
 
 
-def imports(tree: ast.AST, known: set[str], inside_functions: bool) -> set[str]:
+def imports(tree: ast.AST, inside_functions: bool) -> set[str]:
     """The project's modules that a file imports, at module level or anywhere."""
-    found = set()
+    imported = set()
     nodes = [tree]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         if inside_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             nodes += ast.iter_child_nodes(node)
-    return found & known
+    return imported & set(MODULES)
 
 
 MODULES = modules()
@@ -58,90 +60,46 @@ TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 def test_nothing_imports_upward():
     """
     kernels <- caches, attention <- model <- nanomla <- train, sample <- tools, in functions too,
-    but for one import: that of what opens weights, in GPT.from_pretrained.
+    but for model.py's: there GPT.from_pretrained, and no other, imports what opens weights.
     """
     for name, tree in TREES.items():
-        for target in imports(tree, set(MODULES), inside_functions=name != "model"):
+        for target in imports(tree, inside_functions=name != "model"):
             assert floor(target) <= floor(name), f"{name} imports {target}, which is above it"
-
-
-def test_model_imports_in_one_function():
-    """What model.py needs from above, it needs in from_pretrained alone."""
-    lazily = []
     for function in ast.walk(TREES["model"]):
-        if isinstance(function, ast.FunctionDef):
-            for node in ast.walk(function):
-                if isinstance(node, ast.Import | ast.ImportFrom):
-                    lazily.append(function.name)
-    assert set(lazily) == {"from_pretrained"}
+        if isinstance(function, ast.FunctionDef) and function.name != "from_pretrained":
+            assert not imports(function, inside_functions=True), function.name
 
 
 def test_nothing_imports_in_a_circle():
     """The modules can be ordered so that each is below all that import it."""
-    graph = {n: imports(t, set(MODULES), False) - {n} for n, t in TREES.items()}
+    graph = {name: imports(tree, False) - {name} for name, tree in TREES.items()}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES) > 20
 
 
-def test_public_functions_have_type_hints():
-    """Every argument and result of a public function outside tests is annotated, but those of a
-    GPU's code, whose types Triton finds."""
-    for name, tree in TREES.items():
-        for node in tree.body:
-            if "id='triton'" in "".join(map(ast.dump, getattr(node, "decorator_list", ()))):
-                continue
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                args = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-                missing = [arg.arg for arg in args if arg.annotation is None]
-                assert not missing and node.returns, f"{node.name} in {name}: {missing}"
-
-
-def test_one_table_decides_the_attention():
-    """Every entry is an attention that defines what it must; nothing else names the class."""
-    for key, block in ATTENTION.items():
-        assert issubclass(block, Attention), key
-        for name in ("new_cache", "forward", "weights", "words", "flops_per_key"):
-            assert getattr(block, name) is not getattr(Attention, name), f"{key} has no {name}"
-        for name in ("new_cache", "forward", "weights"):  # called with these arguments
-            asked = list(inspect.signature(getattr(Attention, name)).parameters)
-            answered = list(inspect.signature(getattr(block, name)).parameters)
-            assert answered[: len(asked)] == asked, f"{name} of {key}"
-    assert tiny_config().attention_name == "mha" and tiny_config(**TINY_MLA).attention_name == "mla"
-    classes = [block.__name__ for block in ATTENTION.values()]
-    naming = {n for n, tree in TREES.items() if any(c in ast.dump(tree) for c in classes)}
-    assert naming == {"model", "nanomla.latent_tokens"}
+def test_only_the_table_names_an_attention():
+    """What else there is asks the class, so that a new one needs no other line."""
+    for block in ATTENTION.values():
+        naming = {name for name, path in MODULES.items() if block.__name__ in path.read_text()}
+        assert naming <= {"model", "nanomla.latent_tokens"}, block.__name__
 
 
 def test_state_dict_names_and_order_stay():
-    """Old checkpoints and optimizer states, which go by position, rely on them."""
+    """Old checkpoints rely on the names, and optimizer states on the order."""
 
     def names(**settings):
         model = GPT(tiny_config(n_layer=1, bias=False, **settings))
-        found = [n for n, _ in model.named_parameters()]
-        return [n.removeprefix("transformer.h.0.") for n in found if ".attn." in n]
+        attention = "transformer.h.0.attn."
+        every = [name.removesuffix(".weight") for name, _ in model.named_parameters()]
+        return [name.removeprefix(attention) for name in every if name.startswith(attention)]
 
-    mha = ["attn.c_attn.weight", "attn.c_proj.weight"]
-    assert names() == mha
-    assert names(use_svd=True) == ["attn.v_up", *mha, "attn.v_down.weight"]
-    latent = ["attn.kv_latent_proj.weight", "attn.latent_norm.weight", "attn.k_expand.weight"]
+    assert names() == ["c_attn", "c_proj"]
+    assert names(use_svd=True) == ["v_up", "c_attn", "c_proj", "v_down"]
     mla = {"use_mla": True, "mla_latent_dim": 7}
-    assert names(**mla) == [
-        "attn.c_proj.weight",
-        "attn.q_proj.weight",
-        *latent,
-        "attn.v_expand.weight",
-    ]
+    latent = ["kv_latent_proj", "latent_norm", "k_expand"]
+    assert names(**mla) == ["c_proj", "q_proj", *latent, "v_expand"]
     low_rank = ["q_latent_proj", "q_latent_norm", "q_expand"]
-    assert names(**mla, use_svd=True, mla_q_latent_dim=5) == [
-        "attn.v_up", "attn.c_proj.weight", "attn.v_down.weight",
-        *(f"attn.{n}.weight" for n in low_rank), *latent,
-    ]  # fmt: skip
-
-
-def test_rotary_tables_are_kept_once():
-    """One table in the model, none in its layers, and none of it in the state dict."""
-    model = GPT(tiny_config(**{**TINY_MLA, "n_layer": 3}))
-    assert [n for n, _ in model.named_buffers()] == ["rope_cos", "rope_sin"]
-    assert not any("rope" in name for name in model.state_dict())
+    got = names(**mla, use_svd=True, mla_q_latent_dim=5)
+    assert got == ["v_up", "c_proj", "v_down", *low_rank, *latent]
 
 
 def test_installed_modules_are_those_of_the_project():

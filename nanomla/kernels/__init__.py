@@ -31,6 +31,7 @@ from nanomla.kernels.reference import by_group, by_head, causal_weights
 __all__ = ["Linear", "Quantized", "attend", "causal_weights", "dequantise", "quantise"]
 
 FEW = 8  # new tokens that are computed as in decoding
+NARROW = (torch.int8, torch.bfloat16, torch.float16)  # keys that a CPU reads block by block
 
 
 def attend(
@@ -55,7 +56,6 @@ def attend(
     """
     T = q.size(2)
     X = k.size(1)
-    narrow = isinstance(k, Quantized) or k.itemsize == 2
     if not isinstance(k, Quantized):
         q = q.to(torch.promote_types(q.dtype, k.dtype))
     few = T <= FEW and dropout == 0 and not torch.is_grad_enabled()
@@ -68,13 +68,14 @@ def attend(
     if few and on_cpu and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):  # it would round scores and weights
             return attend(q, k, v, scale=scale, beside=beside, lengths=lengths)
-    if few and on_cpu and narrow:
+    if few and on_cpu and k.dtype in NARROW:
         return by_head(blocks.attend(by_group(q, X), k, v, T, scale, beside, lengths), T)
 
-    if narrow or k.dtype != q.dtype:
-        k = dequantise(k, q.dtype)
-        v = None if v is None else dequantise(v, q.dtype)
-        beside = None if beside is None else dequantise(beside, q.dtype)
+    k = dequantise(k, q.dtype)  # itself, if it is a tensor of this dtype
+    if v is not None:
+        v = dequantise(v, q.dtype)
+    if beside is not None:
+        beside = dequantise(beside, q.dtype)
     if few and (beside is not None or (on_cpu and lengths is not None)):
         return by_head(reference.attend(by_group(q, X), k, v, T, scale, beside, lengths), T)
     if few and on_cpu and T < k.size(2):

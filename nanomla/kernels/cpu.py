@@ -1,8 +1,8 @@
 """
 On a CPU, without gradients: few new tokens, and many behind old ones.
 
-torch computes one query block, or one row of a product, on one core. Here the keys, or the weight,
-are cut into blocks that torch is given as heads, or as a batch, so that all cores take part. The
+torch gives one query block, or one row of a product, to one core. Here the keys, or the weight,
+are cut into blocks that torch receives as heads, or as a batch, so that all cores take part. The
 figures below were measured on two cores of a Zen 4 without AMX (docs/results.md has others).
 """
 
@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float) -> Tens
 
     Measured for one new token: torch's flash kernel is 1.3x slower than two matrix products on
     MHA's keys. On latents, which are keys and values at once, it is 1.4x faster if its keys are
-    split over the cores. Rows narrower than float32 are blocks.py's.
+    split over the cores. Keys narrower than float32 are computed by blocks.py.
     """
     latents = v is None and k.size(1) == 1 and k.dtype == torch.float32
     if not latents:
@@ -42,21 +42,22 @@ def plain_products(q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float)
     if q.shape[:2] != (1, 1):
         return two_products(q, k, v, T, scale)
     # A batch of one matrix takes longer than the matrix itself.
-    values = None if v is None else v[0, 0]
-    return two_products(q[0, 0], k[0, 0], values, T, scale)[None, None]
+    if v is not None:
+        v = v[0, 0]
+    return two_products(q[0, 0], k[0, 0], v, T, scale)[None, None]
 
 
-def split_keys(q: Tensor, rows: Tensor, T: int, scale: float, chunks: int) -> Tensor:
+def split_keys(q: Tensor, latents: Tensor, T: int, scale: float, chunks: int) -> Tensor:
     """
-    One query block (B, 1, T * m, W) against rows (B, 1, S, W), keys and values, on all cores.
+    Queries (B, 1, T * m, W) over latents (B, 1, S, W), keys and values at once, on all cores.
 
     The old keys are cut into chunks that are passed as heads. Each chunk's output comes with its
     log-sum-exp, by which the chunks are merged, as in flash-decoding. The new tokens, which alone
     need a mask, form a last chunk together with the remainder of the division.
     """
-    size = (rows.size(2) - T) // chunks
-    old = rows[:, 0, : chunks * size].unflatten(1, (chunks, size))  # (B, chunks, size, W), no copy
-    tail = rows[:, :, chunks * size :]
+    size = (latents.size(2) - T) // chunks
+    old = latents[:, 0, : chunks * size].unflatten(1, (chunks, size))  # (B, chunks, size, W)
+    tail = latents[:, :, chunks * size :]
     mask = None
     if T > 1:
         seen = causal_mask(T, tail.size(2), q.size(2) // T, q.device)
@@ -94,6 +95,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     width = x.size(-1)
     rows = x.numel() // width
+    # as many blocks as keep the cores busy and divide the weight evenly
     blocks = math.gcd(weight.size(0), 4 * torch.get_num_threads())
     if 2 <= rows <= 4 and weight.size(0) >= width:
         columns = x.reshape(rows, width).mT.expand(blocks, -1, -1)  # (blocks, in, rows)
@@ -106,4 +108,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.bmm(x.reshape(1, rows, -1).expand(blocks, -1, -1), blocked)
         y = y.transpose(0, 1)
     y = y.reshape(*x.shape[:-1], weight.size(0))  # (..., out)
-    return y if bias is None else y + bias
+    if bias is not None:
+        y = y + bias
+    return y

@@ -2,10 +2,10 @@
 Rows kept as 8-bit integers with one float16 scale each. blocks.py computes attention over them.
 
 A row x is kept as round(x / scale) with scale = max|x| / 127, rounded to float16. Every number
-comes back within half a scale or 127 * 2^-25 = 4e-6, whichever is larger: below float16's smallest
-number a scale becomes 0, and its row zeros. A row with a number over 127 * 65,504 has no float16
-scale: on a CPU it is refused, elsewhere it becomes NaN, as asking would wait for the device. NaN
-makes the scale, and with it the whole row, NaN.
+comes back within half a scale or 127 * 2^-25 = 4e-6, whichever is larger: a scale below float16's
+smallest number becomes 0, and the row zeros. A row with a number over 127 * 65,504 has no float16
+scale: on a CPU it is refused, elsewhere it becomes NaN, because to look would mean to wait for the
+device. A NaN makes the scale NaN, and with it the whole row.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,9 @@ def quantise(x: Tensor) -> Quantized:
 
 
 def dequantise(rows: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
-    """Rows (..., S, W) as a tensor of a floating dtype, in whichever way they are kept."""
+    """Rows (..., S, W), quantised or not, as a tensor of a floating dtype."""
+    if rows.dtype == dtype:  # a tensor, as a Quantized is int8
+        return rows
     if isinstance(rows, Tensor):
         return rows.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)

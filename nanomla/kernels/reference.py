@@ -1,4 +1,4 @@
-"""What attend and linear compute, in plain torch. The fast versions are tested against these."""
+"""What attend computes, in plain torch. The faster versions are tested against this one."""
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,14 @@ def causal_mask(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor | None, T: int, scale: float, beside: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    T: int,
+    scale: float,
+    beside: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """
     nanomla.kernels.attend, softmax(q [k ; beside]^T scale) v, for query heads that are grouped by
     the key head that they share: q (B, X, T * m, D), as by_group makes it, to (B, X, T * m, W).
@@ -35,7 +40,9 @@ def attend(
     if T > 1 or lengths is not None:
         mask = causal_mask(T, k.size(-2), q.size(-2) // T, q.device, lengths)
         scores = scores.masked_fill(~mask, float("-inf"))
-    return F.softmax(scores, dim=-1) @ (k if v is None else v)
+    if v is None:
+        v = k
+    return F.softmax(scores, dim=-1) @ v
 
 
 def scores_beside(q: Tensor, beside: Tensor) -> Tensor:

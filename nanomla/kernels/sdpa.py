@@ -17,7 +17,9 @@ def few(
     mask = None
     if T > 1 or lengths is not None:
         mask = causal_mask(T, k.size(2), q.size(2) // T, q.device, lengths)
-    return torch_attention(q, k, k if v is None else v, attn_mask=mask, scale=scale)
+    if v is None:
+        v = k
+    return torch_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def many(
@@ -33,11 +35,14 @@ def many(
     B, nh, T, _ = q.shape
     X = k.size(1)
     m = nh // X
-    width = k.size(-1) if v is None else v.size(-1)
+    if v is None:
+        width = k.size(-1)
+    else:
+        width = v.size(-1)
     if beside is not None:
         k = torch.cat([k, beside.expand(-1, X, -1, -1)], dim=-1)
     if v is None:
-        v = k
+        v = k  # with beside at its end, which is cut off below
     if m > 1:  # a key head becomes a sequence, whose keys its m query heads share uncopied
         q = q.reshape(B * X, m, T, -1)
         k = k.flatten(0, 1).unsqueeze(1).expand(-1, m, -1, -1)
@@ -58,14 +63,19 @@ def many(
 def some_queries_at_a_time(
     q: Tensor, k: Tensor, v: Tensor, scale: float, lengths: Tensor | None, dropout: float
 ) -> Tensor:
-    """Many new tokens after earlier ones: a mask of few queries fits a CPU's cache, fills a GPU."""
+    """
+    Many new tokens after earlier ones, some queries at a time, so that no mask is T x S: one of 2
+    million numbers fits a CPU's cache, one of 64 million occupies a GPU.
+    """
     T = q.size(2)
     S = k.size(2)
-    on_cpu = q.device.type == "cpu"
-    mask_numbers = 2**21 if on_cpu else 2**26
-    queries = mask_numbers // (S if lengths is None else S * q.size(0))
-    if on_cpu:
-        queries = min(queries, 256)
+    numbers_per_query = S
+    if lengths is not None:
+        numbers_per_query = S * q.size(0)  # every sequence has a mask of its own
+    if q.device.type == "cpu":
+        queries = min(2**21 // numbers_per_query, 256)
+    else:
+        queries = 2**26 // numbers_per_query
     queries = max(queries, 32)
     outs = []
     for first in range(0, T, queries):
