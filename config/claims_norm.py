@@ -1,4 +1,4 @@
-# Claims about the norm on the latent, sharing its down-projection, a latent that rotates, and latent
+# Claims about the norm on the latent, one down-projection for all layers, rotary latents and latent
 # tokens. What the model does not offer has scripts in experiments/. See docs/claims.md.
 #
 #     python -m tools.compare config/claims_norm.py

@@ -38,7 +38,7 @@ VARIANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(argv)
+    cfg, data = start(__name__, argv)
     vocab_size = padded_vocab(data)
     variants = {name: (GPTConfig(vocab_size=vocab_size, **s), GPT) for name, s in VARIANTS.items()}
     batches = []
@@ -46,32 +46,34 @@ def main(argv: list[str] | None = None) -> None:
         batches.append((x.to(cfg.device), y.to(cfg.device)))
     rows = []
     for name, model in compare(variants, cfg, data).items():
-        whole = loss_without_cache(model, batches)
+        whole = loss(model, batches, None)
         row = {"variant": name, "without a cache": f"{whole:.6f}"}
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             if model.make_cache(1, 1).grows or dtype != torch.int8:  # which a state cannot be
-                row[name_of(dtype)] = f"{cached_loss(model, batches, dtype) - whole:+.6f}"
+                row[name_of(dtype)] = f"{loss(model, batches, dtype) - whole:+.6f}"
         rows.append(row)
     table("Loss token by token through the cache, less that without one", rows)
 
 
 @torch.no_grad()
-def loss_without_cache(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean cross-entropy of y (B, T) from one pass over x (B, T), of all batches."""
-    return sum(model(x, y)[1].item() for x, y in batches) / len(batches)
-
-
-@torch.no_grad()
-def cached_loss(
-    model: GPT, batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype
+def loss(
+    model: GPT, batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype | None
 ) -> float:
-    """The same from T steps over a cache of this dtype."""
+    """
+    Mean cross-entropy of y (B, T) after x (B, T), of all batches: by T steps over a cache of this
+    dtype, or by one pass without a cache.
+    """
     losses = []
     for x, y in batches:
+        if dtype is None:
+            losses.append(model(x, y)[1].item())
+            continue
         cache = model.make_cache(len(x), x.size(1), dtype)
+        steps = []
         for t in range(x.size(1)):
             logits, _ = model(x[:, t : t + 1], cache=cache)  # (B, 1, V)
-            losses.append(F.cross_entropy(logits[:, -1], y[:, t]).item())
+            steps.append(F.cross_entropy(logits[:, -1], y[:, t]).item())
+        losses.append(sum(steps) / len(steps))
     return sum(losses) / len(losses)
 
 

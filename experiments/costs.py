@@ -51,7 +51,7 @@ VARIANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(argv)
+    cfg, data = start(__name__, argv)
     shape = {**SHAPE, "vocab_size": padded_vocab(data)}
     configs = {name: GPTConfig(**{**shape, **settings}) for name, settings in VARIANTS.items()}
     count(configs)
@@ -105,8 +105,8 @@ def time_decoding(configs: dict[str, GPTConfig], device: str) -> None:
         row["tokens/s with it"] = f"{rate:.1f}"
         row["more"] = f"{rate * batched[0].seconds / batches[0]:.2f}x"
         rows.append(row)
-    what = f"Decoding at {CONTEXT:,} tokens, float32; batches whose caches fit"
-    table(f"{what} {BUDGET} MB", rows)
+    heading = f"Decoding at {CONTEXT:,} tokens, float32; batches whose caches fit {BUDGET} MB"
+    table(heading, rows)
 
 
 if __name__ == "__main__":

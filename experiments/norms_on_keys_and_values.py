@@ -55,7 +55,7 @@ def normed_gpt(config: GPTConfig) -> GPT:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(argv)
+    cfg, data = start(__name__, argv)
     shape = {**MLA, "vocab_size": padded_vocab(data)}
     variants = {
         "MLA RMSNorm": (GPTConfig(**shape), GPT),

@@ -74,7 +74,7 @@ def rotated_keys_gpt(config: GPTConfig) -> GPT:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(argv)
+    cfg, data = start(__name__, argv)
     shape = {**MLA, "vocab_size": padded_vocab(data)}
     unrotated = GPTConfig(**{**shape, "mla_latent_dim": 32, "mla_rope_dim": 0})
     rotary = {"mla_rope": "latent", "mla_latent_dim": 32, "mla_rope_dim": 32}

@@ -20,7 +20,6 @@ singular values and is not finite where two are equal.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -62,23 +61,15 @@ def project(V: Tensor, rank: int) -> Tensor:
 
 class SvdForwardAttention(ATTENTION["mla"]):
     """
-    MLA that replaces every head's values of all T tokens by compress(values, rank).
+    MLA that replaces every head's values of all T tokens by an approximation of their rank.
 
     x (B, T, C) -> (B, T, C). Every output depends on every token, through the subspace. Weights and
     their names are those of MLA. Raises ValueError for a cache: with every new token the values of
     all earlier tokens would change.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        layer: int = 0,
-        rank: int = RANK,
-        compress: Callable[[Tensor, int], Tensor] = project,
-    ) -> None:
-        super().__init__(config, layer)
-        self.rank = rank
-        self.compress = compress
+    rank = RANK
+    compress = staticmethod(project)
 
     def forward(self, x: Tensor, cache: None = None, rotation: Rotation = None) -> Tensor:
         if cache is not None:
@@ -90,19 +81,24 @@ class SvdForwardAttention(ATTENTION["mla"]):
         return k, self.compress(v, self.rank)  # v (B, nh, T, hs)
 
 
-def svd_forward_gpt(config: GPTConfig, rank: int = RANK) -> GPT:
+class BySvd(SvdForwardAttention):
+    """The same by the SVD itself."""
+
+    compress = staticmethod(truncate)
+
+
+def svd_forward_gpt(config: GPTConfig) -> GPT:
     """A GPT with this attention, which starts from the weights of GPT(config)."""
-    attention = lambda config, layer: SvdForwardAttention(config, layer, rank)
-    return with_attention(config, attention)
+    return with_attention(config, SvdForwardAttention)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(argv)
+    cfg, data = start(__name__, argv)
     torch.manual_seed(cfg.seed)
-    what = "{n_embd} wide, {n_head} heads".format(**SHAPE)
-    what = f"Forward and backward of one MLA layer, {what}, R = {RANK}, float32"
-    table(what, time_layer(cfg.device))
+    size = "{n_embd} wide, {n_head} heads".format(**SHAPE)
+    heading = f"Forward and backward of one MLA layer, {size}, R = {RANK}, float32"
+    table(heading, time_layer(cfg.device))
     config = GPTConfig(vocab_size=padded_vocab(data), **SHAPE, use_mla=True)
     low_rank = dataclasses.replace(config, use_svd=True, svd_rank=RANK)
     variants = {
@@ -130,8 +126,8 @@ def time_layer(device: str) -> Rows:
     config = GPTConfig(**{**SHAPE, "block_size": longest}, use_mla=True)
     layers = {
         "without": ATTENTION["mla"](config),
-        "svd": SvdForwardAttention(config, compress=truncate),
-        "projector": SvdForwardAttention(config, compress=project),
+        "svd": BySvd(config),
+        "projector": SvdForwardAttention(config),
     }
     rows = []
     for B, T in INPUTS:

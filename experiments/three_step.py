@@ -86,9 +86,9 @@ class ThreeStepAttention(nn.Module):
         return self.write(x, self.norm_3(z))
 
 
-def three_step_gpt(config: GPTConfig, n_latents: int = LATENTS) -> GPT:
+def three_step_gpt(config: GPTConfig) -> GPT:
     """A GPT of this shape whose every attention is a three-step block."""
-    block = lambda config, layer: ThreeStepAttention(config.n_embd, config.n_head, n_latents)
+    block = lambda config, _: ThreeStepAttention(config.n_embd, config.n_head, LATENTS)
     return with_attention(config, block)
 
 
@@ -99,11 +99,11 @@ def count_scores(T: int, m: int) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(argv)
+    cfg, data = start(__name__, argv)
     torch.manual_seed(cfg.seed)
-    what = "Forward and backward of one layer, {n_embd} wide, {n_head} heads, batch 1, float32"
-    what = what.format(**SHAPE)
-    table(f"{what}; scores are those that one head needs", time_block(cfg.device))
+    size = "{n_embd} wide, {n_head} heads".format(**SHAPE)
+    heading = f"Forward and backward of one layer, {size}, batch 1, float32"
+    table(f"{heading}; scores are those that one head needs", time_block(cfg.device))
     config = GPTConfig(vocab_size=padded_vocab(data), **SHAPE)
     _, causal = train_block("causal self-attention", config, GPT, cfg, data)
     _, block = train_block(f"three steps, m = {LATENTS}", config, three_step_gpt, cfg, data)

@@ -50,11 +50,12 @@ class Experiment:
         self.device = resolve_device(self.device)
 
 
-def start(argv: list[str] | None) -> tuple[Experiment, Dataset]:
-    """The settings on the command line, and their dataset."""
+def start(script: str, argv: list[str] | None) -> tuple[Experiment, Dataset]:
+    """The settings on the command line, and their dataset. script: its name as a module."""
     if argv is None:
         argv = sys.argv[1:]
-    cfg, _ = configure(Experiment, argv)
+    kind = type("Settings", (Experiment,), {"__module__": script})  # --help prints its docstring
+    cfg, _ = configure(kind, argv)
     print(f"{machine(cfg.device)}, torch {torch.__version__}, seed {cfg.seed}")
     return cfg, Dataset(cfg.dataset, SHAPE["block_size"])
 

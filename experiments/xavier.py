@@ -27,7 +27,7 @@ def xavier_gpt(config: GPTConfig) -> GPT:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(argv)
+    cfg, data = start(__name__, argv)
     config = GPTConfig(vocab_size=padded_vocab(data), **MLA)
     compare({"MLA, 0.02": (config, GPT), "MLA, Xavier": (config, xavier_gpt)}, cfg, data)
 

@@ -129,7 +129,8 @@ def test_svd_in_forward_written_out():
     """Every sequence and head by itself, softmax over compressed values, float64, 1e-12."""
     config = tiny_config(**TINY_MLA)
     mla = randomise(ATTENTION["mla"](config)).double()
-    compressed = SvdForwardAttention(config, 0, RANK).double()
+    compressed = SvdForwardAttention(config).double()
+    compressed.rank = RANK
     compressed.load_state_dict(mla.state_dict())
     x = torch.randn(3, 11, 24, dtype=torch.float64)
     rotation = rotation_alone(config, x, None)
@@ -145,10 +146,12 @@ def test_svd_in_forward_written_out():
 
 # ---- Both see the future
 @pytest.mark.parametrize("build", [three_step_gpt, svd_forward_gpt])
-def test_blocks_that_see_the_future(build):
+def test_blocks_that_see_the_future(build, monkeypatch):
     """Another last token changes every earlier logit. They refuse a cache, and train in full."""
     config = tiny_config(use_mla=True, mla_latent_dim=7)
-    model = randomise(build(config, RANK))
+    monkeypatch.setattr(three_step, "LATENTS", 5)
+    monkeypatch.setattr(SvdForwardAttention, "rank", RANK)
+    model = randomise(build(config))
     assert change_of_earlier_logits(model).min() > 1e-6
     if build is svd_forward_gpt:  # with no more tokens than R nothing is lost
         assert change_of_earlier_logits(model, RANK).max() < 1e-5

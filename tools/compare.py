@@ -50,7 +50,7 @@ HINTS = train.HINTS | dict.fromkeys(("measure", "cache_budget", "change"), EXPER
 Settings = dict[str, Any]
 
 
-def known_variants(base: GPTConfig) -> dict[str, Settings]:
+def named_variants(base: GPTConfig) -> dict[str, Settings]:
     """The variants that have a name, with settings for this width; MLA's caches are 8x smaller."""
     nh = base.n_head
     hs = base.hs
@@ -86,7 +86,7 @@ class CompareConfig:
         str,
         'The variants to compare: names, or "NAME: key=value key=value", with commas, semicolons '
         "or lines between them.",
-    ] = ", ".join(known_variants(GPTConfig()))
+    ] = ", ".join(named_variants(GPTConfig()))
     lr_factors: Annotated[
         Positive | Several[Positive],
         "The factors of the recipe's learning rates. Each is tried with one seed.",
@@ -167,21 +167,21 @@ def read_variants(text: str, base: GPTConfig) -> dict[str, Settings]:
 
     "MHA; mla32: use_mla=True mla_latent_dim=32": a name that is known, and one with its settings.
     """
-    known = known_variants(base)
-    spellings = {plain(name): name for name in known}
+    named = named_variants(base)
+    spellings = {plain(name): name for name in named}
     variants: dict[str, Settings] = {}
     for part in re.split(r"[;\n]|,(?![^(]*\))", text):  # at no comma in brackets
         name, colon, pairs = (piece.strip() for piece in part.partition(":"))
         if not name:
             continue
         full_name = spellings.get(plain(name))
-        settings = known.get(full_name, {})
+        settings = named.get(full_name, {})
         if colon:
             settings = settings | read_pairs(name, pairs)
         elif full_name:
             name = full_name
         else:
-            names = ", ".join(known)
+            names = ", ".join(named)
             raise UsageError(f'--variants: unknown {name!r}; write "{name}: key=value", or {names}')
         if name in variants:
             raise UsageError(f"--variants: {name} is there twice")
@@ -245,7 +245,7 @@ class Jobs:
         except UsageError as error:
             raise UsageError(f"variant {variant}: {error}") from None
         idle = set(without_effect(cfg.model)) & set(settings)
-        if idle and settings not in known_variants(self.cfg.train.model).values():
+        if idle and settings not in named_variants(self.cfg.train.model).values():
             raise UsageError(f"variant {variant}: {min(idle)} has no effect in this model")
         return cfg
 
