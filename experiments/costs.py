@@ -1,19 +1,17 @@
 """
-Claims about what latent attention costs. What is counted, and decoding at 1,024 tokens of models of
-6 layers, 768 wide, in float32, beside MHA (docs/claims.md has all figures and the sources):
+What latent attention costs: claims, and what was found for models of 6 layers, 768 wide, in
+float32, beside MHA (on two cores of an AMD EPYC; docs/claims.md has all figures and the sources).
 
-    half a head of latent per head (L = 384): 20 to 50% fewer attention parameters, caches 2 to 4x
-    smaller                         12% fewer (18% with a rotary key of 32), 4.0x (3.7x) smaller
-    a latent of nh hs / 8 (L = 96): 44% fewer parameters
-                                    41%; with low-rank queries 53%
-    MLA decodes 1.5 to 2x faster    1.08x at batch 1 (L = 160 + 32), 1.32x (L = 96), as weights are
-                                    what is read; longer contexts and batches gain more
-    8x the throughput at equal memory (DeepSeek-V2's abstract: 5.76x)
-                                    8x the batch in 256 MB of cache (L = 160 + 32), 2.60x the
-                                    tokens/s, as arithmetic bounds the batch; 4.28x with L = 96
-    64 latent tokens do 16x less arithmetic
-                                    4x: a causal query meets half the keys, slots are read and
-                                    written; and 25% more attention parameters
+- Half a head of latent per head saves 20 to 50% of attention's parameters and makes the cache 2 to
+  4 times smaller. Found, with L = 384: 12% (18% with a rotary key of 32), 4.0 (3.7) times.
+- A latent of nh hs / 8 saves 44% of the parameters. Found, with L = 96: 41%, and 53% with low-rank
+  queries.
+- MLA decodes 1.5 to 2 times faster. Found, at 1,024 tokens and batch 1, where weights are what is
+  read: 1.08 times (L = 160 + 32), 1.32 times (L = 96).
+- MLA has 8 times the throughput at equal memory. Found, in 256 MB of cache: 8 times the batch, but
+  2.60 times the tokens/s (L = 160 + 32), as arithmetic bounds the batch; 4.28 times with L = 96.
+- 64 latent tokens do 16 times less arithmetic at 1,024 tokens. Found: 4 times, as a causal query
+  meets half the keys and slots are read and written; and 25% more attention parameters.
 
     python -m experiments.costs
 """
@@ -75,8 +73,11 @@ def count(configs: dict[str, GPTConfig]) -> None:
             first = (parameters, cached, products)
         row = {"variant": name, "attention parameters a layer": f"{parameters:,}"}
         row["fewer"] = f"{1 - parameters / first[0]:.0%}"
-        row["cached numbers"] = f"{cached:g}" if cached else "a state"
-        row["smaller"] = f"{first[1] / cached:.3g}x" if cached else ""
+        row["cached numbers"] = "a state"
+        row["smaller"] = ""
+        if cached:
+            row["cached numbers"] = f"{cached:g}"
+            row["smaller"] = f"{first[1] / cached:.3g}x"
         row[f"products per token at {CONTEXT:,} tokens"] = f"{products:,.0f}"
         row["less"] = f"{first[2] / products:.3g}x"
         rows.append(row)

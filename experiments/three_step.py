@@ -7,8 +7,8 @@ attention"; not the paper's).
 2. The m latents attend to each other.
 3. The T tokens attend to the m latents (cross-attention back; Perceiver IO, arXiv:2107.14795).
 
-Finding: the cost holds. At 8,192 tokens the block of 16 latents is 12.9 times faster than causal
-self-attention, with 64 latents 9.9 times; at 256 tokens it gains little or nothing.
+Finding: the cost holds. At 8,192 tokens, on two cores of a Xeon, the block of 16 latents is 12.9
+times faster than causal self-attention, with 64 latents 9.9 times; at 256 tokens it gains little.
 
 As a causal model it fails. Every latent has seen all tokens, so each token sees those after it: a
 GPT with 32 latents learns to copy its targets out of its input. Where the target is not in the

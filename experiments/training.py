@@ -30,6 +30,7 @@ SHAPE = {"block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 128, "bias": Fal
 MLA = {**SHAPE, "pos_emb": "rope", "use_mla": True, "mla_latent_dim": 16, "mla_rope_dim": 16}
 RATES = (0.5, 1.0, 2.0)  # factors of the recipe's learning rates
 CONTEXT = 4096  # at which decoding is timed
+EVALUATED = 16  # batches of 64 windows
 
 Build = Callable[[GPTConfig], GPT]
 
@@ -128,11 +129,11 @@ def train_block(
 def evaluate(model: GPT, cfg: Experiment, data: Dataset) -> tuple[float, float]:
     """Validation loss per token of 1,024 windows: of all positions, and of the last one alone."""
     losses = []
-    for i in range(16):
-        x, y = (t.to(cfg.device) for t in data.eval_batch("val", i, 16, 64))
+    for i in range(EVALUATED):
+        x, y = (t.to(cfg.device) for t in data.eval_batch("val", i, EVALUATED, 64))
         logits, _ = model(x, y)  # (B, T, V)
         losses.append(F.cross_entropy(logits.transpose(1, 2), y, reduction="none"))
-    losses = torch.cat(losses)  # (1024, T)
+    losses = torch.cat(losses)  # (windows, T)
     return losses.mean().item(), losses[:, -1].mean().item()
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments import costs, svd_forward, three_step, training
+from experiments import cached_loss, costs, svd_forward, three_step, training
 from experiments.norms_on_keys_and_values import normed_gpt
 from experiments.rotation_after_decompression import rotated_keys_gpt
 from experiments.svd_forward import SvdForwardAttention, project, svd_forward_gpt, truncate
@@ -197,7 +197,8 @@ def test_every_experiment_runs_and_finds_what_it_says(dataset, monkeypatch):
     """At the smallest sizes, where the finding is structural: what is counted, leaks, caches."""
     for module, name, value in (
         (three_step, "LENGTHS", (256,)), (svd_forward, "WINDOWS", 2), (training, "RATES", (1.0,)),
-        (training, "CONTEXT", 64), (costs, "CONTEXT", 32), (costs, "BUDGET", 2),
+        (training, "CONTEXT", 64), (training, "EVALUATED", 1), (cached_loss, "TOKENS", 256),
+        (costs, "CONTEXT", 32), (costs, "BUDGET", 2),
         (costs, "SHAPE", {**costs.SHAPE, "n_layer": 1, "block_size": 32}),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
