@@ -1,21 +1,19 @@
-# Claims about the norm on the latent, and about where rotary positions stand. The last variants are
-# not ones that the model offers: tools/experiments.py. See docs/claims.md.
+# Claims about the norm on the latent, one down-projection for all layers, rotary latents and latent
+# tokens. What the model does not offer has scripts in experiments/. See docs/claims.md.
+#
+#     python -m tools.compare config/claims_norm.py
 
 title = "Claims: norms, positions, initialisation"
 lr_factors = (0.5, 1.0, 2.0)
 seeds = 1
 equal_parameters = False
 decode_context = 4096
-measure = "cached_loss"
 
 variants = """
 MLA RMSNorm: use_mla=True mla_latent_dim=16 mla_rope_dim=16
 MLA LayerNorm: use_mla=True mla_latent_dim=16 mla_rope_dim=16 mla_norm=layernorm
 MLA no norm: use_mla=True mla_latent_dim=16 mla_rope_dim=16 mla_norm=none
-MLA norms on k and v: change=normed_kv use_mla=True mla_latent_dim=16 mla_rope_dim=16 mla_norm=none
-MLA Xavier: use_mla=True mla_latent_dim=16 mla_rope_dim=16 change=xavier
 MLA one down-projection: use_mla=True mla_latent_dim=16 mla_rope_dim=16 mla_share_latent=True
-MLA rotary after decompression: use_mla=True mla_latent_dim=32 mla_rope_dim=0 change=rotated_keys
 MLA rotary latent: use_mla=True mla_latent_dim=32 mla_rope=latent
 MHA
 16 latent tokens: use_latent_tokens=True n_latent_tokens=16 pos_emb=learned

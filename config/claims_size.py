@@ -2,6 +2,8 @@
 # widths are those of the claims by their share of the model's width, here 128: 128 to 2,048 of
 # 5,120 are 1/40 to 2/5, or 3 to 51, and 1/32 of nh * hs is 4. A rotary key of 16 numbers is cached
 # beside each. See docs/claims.md.
+#
+#     python -m tools.compare config/claims_size.py
 
 title = "Claims: size"
 lr_factors = (0.5, 1.0, 2.0)

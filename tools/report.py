@@ -10,70 +10,84 @@ from pathlib import Path
 from typing import Any
 
 from model import GPTConfig
-from tools.bench.timing import markdown
+from tools.bench.timing import Rows, markdown
 
 MARKERS = "osD^vPX*<>hp"
 COLORS = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#808080",
 )  # fmt: skip
-Rows = list[dict[str, Any]]
 
 
-def names(rows: Rows) -> list[str]:
-    """The variants, in the order of the rows."""
-    return list(dict.fromkeys(row["variant"] for row in rows))
+def best_runs(rows: Rows, equal: str = "tokens") -> dict[str, Rows]:
+    """The finished runs of every variant at its best rate, one for each seed."""
+    best: dict[str, Rows] = {}
+    for row in rows:
+        if row["best_rate"] and row["equal"] == equal and "val_loss" in row:
+            best.setdefault(row["variant"], []).append(row)
+    return best
 
 
-def repeated(rows: Rows, variant: str, equal: str = "tokens") -> Rows:
-    """The finished runs of a variant at its best rate, one for every seed."""
-    mine = [row for row in rows if row["variant"] == variant and row["equal"] == equal]
-    return [row for row in mine if row["best_rate"] and "val_loss" in row]
-
-
-def mean_and_spread(rows: Rows) -> tuple[float, float]:
+def mean_and_spread(runs: Rows) -> tuple[float, float]:
     """Mean and standard deviation of the final losses; 0 for the deviation of one."""
-    losses = [row["val_loss"] for row in rows]
-    return statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0
+    losses = [run["val_loss"] for run in runs]
+    if len(losses) == 1:
+        return losses[0], 0.0
+    return statistics.mean(losses), statistics.stdev(losses)
 
 
-def report_text(cfg: Any, rows: Rows, rates: dict[str, float], where: str, extra: list[str]) -> str:
-    """The report as Markdown. rates: decoded tokens/s of the variants; extra: further lines."""
-    lines = [f"# {cfg.title or 'Attention compared'}", ""]
+def loss_cells(runs: Rows, first: Rows | None) -> dict[str, str]:
+    """The loss of a variant, and its distance from the first one's, whose runs may have failed."""
+    mean, spread = mean_and_spread(runs)
+    cells = {"loss": f"{mean:.4f}", "change": ""}
+    if len(runs) > 1:
+        cells["loss"] += f" ± {spread:.4f}"
+    if first is not None:
+        cells["change"] = f"{mean - mean_and_spread(first)[0]:+.4f}"
+    return cells
+
+
+# ---- Text and tables
+def report_text(
+    title: str | None, rows: Rows, rates: dict[str, float], context: int, where: str
+) -> str:
+    """
+    The report as Markdown. rates: tokens/s of the variants, decoded at this context, or {} if that
+    was not timed. where: the machine, in words.
+    """
     done = [row for row in rows if "val_loss" in row]
-    if not done:
-        lines += [f"{where}."]
-    else:
-        lines += [recipe(done, where), "", *main_table(cfg, rows, rates)]
-        if any(row["equal"] == "parameters" for row in done):
-            lines += ["", "## Equal parameters", "", *equal_table(rows)]
-        if len({row["lr_factor"] for row in done}) > 1:
-            lines += ["", "## Learning rates", "", *rate_table(rows)]
-        lines += ["", "![loss over the cache's size](loss_cache.png)"]
-        lines += ["", "![loss over seconds of training](loss_seconds.png)"]
+    lines = [f"# {title or 'Attention compared'}", "", recipe(done, where), ""]
+    lines += main_table(rows, rates, context)
+    if any(row["equal"] == "parameters" for row in done):
+        lines += ["", "## Equal parameters", "", *equal_table(rows)]
+    if len({row["lr_factor"] for row in done}) > 1:
+        lines += ["", "## Learning rates", "", *rate_table(rows)]
+    lines += ["", "![loss over the cache's size](loss_cache.png)"]
+    lines += ["", "![loss over seconds of training](loss_seconds.png)"]
     failed = [row for row in rows if "error" in row]
     if failed:
         lines += ["", "## Failed", ""]
-        for row in failed:
-            at = f"equal {row['equal']}, rate x {row['lr_factor']:g}, seed {row['seed']}"
-            lines.append(f"- {row['variant']}, {at}: {row['error']}")
-    return "\n".join([*lines, *extra])
+    for row in failed:
+        run = f"equal {row['equal']}, rate x {row['lr_factor']:g}, seed {row['seed']}"
+        lines.append(f"- {row['variant']}, {run}: {row['error']}")
+    return "\n".join(lines)
 
 
 def recipe(done: Rows, where: str) -> str:
     """What the runs have in common, in words."""
-    model, tokens = done[0]["model"], {row["tokens"] for row in done}
+    model = done[0]["model"]
+    tokens = {row["tokens"] for row in done}
     shape = f"{model['n_layer']} layers, {model['n_embd']} wide, {model['block_size']} tokens"
-    text = f"{done[0]['dataset']}; {shape} of context; {_range(tokens)} tokens a run. {where}."
-    seeds = {len(repeated(done, name)) for name in names(done)}
+    text = f"{done[0]['dataset']}; {shape} of context; {range_text(tokens)} tokens a run. {where}."
+    seeds = {len(runs) for runs in best_runs(done).values()}
     if max(seeds) > 1:
-        text += f" Losses are means over {_range(seeds)} seeds at the variant's best rate, with"
+        text += f" Losses are means over {range_text(seeds)} seeds at the variant's best rate, with"
         text += " their standard deviation."
-    positions: dict[str, list[str]] = {}
+    positions: dict[str, dict[str, None]] = {}  # the variants that have each kind, in order
     for row in done:
-        positions.setdefault(row["model"]["pos_emb"], []).append(row["variant"])
+        positions.setdefault(row["model"]["pos_emb"], {})[row["variant"]] = None
     if len(positions) > 1:
-        those = [f"{kind}: {', '.join(dict.fromkeys(v))}" for kind, v in positions.items()]
-        text += f" Positions differ: {'; '.join(those)}."
+        kinds = [f"{kind}: {', '.join(variants)}" for kind, variants in positions.items()]
+        text += f" Positions differ: {'; '.join(kinds)}."
     if len({row["dataset"] for row in done}) > 1:
         text += " **The runs have different datasets: their losses cannot be compared.**"
     elif len(tokens) > 1:
@@ -81,94 +95,111 @@ def recipe(done: Rows, where: str) -> str:
     return text
 
 
-def _range(values: set[int]) -> str:
-    few = sorted({min(values), max(values)})
-    return " to ".join(f"{v:,}" for v in few)
+def range_text(values: set[int]) -> str:
+    """The least and the most of some numbers."""
+    if len(values) == 1:
+        return f"{min(values):,}"
+    return f"{min(values):,} to {max(values):,}"
 
 
-def main_table(cfg: Any, rows: Rows, rates: dict[str, float]) -> list[str]:
+def main_table(rows: Rows, rates: dict[str, float], context: int) -> list[str]:
     """Costs and losses of the variants, trained on equally many tokens."""
-    table, first = [], None
-    for name in names(rows):
-        mine = repeated(rows, name)
-        if not mine:
-            continue
-        run, (loss, spread) = mine[0], mean_and_spread(mine)
-        first = loss if name == names(rows)[0] else first
-        numbers = f"{run['cached_numbers']:g}" if run["cached_numbers"] else "a state"
-        row = {"variant": name, "cached numbers a layer": numbers}
-        row["cache bytes/token"] = f"{run['cache_bytes']:,.0f}"
-        row["parameters"] = f"{run['parameters']:,}"
-        row["of attention"] = f"{run['attention_parameters']:,}"
-        row["GFLOP/iteration"] = f"{run['training_flops'] / 1e9:.2f}"
-        ms = [r["ms"] for r in mine if r["ms"]]
-        row["ms/iteration"] = f"{statistics.median(ms):.1f}" if ms else ""
-        if len({r["lr_factor"] for r in rows}) > 1:
-            row["best rate"] = f"x {run['lr_factor']:g}"
-        row["loss"] = f"{loss:.4f}" + (f" ± {spread:.4f}" if len(mine) > 1 else "")
-        row["change"] = "" if first is None else f"{loss - first:+.4f}"
+    several_rates = len({row["lr_factor"] for row in rows}) > 1
+    best = best_runs(rows)
+    first = best.get(rows[0]["variant"])
+    table = []
+    for name, runs in best.items():
+        run = runs[0]
+        line = {"variant": name, "cached numbers a layer": "a state"}
+        if run["cached_numbers"]:
+            line["cached numbers a layer"] = f"{run['cached_numbers']:g}"
+        line["cache bytes/token"] = f"{run['cache_bytes']:,.0f}"
+        line["parameters"] = f"{run['parameters']:,}"
+        line["of attention"] = f"{run['attention_parameters']:,}"
+        line["GFLOP/iteration"] = f"{run['training_flops'] / 1e9:.2f}"
+        times = [run["ms"] for run in runs if run["ms"]]
+        line["ms/iteration"] = f"{statistics.median(times):.1f}" if times else ""
+        if several_rates:
+            line["best rate"] = f"x {run['lr_factor']:g}"
+        line |= loss_cells(runs, first)
         if rates:
-            row[f"decoded tokens/s at {cfg.decode_context:,}"] = f"{rates[name]:,.0f}"
-        table.append(row)
+            line[f"decoded tokens/s at {context:,}"] = f"{rates[name]:,.0f}"
+        table.append(line)
     return markdown(table)
 
 
 def equal_table(rows: Rows) -> list[str]:
     """The same with as many parameters as the first variant."""
-    table, first = [], None
-    for name in names(rows):
-        mine = repeated(rows, name, "parameters")
-        if not mine:
-            continue
-        run, (loss, spread) = mine[0], mean_and_spread(mine)
-        first = (run["parameters"], loss) if name == names(rows)[0] else first
-        aside, change = ("", "") if first is None else (
-            f"{run['parameters'] / first[0] - 1:+.2%}", f"{loss - first[1]:+.4f}"
-        )  # fmt: skip
-        row = {"variant": name, "MLP width": str(GPTConfig(**run["model"]).hidden)}
-        row["parameters"] = f"{run['parameters']:,}"
-        row["beside the first"] = aside
-        row["GFLOP/iteration"] = f"{run['training_flops'] / 1e9:.2f}"
-        row["loss"] = f"{loss:.4f}" + (f" ± {spread:.4f}" if len(mine) > 1 else "")
-        table.append(row | {"change": change})
+    best = best_runs(rows, "parameters")
+    first = best.get(rows[0]["variant"])
+    table = []
+    for name, runs in best.items():
+        run = runs[0]
+        line = {"variant": name, "MLP width": str(GPTConfig(**run["model"]).hidden)}
+        line["parameters"] = f"{run['parameters']:,}"
+        line["beside the first"] = ""
+        if first is not None:
+            line["beside the first"] = f"{run['parameters'] / first[0]['parameters'] - 1:+.2%}"
+        line["GFLOP/iteration"] = f"{run['training_flops'] / 1e9:.2f}"
+        table.append(line | loss_cells(runs, first))
     return markdown(table)
 
 
 def rate_table(rows: Rows) -> list[str]:
     """Losses at every learning rate, of the first seed."""
     factors = sorted({row["lr_factor"] for row in rows})
-    table, edges = [], []
-    for name in names(rows):
-        mine = [row for row in rows if row["variant"] == name and row["equal"] == "tokens"]
-        seed = mine[0]["seed"]
-        found = {r["lr_factor"]: r.get("val_loss") for r in mine if r["seed"] == seed}
-        row = {"variant": name}
-        for f in factors:
-            row[f"x {f:g}"] = f"{found[f]:.4f}" if found.get(f) else "failed"
-        table.append(row)
-        best = min((f for f in factors if found.get(f)), key=found.get, default=None)
+    losses: dict[str, dict[float, float]] = {row["variant"]: {} for row in rows}
+    for row in rows:
+        if row["equal"] == "tokens" and row["seed"] == rows[0]["seed"] and "val_loss" in row:
+            losses[row["variant"]][row["lr_factor"]] = row["val_loss"]
+    table = []
+    edges = []
+    for name, at_rate in losses.items():
+        line = {"variant": name}
+        for factor in factors:
+            line[f"x {factor:g}"] = "failed"
+            if factor in at_rate:
+                line[f"x {factor:g}"] = f"{at_rate[factor]:.4f}"
+        table.append(line)
+        best = min(at_rate, key=at_rate.get, default=None)
         if best in (factors[0], factors[-1]):
             edges.append(f"{name} (x {best:g})")
-    note = f"At the edge of the rates tried: {', '.join(edges)}." if edges else ""
-    return [*markdown(table), *(["", note] if note else [])]
+    lines = markdown(table)
+    if edges:
+        lines += ["", f"At the edge of the rates tried: {', '.join(edges)}."]
+    return lines
 
 
-# ---- pictures
+# ---- Pictures
 def draw(rows: Rows, folder: Path) -> None:
-    """loss_cache.png and loss_seconds.png; nothing without matplotlib or without runs."""
-    done = [row for row in rows if "val_loss" in row]
-    if not done:
-        return
+    """loss_cache.png and loss_seconds.png; nothing without matplotlib."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         print("warning: no pictures: they need matplotlib", file=sys.stderr)
         return
-    draw_cache(done, folder / "loss_cache.png")
-    draw_seconds(done, folder / "loss_seconds.png")
+    draw_cache(best_runs(rows), best_runs(rows, "parameters"), folder / "loss_cache.png")
+    draw_seconds(best_runs(rows), folder / "loss_seconds.png")
+
+
+def new_figure(xlabel: str) -> tuple[Any, Any]:
+    """A figure for losses, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    ylabel = "validation loss (nats per token)"
+    return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+
+
+def save(figure: Any, axes: Any, path: Path) -> None:
+    """Write a figure with its grid and its legend."""
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=100)
 
 
 def style(i: int) -> dict[str, Any]:
+    """The marker and the colour of a variant."""
     return {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)]}
 
 
@@ -181,63 +212,50 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def draw_cache(done: Rows, path: Path) -> None:
-    """The final loss over cache bytes per token, with the Pareto front of equal tokens."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="cache bytes per token at the trained context",
-        ylabel="validation loss (nats per token)",
-    )
+def draw_cache(tokens: dict[str, Rows], parameters: dict[str, Rows], path: Path) -> None:
+    """
+    The final loss over cache bytes per token, full marks for equal tokens, whose Pareto front is
+    drawn, and empty ones for equal parameters.
+    """
+    figure, axes = new_figure("cache bytes per token at the trained context")
     axes.set_xscale("log", base=2)
-    points, sizes = [], set()
-    for i, name in enumerate(names(done)):
-        for equal, fill in (("tokens", "full"), ("parameters", "none")):
-            mine = repeated(done, name, equal)
-            if not mine:
-                continue
-            loss, spread = mean_and_spread(mine)
-            x = mine[0]["cache_bytes"]
-            label = name if equal == "tokens" else None
-            look = style(i) | {"fillstyle": fill, "ms": 9 if fill == "none" else 7}
-            axes.errorbar(x, loss, spread, ls="", capsize=4, lw=1, label=label, **look)
-            sizes.add(round(x))
-            if equal == "tokens":
-                points.append((x, loss))
-    axes.plot(*zip(*pareto(points), strict=True), "--", color="gray", lw=1, label="Pareto front")
-    if any(row["equal"] == "parameters" for row in done):
+    mark = {"ls": "", "capsize": 4, "lw": 1}
+    sizes = set()
+    points = []
+    for i, (name, runs) in enumerate(tokens.items()):
+        size = runs[0]["cache_bytes"]
+        sizes.add(round(size))
+        loss, spread = mean_and_spread(runs)
+        points.append((size, loss))
+        axes.errorbar(size, loss, spread, label=name, ms=7, **mark, **style(i))
+        if name in parameters:
+            loss, spread = mean_and_spread(parameters[name])
+            axes.errorbar(size, loss, spread, fillstyle="none", ms=9, **mark, **style(i))
+    front_sizes, front_losses = zip(*pareto(points), strict=True)
+    axes.plot(front_sizes, front_losses, "--", color="gray", lw=1, label="Pareto front")
+    if parameters:
         axes.plot([], [], "o", color="gray", fillstyle="none", ms=9, label="equal parameters")
     axes.set_xticks(sorted(sizes), [f"{x:,}" for x in sorted(sizes)], rotation=30)
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=100)
+    save(figure, axes, path)
 
 
-def draw_seconds(done: Rows, path: Path) -> None:
+def draw_seconds(best: dict[str, Rows], path: Path) -> None:
     """The validation loss over seconds of training, of the median run in time of every variant."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="seconds of training, evaluations and start-up included",
-        ylabel="validation loss (nats per token)",
-    )
-    lowest, highest = [], []
-    for i, name in enumerate(names(done)):
-        curves = [r["curve"] for r in repeated(done, name) if r["curve"]]
+    figure, axes = new_figure("seconds of training, evaluations and start-up included")
+    lowest = []
+    highest = []
+    for i, (name, runs) in enumerate(best.items()):
+        curves = [run["curve"] for run in runs if run["curve"]]
         if not curves:
             continue
-        curve = sorted(curves, key=lambda points: points[-1][1])[len(curves) // 2]
+        curves.sort(key=lambda points: points[-1][1])
+        _, seconds, losses = zip(*curves[len(curves) // 2], strict=True)
         line = ("-", "--", "-.", ":")[i % 4]
-        seconds, losses = [p[1] for p in curve], [p[2] for p in curve]
         axes.plot(seconds, losses, line, lw=1.2, ms=6, label=name, **style(i))
         lowest.append(min(losses))
-        highest.append(losses[min(1, len(losses) - 1)])
+        highest.append(losses[min(1, len(losses) - 1)])  # that of the start is far above
     if lowest:
         room = max(max(highest) - min(lowest), 0.01)
         axes.set_ylim(min(lowest) - 0.05 * room, max(highest) + 0.1 * room)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=100)
+    save(figure, axes, path)

@@ -1,0 +1,257 @@
+"""
+The runs of a comparison: what each is asked for, the processes that train them side by side, and
+what is measured of a trained one.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from model import GPT
+from nanomla import checkpoint, costs, runlog
+from nanomla.dataset import Dataset
+from nanomla.distributed import print0, resolve_device, resolve_dtype
+from nanomla.errors import UserError
+from nanomla.files import read_json, write_text
+from nanomla.settings import configure
+from tools.bench.timing import Timed, alternate, fill
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    variant: str
+    equal: str  # "tokens" or "parameters": what it has in common with the first variant's
+    lr_factor: float
+    seed: int
+    flags: tuple[str, ...]  # train.py's, all but out_dir
+    eval_tokens: int
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What its process measured; None until it has ended."""
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return None
+        result = read_json(path)
+        if result.get("eval_tokens") != self.eval_tokens:  # of an earlier comparison
+            return None
+        return result
+
+    def __str__(self) -> str:
+        name = self.variant
+        if self.equal == "parameters":
+            name += ", equal parameters"
+        return f"{name}, rate x {self.lr_factor:g}, seed {self.seed}"
+
+
+# ---- The process of one run
+def run_job(folder: Path) -> None:
+    """Train and measure what job.json in this folder says, and write result.json."""
+    job = read_json(folder / "job.json")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    flags = [*job["flags"], f"--out_dir={folder}"]
+    if (folder / checkpoint.LATEST).exists():
+        flags.append("--init_from=resume")
+    train.main(flags)
+    result = measure(folder, job["eval_tokens"])
+    cfg, _ = configure(train.TrainConfig, job["flags"])
+    if result["iterations"] < cfg.max_iters:  # train.py goes on without one on a full disk
+        raise UserError(f"the last checkpoint, of iteration {cfg.max_iters}, could not be written")
+    write_text(folder / "result.json", json.dumps(result))
+
+
+def _end_with_parent() -> None:
+    """Stop this run, as a signal would, when the process that started it is gone."""
+    os.read(0, 1)  # returns at the end of stdin, which is a pipe from that process
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Pool:
+    """
+    Runs jobs side by side, each in a process, and prints a line as each of them ends.
+
+    size: how many at a time. None stands for the number of a CPU's cores, at most 4.
+    """
+
+    def __init__(self, size: int | None, device: str) -> None:
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+            cores = len(os.sched_getaffinity(0))
+        if size is None:
+            size = 1
+            if resolve_device(device) == "cpu":
+                size = min(cores, 4)
+        self.size = size
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        threads = str(max(cores // size, 1))
+        self.environ = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+        self.errors: dict[Path, str] = {}  # why runs have failed, by their folders
+        self.seconds: list[float] = []  # that every run took
+
+    def run(self, jobs: list[Job], later: int = 0) -> None:
+        """Run all that have no result yet. later: how many more there will be, for the estimate."""
+        jobs = list({job.folder: job for job in jobs}.values())  # some are the same run
+        waiting = [job for job in jobs if job.result is None]
+        if len(waiting) < len(jobs):
+            print0(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already")
+        running: dict[Job, tuple[subprocess.Popen, float]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.size:
+                    job = waiting.pop(0)
+                    running[job] = (self._start(job), time.perf_counter())
+                time.sleep(0.05)
+                for job, (process, began) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[job]
+                        self.seconds.append(time.perf_counter() - began)
+                        self._ended(job, process.returncode, len(waiting) + len(running) + later)
+        finally:
+            for process, _ in running.values():
+                process.terminate()  # train.py saves its checkpoint, which takes a moment
+            for process, _ in running.values():
+                process.wait()
+            if running:
+                print0("stopped; the same command goes on from here")
+
+    def _start(self, job: Job) -> subprocess.Popen:
+        make_folder(job.folder)
+        content = {"flags": job.flags, "eval_tokens": job.eval_tokens}
+        write_text(job.folder / "job.json", json.dumps(content))
+        with open(job.folder / "output.txt", "wb") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tools.compare", "--run", str(job.folder)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environ,
+                start_new_session=True,  # Ctrl-C reaches this process, which ends the others
+            )
+
+    def _ended(self, job: Job, status: int, left: int) -> None:
+        """Print how a run ended, and when the `left` others will have."""
+        if status == 0 and job.result is not None:
+            outcome = f"loss {job.result['val_loss']:.4f}"
+        else:
+            output = (job.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+            lines = output.strip().splitlines() or [f"exit status {status}"]
+            self.errors[job.folder] = re.sub("^[a-z_.]+: error: ", "", lines[-1])
+            outcome = f"failed: {self.errors[job.folder]}"
+        rest = "the last of these"
+        if left:
+            seconds = statistics.median(self.seconds) * left / self.size
+            rest = f"{left} left, about {runlog.clock(seconds)}"
+        print0(f"{job}: {outcome} ({self.seconds[-1]:.0f} s; {rest})")
+
+
+def make_folder(folder: Path) -> None:
+    """Create it, and those above it. Raises UserError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
+
+
+# ---- What a trained run shows
+def measure(folder: Path, eval_tokens: int) -> dict[str, Any]:
+    """
+    The final loss of a run over the validation split, its costs and its learning curve.
+
+    Raises UserError for a folder without a run, or whose dataset is not there.
+    """
+    stored = checkpoint.load(folder / checkpoint.LATEST)
+    model, _ = checkpoint.build(stored)
+    config = model.config
+    settings = stored.config
+    sequences = settings.get("batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
+    tokens = sequences * config.block_size  # of an iteration
+    attentions = [block.attn for block in model.transformer.h]
+    entries = runlog.read_log(folder / "log.jsonl")
+    times = [entry["ms"] for entry in entries if "ms" in entry]
+    cache = model.make_cache(1, config.block_size)
+    return {
+        "eval_tokens": eval_tokens,
+        "val_loss": final_loss(model, settings, eval_tokens),
+        "iterations": stored.iter_num,
+        "tokens": tokens * stored.iter_num,
+        "parameters": model.get_num_params(),
+        "attention_parameters": sum(p.numel() for attn in attentions for p in attn.parameters()),
+        "cached_numbers": costs.cached_numbers(model),
+        # of all layers; a constant state is shared out over a full context
+        "cache_bytes": cache.nbytes / config.block_size,
+        "training_flops": 3 * costs.flops_per_token(model, config.block_size) * tokens,
+        "ms": statistics.median(times) if times else None,
+        "curve": learning_curve(entries),
+        "dataset": settings["dataset"],
+        "model": dataclasses.asdict(config),
+    }
+
+
+@torch.no_grad()
+def final_loss(model: GPT, settings: dict[str, Any], eval_tokens: int) -> float:
+    """Mean loss over about so many validation tokens, in the dtype of the run's settings."""
+    config = model.config
+    device = resolve_device(settings.get("device", "auto"))
+    device_type = device.partition(":")[0]
+    dtype = resolve_dtype(settings.get("dtype", "auto"), device_type, config.n_embd)
+    model.to(device).eval()
+    data = Dataset(settings["dataset"], config.block_size)
+    losses = []
+    for x, y in data.spread("val", eval_tokens, max(1, min(64, 16384 // config.block_size))):
+        with torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32"):
+            losses.append(model(x.to(device), y.to(device))[1].item())
+    return sum(losses) / len(losses)
+
+
+def learning_curve(entries: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+    """Iteration, seconds until then and validation loss of every evaluation in a log."""
+    curve = []
+    before = 0.0  # seconds until the run was last resumed, when its clock started anew
+    last = 0.0
+    for entry in entries:
+        if "val_loss" not in entry or "seconds" not in entry:
+            continue
+        if entry["seconds"] < last:
+            before += last
+        last = entry["seconds"]
+        curve.append((entry["iter"], before + last, entry["val_loss"]))
+    return curve
+
+
+@torch.inference_mode()
+def decode_rates(models: dict[str, GPT], context: int, device: str) -> dict[str, float]:
+    """Tokens/s of greedy decoding at a context, batch 1, in turn, by name."""
+    entries = [decoding(name, model, 1, context, 8) for name, model in models.items()]
+    took = alternate(entries, 9, device)
+    return {name: 1 / entry.seconds for name, entry in took.items()}
+
+
+def decoding(name: str, model: GPT, batch_size: int, context: int, steps: int) -> Timed:
+    """Some steps of decoding that end at a context of so many tokens."""
+    cache = fill(model.make_cache(batch_size, context), context - steps)
+    token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
+
+    def run() -> None:
+        cache.rewind(context - steps)
+        for _ in range(steps):
+            model(token, cache=cache)[0][:, -1].argmax(-1)
+
+    return Timed(name, run, cache=cache, steps=steps)
