@@ -7,6 +7,7 @@ at the start, models are looked up by name, and a log is that of a model that wa
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h11
 import prometheus_client as prometheus
 import torch
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -122,7 +124,8 @@ class Guard:
         async def send_in_time(message: Message) -> None:
             """uvicorn waits here while too much of what was sent before has not been read."""
             timer = loop.call_later(PATIENCE, self.listener.hang_up, client)
-            await send(message)
+            with contextlib.suppress(h11.LocalProtocolError):  # uvicorn has refused the rest of it
+                await send(message)
             timer.cancel()
 
         async def send_in_parts(message: Message) -> None:
