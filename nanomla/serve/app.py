@@ -7,7 +7,6 @@ at the start, models are looked up by name, and a log is that of a model that wa
 """
 
 import asyncio
-import contextlib
 import hmac
 import ipaddress
 import json
@@ -49,8 +48,7 @@ from nanomla.serve.stepper import Call, Served, Stepper
 PAGE = Path(__file__).resolve().parent / "page"
 TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml", ".png": "image/png",
-    ".ico": "image/x-icon",
+    ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
 }  # fmt: skip
 HEADERS = {  # of every response
     "Content-Security-Policy": "default-src 'self'",
@@ -124,9 +122,12 @@ class Guard:
         async def send_in_time(message: Message) -> None:
             """uvicorn waits here while too much of what was sent before has not been read."""
             timer = loop.call_later(PATIENCE, self.listener.hang_up, client)
-            with contextlib.suppress(h11.LocalProtocolError):  # uvicorn has refused the rest of it
+            try:
                 await send(message)
-            timer.cancel()
+            except h11.LocalProtocolError:
+                pass  # uvicorn has refused the rest of the request itself
+            finally:
+                timer.cancel()
 
         async def send_in_parts(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -278,7 +279,7 @@ class EventStream(StreamingResponse):
 class Site:
     """The routes and what they need."""
 
-    def __init__(self, stepper: Stepper, max_tokens: int, page: Path = PAGE) -> None:
+    def __init__(self, stepper: Stepper, max_tokens: int) -> None:
         self.stepper = stepper
         self.served = stepper.served
         self.max_tokens = max_tokens
@@ -287,11 +288,10 @@ class Site:
         self.logs: dict[Path, tuple[Any, list]] = {}  # that were read: their state and entries
         self.drawing = asyncio.Lock()  # while attention is computed
         self.files = {}  # of the page: content and type, by path
-        for file in sorted(page.glob("*")):
+        for file in sorted(PAGE.glob("*")):
             if file.suffix in TYPES:
                 self.files[f"/{file.name}"] = (file.read_bytes(), TYPES[file.suffix])
-        if "/index.html" in self.files:
-            self.files["/"] = self.files["/index.html"]
+        self.files["/"] = self.files["/index.html"]
 
     def app(self, listener: Listener, host: str, token: str | None) -> Guard:
         """The application, with the checks of every request around it."""

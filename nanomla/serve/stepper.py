@@ -7,6 +7,7 @@ do.
 """
 
 import asyncio
+import concurrent.futures
 import queue
 import time
 from collections.abc import Callable
@@ -61,22 +62,15 @@ class Call:
         self.taken = 0.0  # when the last pieces were, in the loop's time
         self.began = time.perf_counter()
         self.first_token = 0.0  # seconds until then
-        # For the rate: tokens made since the first piece, and the batch's seconds before it.
-        self.tokens = 0
-        self.seconds_before = 0.0
-        self.made: dict[tuple[Request, int], int] = {}  # tokens at a sample's last piece
+        self.tokens = 0  # that have arrived
+        self.seconds_before = 0.0  # in steps of the batch, before the first of them
 
     def push(self, piece: Piece, before: float, after: float) -> None:
         """Take a piece of a step; before, after: the batch's seconds in steps around it."""
         if not self.first_token:
             self.first_token = time.perf_counter() - self.began
             self.seconds_before = before
-        sample = (piece.request, piece.index)
-        if sample in self.made:
-            self.tokens += piece.made - self.made[sample]
-        else:
-            self.tokens += min(piece.made, 1)  # those before were made in earlier steps
-        self.made[sample] = piece.made
+        self.tokens += len(piece.tokens)
         if piece.finish is not None:
             self.left -= 1
         if piece.error is not None:
@@ -165,25 +159,17 @@ class Stepper:
     async def run_between_steps(self, function: Callable[[], Any]) -> Any:
         """What a function returns or raises that runs in the thread."""
         self._check_running()
-        future = self.loop.create_future()
-
-        def settle(result: Any, error: Exception | None) -> None:
-            if future.done():  # the client is gone
-                return
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def order() -> None:
-            try:
-                outcome = (function(), None)
-            except Exception as error:  # noqa: BLE001  it is the client's
-                outcome = (None, error)
-            self.loop.call_soon_threadsafe(settle, *outcome)
+            if future.set_running_or_notify_cancel():  # else its client is gone
+                try:
+                    future.set_result(function())
+                except Exception as error:  # noqa: BLE001  it is the client's
+                    future.set_exception(error)
 
         self._orders.put(order)
-        return await future
+        return await asyncio.wrap_future(future)
 
     def fail_all(self, error: ApiError) -> None:
         """End all calls with an error."""
