@@ -93,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     """Open the models and serve them until a signal comes."""
     cfg, _ = configure(ServeConfig, sys.argv[1:] if argv is None else argv)
     try:
+        import uvicorn  # noqa: F401  what is missing shows before a model is opened
+
         from nanomla.serve.app import is_loopback
     except ModuleNotFoundError as error:
         remedy = "pip install -r requirements-serve.txt, or run make serve"
