@@ -18,11 +18,11 @@ import dataclasses
 import errno
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,56 +32,34 @@ import torch
 from pydantic import Field
 
 from model import GPT
-from nanomla import checkpoint, formats
+from nanomla import formats
 from nanomla.batch import Batch
 from nanomla.checkpoint import Checkpoint
-from nanomla.checks import Count, Natural, check
+from nanomla.checks import Count, Natural
 from nanomla.costs import cache_in_words, cached_numbers
-from nanomla.distributed import resolve_device
 from nanomla.errors import UsageError, UserError, explain, run_script, say
+from nanomla.inference import ModelSettings, open_model
+from nanomla.serve.listener import Listener
 from nanomla.serve.protocol import ApiError
 from nanomla.serve.stepper import Served, Stepper
 from nanomla.settings import configure
-from nanomla.signals import Stopped, raise_stopped
-from nanomla.tokenizer import Tokenizer
-from sample import CacheDtype, Dtype
+from nanomla.signals import Stopped, handled, raise_stopped
 
 GRACE = 10.0  # seconds that running requests get at the end
 FLUSH = 3  # seconds that clients get to read the rest
-PACKAGES = ("starlette", "uvicorn", "prometheus_client", "h11", "anyio")
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(ModelSettings):
     """Raises ValueError for a value that cannot work."""
 
-    headings: ClassVar[dict[str, str]] = {
-        "out_dir": "model", "host": "server", "device": "device",
-    }  # fmt: skip
+    headings: ClassVar[dict[str, str]] = {**ModelSettings.headings, "compare": "server"}
 
-    out_dir: Annotated[
-        str, "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt."
-    ] = "out"
     compare: Annotated[
         str | None,
         "A second model that is served beside the first: the folder of a run, or a folder of "
         "weights.",
     ] = None
-    ckpt: Annotated[str | None, "A checkpoint file that is read instead of out_dir."] = None
-    init_from: Annotated[
-        str | None,
-        "Weights that are read instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a "
-        "folder of safetensors, or a run.",
-    ] = None
-    dataset: Annotated[
-        str | None,
-        "The dataset that has the alphabet of a checkpoint of nanoGPT: a name below data/, a "
-        "folder or a file.",
-    ] = None
-    verify: Annotated[
-        bool, "The checkpoint is compared with its checksums. False opens a huge one sooner."
-    ] = True
-
     host: Annotated[
         str,
         "The address to listen on. 0.0.0.0 listens on all addresses of the machine and needs a "
@@ -105,73 +83,58 @@ class ServeConfig:
         Count, Field(le=10**9), "The largest number of tokens that one text may ask for."
     ] = 4096
 
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
-    dtype: Annotated[
-        Dtype, "The number format of the weights. auto takes bfloat16 on CUDA, else float32."
-    ] = "auto"
-    cache_dtype: Annotated[
-        CacheDtype, "The number format of the cache. auto takes that of the weights."
-    ] = "auto"
-
     def __post_init__(self) -> None:
-        check(self)
-        if self.ckpt and self.init_from:
-            raise ValueError("ckpt and init_from both say what to read; give one of them")
-        token = self.token
-        if token is not None and not (token and token.isascii() and token.isprintable()):
-            raise ValueError("token must be visible ASCII characters, at least one")
-        if token is not None and token != "".join(token.split()):
-            raise ValueError("token must have no spaces")
+        super().__post_init__()
+        if self.token is not None and not re.fullmatch("[!-~]+", self.token):
+            raise ValueError("token must be visible ASCII characters without spaces, at least one")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Open the models and serve them until a signal comes."""
     cfg, _ = configure(ServeConfig, sys.argv[1:] if argv is None else argv)
     try:
+        import uvicorn  # noqa: F401  what is missing shows before a model is opened
+
         from nanomla.serve.app import is_loopback
     except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package not in PACKAGES:
-            raise
         remedy = "pip install -r requirements-serve.txt, or run make serve"
-        raise UserError(f"the server needs the package {package}: {remedy}") from None
+        raise UserError(f"the server needs the package {error.name}: {remedy}") from None
     if cfg.token is None and not is_loopback(cfg.host):
         raise UsageError(
             f"--host={cfg.host}: others can reach this address; give a secret with --token=..."
         )
     # One thread does all of torch. OpenMP gives every thread that computes helpers of its own, and
     # lets them sleep if there are more than cores: then a step takes 1.5 times as long.
-    with contextlib.closing(listen(cfg)) as sock, ThreadPoolExecutor(1, "engine") as engine:
+    with listen(cfg) as listener, ThreadPoolExecutor(1, "engine") as engine:
         try:
             served = engine.submit(open_models, cfg).result()
         except (KeyboardInterrupt, Stopped) as stop:  # the thread may read for seconds more
             end_at_once(getattr(stop, "number", signal.SIGINT))
-        number = asyncio.run(serve(cfg, served, sock, engine))
+        number = asyncio.run(serve(cfg, served, listener, engine))
     raise_stopped(number)
 
 
-def listen(cfg: ServeConfig) -> socket.socket:
+def listen(cfg: ServeConfig) -> Listener:
     """A socket on the server's address, which takes no connections yet. Raises UserError."""
-    try:
-        found = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--host={cfg.host}: no address of this machine ({reason})") from None
-    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, protocol)  # asyncio turns Nagle's delay off for TCP by name
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    # asyncio turns Nagle's delay off where the protocol is named.
+    listener = Listener(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":  # on Windows it would let other programs take the port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((cfg.host, cfg.port))
     except OSError as error:
-        sock.close()
+        listener.close()
+        if isinstance(error, socket.gaierror):
+            reason = f"no address of this machine ({error.strerror})"
+            raise UsageError(f"--host={cfg.host}: {reason}") from None
         if error.errno == errno.EADDRINUSE:
             other = "give another, or 0 for any that is free"
             raise UserError(f"--port={cfg.port}: another program uses it; {other}") from None
         flag = "port" if error.errno == errno.EACCES else "host"
         reason = f"--{flag}={getattr(cfg, flag)}: cannot listen there"
         raise UserError(f"{reason} ({error.strerror})") from None
-    return sock
+    return listener
 
 
 # ---- models
@@ -179,56 +142,52 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 def open_models(cfg: ServeConfig) -> list[Served]:
     """The models to serve, each with its batch, under different names."""
-    if cfg.init_from:
-        stored = [formats.open_weights(cfg.init_from, True, cfg.verify)]
-    else:
-        file = cfg.ckpt or checkpoint.find(cfg.out_dir, prefer_best=True)
-        stored = [checkpoint.load(file, cfg.verify)]
+    served = [open_served(cfg, cfg.read(), cfg.init_from or cfg.ckpt or cfg.out_dir)]
     if cfg.compare:
-        stored.append(formats.open_weights(cfg.compare, True, cfg.verify))
-    sources = [cfg.init_from or cfg.ckpt or cfg.out_dir, cfg.compare]
-    served: list[Served] = []
-    for one, source in zip(stored, sources, strict=False):
-        path = Path(source)
-        folder = path.parent if path.is_file() else path
-        name = base = (folder.resolve() if folder.exists() else path).name or "model"
-        number = 1
-        while name in [other.name for other in served]:
-            number += 1
-            name = f"{base}-{number}"
-        served.append(open_model(cfg, one, name, folder))
-    if "OMP_NUM_THREADS" not in os.environ and max(m.about["width"] for m in served) < 256:
+        stored = formats.open_weights(cfg.compare, prefer_best=True, verify=cfg.verify)
+        second = open_served(cfg, stored, cfg.compare)
+        if second.name == served[0].name:
+            second.name += "-2"
+        served.append(second)
+    widest = max(one.model.config.n_embd for one in served)
+    if "OMP_NUM_THREADS" not in os.environ and widest < 256:
         torch.set_num_threads(1)  # tiny matrices gain nothing from more, which wait for others
     return served
 
 
-def open_model(cfg: ServeConfig, stored: Checkpoint, name: str, folder: Path) -> Served:
-    """One model on its device, with its batch."""
-    device = resolve_device(cfg.device)
-    model, note = checkpoint.build(stored, dropout=0.0)
-    if note:
-        say(note, sys.stderr)
-    tokenizer = Tokenizer(checkpoint.tokenizer_spec(stored, cfg.dataset), stored.source)
-    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    auto = "bfloat16" if bf16 else "float32"
-    dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
-    cache_dtype = None if cfg.cache_dtype == "auto" else getattr(torch, cfg.cache_dtype)
-    model.to(device, dtype).eval()
+def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
+    """One model with its batch, under the name of the folder that it comes from."""
+    opened = open_model(cfg, stored)
+    model = opened.model
     try:
-        batch = Batch(model, tokenizer, cfg.rows, cache_dtype)
+        batch = Batch(model, opened.tokenizer, cfg.rows, opened.cache_dtype)
     except ValueError as error:
         raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
+    folder = Path(source)
+    if folder.is_file():
+        folder = folder.parent
+    if folder.exists():
+        folder = folder.resolve()  # "." has no name
     log = folder / "log.jsonl"
+    val_loss = stored.best_val_loss
     about = {
-        **describe(model, batch), "device": device, "dtype": _short(dtype),
-        "parameters": model.get_num_params(non_embedding=False), "iteration": stored.iter_num,
-        "val_loss": stored.best_val_loss if stored.best_val_loss < float("inf") else None,
-        "has_log": log.is_file(), "max_tokens": cfg.max_tokens,
-    }  # fmt: skip
-    shape = dataclasses.asdict(model.config)  # where a run says None, what that stands for
-    settings = shape | {k: v for k, v in stored.config.items() if v is not None or k not in shape}
-    most = cfg.rows + cfg.queue
-    return Served(name, model, tokenizer, batch, about, settings, log, most)
+        **describe(model, batch),
+        "device": opened.device,
+        "dtype": dtype_name(opened.dtype),
+        "parameters": model.get_num_params(non_embedding=False),
+        "iteration": stored.iter_num,
+        "val_loss": val_loss if val_loss < float("inf") else None,
+        "has_log": log.is_file(),
+        "max_tokens": cfg.max_tokens,
+    }
+    settings = dataclasses.asdict(model.config)  # where a run says None, what that stands for
+    for name, value in stored.config.items():
+        if value is not None or name not in settings:
+            settings[name] = value
+    return Served(
+        name=folder.name or "model", model=model, tokenizer=opened.tokenizer, batch=batch,
+        about=about, settings=settings, log=log, most=cfg.rows + cfg.queue,
+    )  # fmt: skip
 
 
 def describe(model: GPT, batch: Batch) -> dict[str, Any]:
@@ -238,22 +197,27 @@ def describe(model: GPT, batch: Batch) -> dict[str, Any]:
     numbers = cached_numbers(model)
     heads = 2 * config.n_head
     scale = torch.float16.itemsize if cache.dtype == torch.int8 else 0  # of every token and head
-    mha = config.n_layer * heads * (config.hs * cache.dtype.itemsize + scale)
     return {
-        "attention": config.attention_name, "attention_name": model.transformer.h[0].attn.words,
-        "cache_in_words": cache_in_words(model), "layers": config.n_layer,
-        "heads": config.n_head, "width": config.n_embd, "context": config.block_size,
+        "attention": config.attention_name,
+        "attention_name": model.transformer.h[0].attn.words,
+        "cache_in_words": cache_in_words(model),
+        "layers": config.n_layer,
+        "heads": config.n_head,
+        "width": config.n_embd,
+        "context": config.block_size,
         "vocabulary": config.vocab_size,
         "numbers_per_token_and_layer": int(numbers) if numbers == int(numbers) else numbers,
-        "mha_numbers_per_token_and_layer": heads * config.hs, "cache_dtype": _short(cache.dtype),
+        "mha_numbers_per_token_and_layer": heads * config.hs,
+        "cache_dtype": dtype_name(cache.dtype),
         "bytes_per_token": cache.bytes_per_token,
         "state_bytes": 0 if cache.grows else cache.nbytes // cache.batch_size,
-        "mha_bytes_per_token": mha, "rows": batch.rows,
-    }  # fmt: skip
+        "mha_bytes_per_token": config.n_layer * heads * (config.hs * cache.dtype.itemsize + scale),
+        "rows": batch.rows,
+    }
 
 
-
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that a flag has for it: float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -261,7 +225,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 async def serve(
-    cfg: ServeConfig, served: list[Served], sock: socket.socket, engine: ThreadPoolExecutor
+    cfg: ServeConfig, served: list[Served], listener: Listener, engine: ThreadPoolExecutor
 ) -> int:
     """
     Serve until a signal comes, and let what is running come to its end; returns the signal's
@@ -269,63 +233,57 @@ async def serve(
     """
     import uvicorn
 
-    from nanomla.serve.app import Connection, Site
+    from nanomla.serve.app import Site
 
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # they are handled below
-
-    stepper = Stepper(served, asyncio.get_running_loop())
-    guard = Site(stepper, cfg.max_tokens).app(cfg.host, cfg.token)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(report)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that vanish are no news
-    server = Server(uvicorn.Config(
-        guard, http=Connection, ws="none", lifespan="off", log_config=None, log_level="critical",
+    stepper = Stepper(served, loop)
+    guard = Site(stepper, cfg.max_tokens).app(listener, cfg.host, cfg.token)
+    server = uvicorn.Server(uvicorn.Config(
+        guard, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
         access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
         timeout_graceful_shutdown=FLUSH,
     ))  # fmt: skip
-    signalled = catch_signals()
-    stepping = asyncio.get_running_loop().run_in_executor(engine, stepper.run)
-    running = asyncio.create_task(server.serve([sock]))
-    while not server.started and not running.done():
-        await asyncio.sleep(0.01)
-    if server.started:
-        announce(served, sock)
-    await asyncio.wait([running, signalled, stepper.failure], return_when="FIRST_COMPLETED")
-    if signalled.done() and not stepper.failure.done():
+    server.capture_signals = contextlib.nullcontext  # they are handled here
+    signals: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if signals and number == signal.SIGINT:
+            end_at_once(number)
+        signals.append(number)
+
+    with handled(note, "SIGINT", "SIGTERM"):
+        stepping = loop.run_in_executor(engine, stepper.run)
+        watching = asyncio.create_task(listener.watch())
+        running = asyncio.create_task(server.serve([listener]))
+        while not server.started and not running.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            announce(served, listener)
+        while not signals and not stepper.failure.done() and not running.done():
+            await asyncio.sleep(0.05)
         guard.draining = True
         until = time.monotonic() + GRACE
         while stepper.calls and time.monotonic() < until and not stepper.failure.done():
             await asyncio.sleep(0.05)
         stepper.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
-    server.should_exit = True
-    await running
-    stepper.end()
-    await asyncio.wait([stepping], timeout=GRACE)
-    if stepper.failure.done():
-        raise stepper.failure.result()
-    if not stepping.done():  # a step that takes this long; Python must not end below it
-        end_at_once(signalled.result())
-    return signalled.result()
+        server.should_exit = True
+        await running
+        watching.cancel()
+        stepper.end()
+        await asyncio.wait([stepping], timeout=GRACE)
+        if stepper.failure.done():
+            raise stepper.failure.result()
+        if not stepping.done():  # a step that takes this long; Python must not end below it
+            end_at_once(signals[0])
+    return signals[0]
 
 
-def catch_signals() -> asyncio.Future[int]:
-    """A future that gets the number of the first signal; a second Ctrl-C ends the process."""
-    loop = asyncio.get_running_loop()
-    first: asyncio.Future[int] = loop.create_future()
-    seen: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if seen and number == signal.SIGINT:
-            end_at_once(number)
-        if not seen:
-            seen.append(number)
-            loop.call_soon_threadsafe(first.set_result, number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
-    return first
+def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio calls for an error: one that a client has caused ends its connection only."""
+    if "transport" not in context:
+        loop.default_exception_handler(context)
 
 
 def end_at_once(number: int) -> None:
@@ -335,12 +293,12 @@ def end_at_once(number: int) -> None:
     os._exit(status)
 
 
-def announce(served: list[Served], sock: socket.socket) -> None:
+def announce(served: list[Served], listener: Listener) -> None:
     """Say what is served, and where."""
     for one in served:
         about = one.about
         say(f"{one.name}: {about['attention_name']}; {about['cache_in_words']}")
-    host, port, *_ = sock.getsockname()
+    host, port, *_ = listener.getsockname()
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 

@@ -10,25 +10,29 @@ the engine makes becomes JSON objects.
     reply.whole()                           # the response of a request that does not stream
 """
 
-import contextlib
 import difflib
 import secrets
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+import typing
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from nanomla.batch import Piece, Request, Sampling, Token
-from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, brief, check
+from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, brief, in_words
 from nanomla.errors import UserError
 from nanomla.files import one_line
 from nanomla.tokenizer import Tokenizer, end_of_text, start_of_text
 
 LEAST = -9999.0  # stands for log probabilities that JSON does not have: minus infinity, no number
-OBFUSCATION = "include_obfuscation"  # OpenAI's, which adds noise to chunks; has no effect
-MOST_STOPS, LONGEST_STOP = 4, 500  # stop texts, and characters of one
 KINDS = {  # what OpenAI calls a status
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 500: "server_error", 503: "overloaded_error",
@@ -42,7 +46,10 @@ class ApiError(Exception):
         self, status: int, message: str, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, one_line(message), param, code
+        self.status = status
+        self.message = one_line(message)
+        self.param = param
+        self.code = code
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -51,13 +58,67 @@ class ApiError(Exception):
         return {"error": error}
 
 
-@dataclass
-class Params:
-    """
-    The fields of a request: OpenAI's, then ours. A null in the JSON stands for the default.
+# ---- fields
 
-    Raises ValueError naming the field.
-    """
+
+class Fields(BaseModel):
+    """The fields of a JSON object. A null stands for the default, and 5.0 is a whole number."""
+
+    model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_json(cls, body: dict[str, Any]) -> dict[str, Any]:
+        fields = {}
+        for name, value in body.items():
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            if value is not None:
+                fields[name] = value
+        return fields
+
+
+AnyFields = TypeVar("AnyFields", bound=Fields)
+
+
+def read_fields(kind: type[AnyFields], body: dict[str, Any]) -> AnyFields:
+    """The checked fields of a JSON object. Raises ApiError for the first that is wrong."""
+    for name in body:
+        if name not in kind.model_fields:
+            close = difflib.get_close_matches(name[:60], kind.model_fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ApiError(400, f"there is no field {brief(name)}{hint}", name[:60])
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    name = first["loc"][0]
+    if first["type"] == "value_error":  # of a validator below
+        raise ApiError(400, str(first["ctx"]["error"]), name)
+    if first["type"] == "missing":
+        raise ApiError(400, f"{name} is missing", name)
+    works = kind.model_fields[name].description
+    if works is None:
+        works = in_words(typing.get_type_hints(kind, include_extras=True)[name])
+    message = f"{name}={brief(body[name])} does not work: {name} must be {works}"
+    raise ApiError(400, message, name)
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside its choices."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # OpenAI's, which adds noise to chunks; has no effect
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=500)]
+Stops = Annotated[list[Stop], Field(max_length=4)]
+
+
+class Params(Fields):
+    """The fields of a request for a completion: OpenAI's, then ours."""
 
     model: str | None = None
     prompt: Any = ""  # text, token ids, or a list of such; make_requests looks at it
@@ -66,10 +127,14 @@ class Params:
     top_p: UpToOne = 1.0
     n: Count = 1
     stream: bool = False
-    stream_options: Any = None
+    stream_options: StreamOptions = Field(
+        StreamOptions(), description='{"include_usage": true} or false'
+    )
     logprobs: Annotated[Natural, Field(le=20)] | None = None
     echo: bool = False
-    stop: Any = ()  # a text or several
+    stop: Stop | Stops = Field(
+        [], description="a text or at most 4 texts, each of 1 to 500 characters"
+    )
     seed: Seed | None = None
     user: str = ""  # has no effect
     best_of: int | None = None
@@ -84,56 +149,37 @@ class Params:
     truncate_prompt_tokens: Annotated[Count, Field(le=10**9)] | None = None
     return_token_ids: bool = False
 
-    def __post_init__(self) -> None:
-        check(self)
-        self.stop = stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        fits = isinstance(stops, (list, tuple)) and len(stops) <= MOST_STOPS
-        if not fits or not all(isinstance(s, str) and 0 < len(s) <= LONGEST_STOP for s in stops):
-            each = f"each of 1 to {LONGEST_STOP} characters"
-            raise ValueError(f"stop must be at most {MOST_STOPS} texts, {each}")
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of is not supported: leave it out, or make it equal to n")
-        for name in ("suffix", "presence_penalty", "frequency_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: leave it out")
-        options = {} if self.stream_options is None else self.stream_options
-        known = isinstance(options, dict) and options.keys() <= {"include_usage", OBFUSCATION}
-        if not known or not all(isinstance(value, bool) for value in options.values()):
-            raise ValueError('stream_options must be {"include_usage": true} or false')
-        if options and not self.stream:
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if options.model_fields_set and not info.data.get("stream"):
             raise ValueError("stream_options needs stream=true")
-        self.stream_options = options
+        return options
 
-    @property
-    def usage_chunk(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return self.stream_options.get("include_usage", False)
+    @field_validator("best_of")
+    @classmethod
+    def _equal_to_n(cls, best_of: int, info: ValidationInfo) -> int:
+        if best_of != info.data.get("n"):
+            raise ValueError("best_of is not supported: leave it out, or make it equal to n")
+        return best_of
+
+    @field_validator("suffix", "presence_penalty", "frequency_penalty", "logit_bias")
+    @classmethod
+    def _without_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        if value:
+            raise ValueError(f"{info.field_name} is not supported: leave it out")
+        return value
 
 
 def read_params(body: dict[str, Any], limit: int) -> Params:
     """The checked fields of a request. limit: its largest max_tokens. Raises ApiError."""
-    known = check_names(body, Params)
-    given = {name: value for name, value in body.items() if value is not None}
-    try:
-        params = Params(**{"max_tokens": min(Params.max_tokens, limit), **given})
-        if params.max_tokens > limit:
-            asked = brief(params.max_tokens)
-            raise ValueError(f"max_tokens={asked} is more than this server makes, {limit}")
-    except (TypeError, ValueError) as error:
-        named = [name for name in known if str(error).startswith(name)]
-        raise ApiError(400, str(error), max(named, key=len, default=None)) from None
+    params = read_fields(Params, body)
+    if "max_tokens" not in params.model_fields_set:
+        params.max_tokens = min(params.max_tokens, limit)
+    if params.max_tokens > limit:
+        message = f"max_tokens={brief(params.max_tokens)} is more than this server makes, {limit}"
+        raise ApiError(400, message, "max_tokens")
     return params
-
-
-def check_names(body: dict[str, Any], kind: type) -> list[str]:
-    """The fields of a dataclass. Raises ApiError for a name in a JSON object that is none."""
-    known = [f.name for f in fields(kind)]
-    for name in body:
-        if name not in known:
-            close = difflib.get_close_matches(name[:60], known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ApiError(400, f"there is no field {brief(name)}{hint}", name[:60])
-    return known
 
 
 # ---- prompts
@@ -148,19 +194,29 @@ def make_requests(
     most: samples of one call. Every prompt of a call gets the samples that it gets alone.
     Raises ApiError for prompts that are none, and for too many.
     """
-    several = params.prompt
-    if not isinstance(several, list) or _is_ids(several):
-        several = [several]
-    if len(several) * params.n > most:
-        count = f"{len(several)} prompts with n={brief(params.n)}"
-        field = "prompt" if len(several) > most else "n"
+    prompts = params.prompt
+    if not isinstance(prompts, list) or _is_ids(prompts):
+        prompts = [prompts]
+    if len(prompts) * params.n > most:
+        count = f"{len(prompts)} prompts with n={brief(params.n)}"
+        field = "prompt" if len(prompts) > most else "n"
         raise ApiError(400, f"{count} are more than {most} samples, the most of a request", field)
-    prompts = _read_prompts(several, tokenizer)
-    seed = secrets.randbits(62) if params.seed is None else params.seed
-    end = None if params.ignore_eos else end_of_text(tokenizer.spec)
+    texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+    encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
+    if not prompts or 0 < texts.count(None) < len(texts):
+        raise ApiError(400, "prompt must be one or more prompts of one kind", "prompt")
+    seed = params.seed
+    if seed is None:
+        seed = secrets.randbits(62)
+    end = None
+    if not params.ignore_eos:
+        end = end_of_text(tokenizer.spec)
+    stops = params.stop
+    if isinstance(stops, str):
+        stops = [stops]
     sampling = Sampling(
         max_new_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k,
-        top_p=params.top_p, stop=tuple(params.stop) or None, end=end,
+        top_p=params.top_p, stop=tuple(stops) or None, end=end,
     )  # fmt: skip
     requests = [
         Request(
@@ -168,29 +224,32 @@ def make_requests(
             prompt_logprobs=params.echo and params.logprobs is not None,
             cache_prompt=params.cache_prompt, window=params.truncate_prompt_tokens,
         )
-        for ids, _ in prompts
+        for ids in encoded
     ]  # fmt: skip
-    return requests, [text for _, text in prompts]
+    return requests, texts
 
 
-def _read_prompts(prompts: list, tokenizer: Tokenizer) -> list[tuple[list[int], str | None]]:
-    """The ids of every prompt, and its text if it was given as text."""
-    found = []
-    for one in prompts:
-        if isinstance(one, str):
-            found.append((encode(one, tokenizer) if one else _start(tokenizer), one))
-        elif isinstance(one, list) and one and _is_ids(one):
-            found.append((one, None))
-        else:
-            works = "text, token ids, or a list of several such prompts, none of them empty"
-            raise ApiError(400, f"prompt must be {works}, not {brief(one)}", "prompt")
-    if not found or len({text is None for _, text in found}) > 1:
-        raise ApiError(400, "prompt must be one or more prompts of one kind", "prompt")
-    return found
+def _is_ids(prompt: list) -> bool:
+    return bool(prompt) and all(type(token) is int for token in prompt)  # True is no token
 
 
-def _is_ids(value: list) -> bool:
-    return bool(value) and all(type(token) is int for token in value)
+def _prompt_ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
+    """The ids of one prompt. An empty text stands for the token that begins one, or a new line."""
+    if isinstance(prompt, list) and _is_ids(prompt):
+        return prompt
+    if not isinstance(prompt, str):
+        works = "text, token ids, or a list of several such prompts, none of them empty"
+        raise ApiError(400, f"prompt must be {works}, not {brief(prompt)}", "prompt")
+    if prompt:
+        return encode(prompt, tokenizer)
+    start = start_of_text(tokenizer.spec)
+    if start is not None:
+        return [start]
+    try:
+        return encode("\n", tokenizer)
+    except ApiError:
+        message = "prompt is empty, and this model has no token to begin with"
+        raise ApiError(400, message, "prompt") from None
 
 
 def encode(text: str, tokenizer: Tokenizer, field: str = "prompt") -> list[int]:
@@ -199,17 +258,6 @@ def encode(text: str, tokenizer: Tokenizer, field: str = "prompt") -> list[int]:
         return tokenizer.encode(text)
     except UserError as error:
         raise ApiError(400, str(error), field) from None
-
-
-def _start(tokenizer: Tokenizer) -> list[int]:
-    """What an empty prompt stands for: the token that begins a text, or a new line."""
-    start = start_of_text(tokenizer.spec)
-    if start is not None:
-        return [start]
-    with contextlib.suppress(ApiError):
-        if ids := encode("\n", tokenizer):
-            return ids
-    raise ApiError(400, "prompt is empty, and this model has no token to begin with", "prompt")
 
 
 # ---- replies
@@ -224,18 +272,23 @@ def shown(raw: bytes) -> str:
 
 
 def _number(logprob: float | None) -> float | None:
+    """A logarithm as JSON has it."""
     if logprob is None:
         return None
-    return round(logprob, 6) if logprob > LEAST else LEAST
+    if logprob > LEAST:
+        return round(logprob, 6)
+    return LEAST
 
 
 class Choice:
     """One sample as its pieces come."""
 
     def __init__(self, index: int) -> None:
-        self.index, self.began, self.made = index, False, 0
-        self.deltas: list[dict[str, Any]] = []
+        self.index = index
+        self.began = False
+        self.made = 0  # tokens
         self.place = 0  # in the choice's text, of the next token
+        self.deltas: list[dict[str, Any]] = []
 
     def offset(self, token: Token) -> int:
         """Where in the text a token begins that follows the one before."""
@@ -253,18 +306,24 @@ class Reply:
     """
 
     def __init__(
-        self, params: Params, requests: list[Request], texts: list[str | None], name: str,
+        self,
+        params: Params,
+        requests: list[Request],
+        texts: list[str | None],
+        name: str,
         tokenizer: Tokenizer,
-    ) -> None:  # fmt: skip
-        self.params, self.requests, self.texts = params, requests, texts
+    ) -> None:
+        self.params = params
+        self.requests = requests
+        self.texts = texts
         self.tokenizer = tokenizer
-        self.first = {request: i * params.n for i, request in enumerate(requests)}
         self.choices = [Choice(i) for i in range(len(requests) * params.n)]
-        self.names: dict[int, str] = {}  # of token ids
         self.head = {
-            "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion",
-            "created": int(time.time()), "model": name,
-        }  # fmt: skip
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": name,
+        }
 
     def add(self, piece: Piece, rate: float) -> dict[str, Any] | None:
         """
@@ -272,30 +331,36 @@ class Reply:
 
         rate: tokens/s of this call's model so far.
         """
-        params, choice = self.params, self.choices[self.first[piece.request] + piece.index]
+        number = self.requests.index(piece.request)
+        choice = self.choices[number * self.params.n + piece.index]
         choice.made = piece.made
         if not (piece.text or piece.tokens or piece.finish):
             return None
-        text, tokens = piece.text, piece.tokens
-        first, choice.began = not choice.began, True
-        if first and params.echo:
-            prompt, before = self._prompt(piece.request)
+        first = not choice.began
+        choice.began = True
+        text = piece.text
+        tokens = piece.tokens
+        if first and self.params.echo:
+            prompt, before = self._echo(number)
             choice.place -= before
-            text, tokens = prompt + text, (*piece.request.prompt_tokens, *tokens)
+            text = prompt + text
+            tokens = (*piece.request.prompt_tokens, *tokens)
         delta = {"text": text, "index": choice.index, "logprobs": None}
-        if params.logprobs is not None:
+        if self.params.logprobs is not None:
             delta["logprobs"] = self._logprobs(choice, tokens)
         delta["finish_reason"] = piece.finish
-        if params.return_token_ids:
+        if self.params.return_token_ids:
             delta["nanomla"] = self._details(piece, rate, first)
-        if not params.stream:
+        if not self.params.stream:
             choice.deltas.append(delta)
         return delta
 
     def chunk(self, delta: dict[str, Any]) -> dict[str, Any]:
         """What a stream sends for a choice's delta."""
-        usage = {"usage": None} if self.params.usage_chunk else {}
-        return {**self.head, "choices": [delta], **usage}
+        chunk = {**self.head, "choices": [delta]}
+        if self.params.stream_options.include_usage:
+            chunk["usage"] = None  # it comes last
+        return chunk
 
     def last_chunk(self) -> dict[str, Any]:
         """The chunk of the usage."""
@@ -312,67 +377,68 @@ class Reply:
         made = sum(choice.made for choice in self.choices)
         cached = sum(request.cached for request in self.requests)
         return {
-            "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
             "prompt_tokens_details": {"cached_tokens": cached},
-        }  # fmt: skip
+        }
 
-    def _prompt(self, request: Request) -> tuple[str, int]:
+    def _echo(self, number: int) -> tuple[str, int]:
         """
-        An echoed prompt's text, and how many characters its tokens spell before that: the token
-        that a tokenizer puts before every text is no part of what was given.
+        A prompt's text, and how many characters its tokens spell before that: the token that a
+        tokenizer puts before every text is no part of what was given.
         """
+        request = self.requests[number]
+        text = self.texts[number]
         used = used_prompt(request)
         spelled = self.tokenizer.decode(used)
-        given = self.texts[self.requests.index(request)]
-        if given is None or len(used) < len(request.prompt):
+        if text is None or len(used) < len(request.prompt):
             return spelled, 0
-        return given, max(len(spelled) - len(given), 0)
+        return text, max(len(spelled) - len(text), 0)
 
-    def _logprobs(self, choice: Choice, tokens: Iterable[Token]) -> dict[str, list]:
+    def _logprobs(self, choice: Choice, tokens: tuple[Token, ...]) -> dict[str, list]:
         """OpenAI's lists for some tokens of a choice."""
-        tokens = tuple(tokens)
-        likeliest = []
-        for token in tokens:
-            if token.logprob is None:
-                likeliest.append(None)  # nothing came before it
-                continue
-            top: dict[str, float | None] = {}
-            for name, value in [*self._top(token), (shown(token.raw), token.logprob)]:
-                top.setdefault(name, _number(value))  # the likelier of two with one spelling
-            likeliest.append(top)
         return {
             "tokens": [shown(token.raw) for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": likeliest,
+            "top_logprobs": [self._top_logprobs(token) for token in tokens],
             "text_offset": [choice.offset(token) for token in tokens],
         }
 
-    def _top(self, token: Token) -> list[tuple[str, float]]:
-        for i, _ in token.top:
-            if i not in self.names:
-                self.names[i] = shown(self.tokenizer.token_bytes(i))
-        return [(self.names[i], value) for i, value in token.top]
+    def _top_logprobs(self, token: Token) -> dict[str, float | None] | None:
+        """The likeliest tokens by their spelling, and the token itself."""
+        if token.logprob is None:
+            return None  # nothing came before it
+        top: dict[str, float | None] = {}
+        for id, logprob in token.top:
+            # Of two with one spelling, the likelier comes first.
+            top.setdefault(shown(self.tokenizer.token_bytes(id)), _number(logprob))
+        top.setdefault(shown(token.raw), _number(token.logprob))
+        return top
 
     def _details(self, piece: Piece, rate: float, first: bool) -> dict[str, Any]:
         """Our own part of a choice: token ids with their alternatives, and the cache."""
-        tokens = [
-            {
-                "id": token.id,
-                "text": token.text,
-                "logprob": _number(token.logprob),
-                "top": [[i, self._text(i), _number(value)] for i, value in token.top],
-            }
-            for token in piece.tokens
-        ]
-        details = {"tokens": tokens, "cache": {"tokens": piece.held, "bytes": piece.nbytes}}
+        details: dict[str, Any] = {
+            "tokens": [self._token(token) for token in piece.tokens],
+            "cache": {"tokens": piece.held, "bytes": piece.nbytes},
+        }
         if first:
             request = piece.request
-            counts = {"cached": request.cached, "computed": request.computed}
-            details["prompt"] = {"ids": used_prompt(request), **counts}
-        return {**details, "tokens_per_s": round(rate, 1)}
+            details["prompt"] = {
+                "ids": used_prompt(request),
+                "cached": request.cached,
+                "computed": request.computed,
+            }
+        details["tokens_per_s"] = round(rate, 1)
+        return details
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+    def _token(self, token: Token) -> dict[str, Any]:
+        top = []
+        for id, logprob in token.top:
+            text = self.tokenizer.token_bytes(id).decode("utf-8", "replace")
+            top.append([id, text, _number(logprob)])
+        logprob = _number(token.logprob)
+        return {"id": token.id, "text": token.text, "logprob": logprob, "top": top}
 
 
 def used_prompt(request: Request) -> list[int]:
@@ -385,8 +451,10 @@ def _merged(deltas: list[dict[str, Any]]) -> dict[str, Any]:
     whole = dict(deltas[-1])
     whole["text"] = "".join(delta["text"] for delta in deltas)
     if whole["logprobs"] is not None:
-        parts = [delta["logprobs"] for delta in deltas]
-        whole["logprobs"] = {key: [v for part in parts for v in part[key]] for key in parts[0]}
+        whole["logprobs"] = {key: [] for key in whole["logprobs"]}
+        for delta in deltas:
+            for key, values in delta["logprobs"].items():
+                whole["logprobs"][key] += values
     if "nanomla" in whole:
         tokens = [token for delta in deltas for token in delta["nanomla"]["tokens"]]
         whole["nanomla"] |= {"tokens": tokens, "prompt": deltas[0]["nanomla"]["prompt"]}
