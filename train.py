@@ -53,7 +53,7 @@ class TrainConfig:
 
     # Settings of tools.compare, so that the config file of a comparison is one of a run, too.
     ignored_in_files: ClassVar[tuple[str, ...]] = (
-        "title", "variants", "lr_factors", "seeds", "equal_parameters", "measure", "cache_budget",
+        "title", "variants", "lr_factors", "seeds", "equal_parameters",
         "decode_context", "eval_tokens",
     )  # fmt: skip
     headings: ClassVar[dict[str, str]] = {
