@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nanomla.errors import UserError
+from nanomla.text import StreamDecoder
 from nanomla.tokenizer import (
-    StreamDecoder,
     Tokenizer,
     check_spec,
     end_of_text,

@@ -39,12 +39,12 @@ from nanomla.checks import Count, Natural, check
 from nanomla.costs import cache_in_words, cached_numbers
 from nanomla.distributed import resolve_device
 from nanomla.errors import UsageError, UserError, explain, run_script, say
+from nanomla.inference import CacheDtype, Dtype
 from nanomla.serve.protocol import ApiError
 from nanomla.serve.stepper import Served, Stepper
 from nanomla.settings import configure
 from nanomla.signals import Stopped, raise_stopped
 from nanomla.tokenizer import Tokenizer
-from sample import CacheDtype, Dtype
 
 GRACE = 10.0  # seconds that running requests get at the end
 FLUSH = 3  # seconds that clients get to read the rest
