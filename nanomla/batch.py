@@ -376,14 +376,15 @@ class Batch:
         return max(same - slot.start, 0)
 
     def _read(self, slot: Slot, new: list[int]) -> None:
-        """Put the next tokens of a prompt into the slot's cache."""
+        """Put the next tokens of a slot's text into its cache."""
         if not new:
             return
         request = slot.request
+        scored = request.prompt_logprobs and slot.drawing is None  # else the prompt has been read
         following = slot.start + slot.cache.pos + 1
         idx = torch.tensor([new], device=self.device)
-        logits, _ = self.model(idx, cache=slot.cache, all_logits=request.prompt_logprobs)
-        if not request.prompt_logprobs:
+        logits, _ = self.model(idx, cache=slot.cache, all_logits=scored)
+        if not scored:
             return
         if not bool(logits.isfinite().all()):
             raise UserError(NOT_FINITE)
@@ -469,10 +470,8 @@ class Batch:
                 continue
             slot.start = len(slot.tokens) - newer_half(self.max_len)
             slot.cache.truncate(0)
-            newer = slot.unread()
             try:
-                if newer:
-                    self.model(torch.tensor([newer], device=self.device), cache=slot.cache)
+                self._read(slot, slot.unread())
             except ValueError as error:  # int8 cannot hold the numbers
                 errors[slot] = str(error)
         return errors

@@ -10,7 +10,7 @@ import torch
 
 from nanomla import generate, kernels
 from nanomla.errors import UserError
-from nanomla.generate import DecodingStep, Sampler, draw_each, next_logits, stream_tokens
+from nanomla.generate import DecodingStep, Sampler, next_logits, stream_tokens
 from tests.conftest import GROWING, KINDS, make
 from tools.bench.timing import peak_bytes
 
@@ -128,20 +128,6 @@ def test_sampling_filters():
         assert len(drawn(**off)) > len(nucleus)
     for greedy in ({"temperature": 0}, {"temperature": 1e-300}, {"top_p": 1e-300}):
         assert drawn(**greedy) == {int(order[0])}
-
-
-def test_sequences_drawn_together_and_alone():
-    """draw_each takes what each sequence's own Sampler takes, whatever the settings beside it."""
-    logits = torch.randn(40, 23) * 3
-    settings = [(1.0, None, None), (0.7, 5, None), (1.5, None, 0.8), (0.0, None, None), (2, 9, 0.5)]
-
-    def samplers():
-        return [Sampler(*settings[i % 5], torch.Generator().manual_seed(i)) for i in range(40)]
-
-    ones, all_of_them = samplers(), samplers()
-    for _ in range(3):
-        alone = torch.cat([one(logits[i : i + 1]) for i, one in enumerate(ones)])
-        assert torch.equal(draw_each(logits, all_of_them), alone)
 
 
 # ---- Prompts and caches
@@ -279,23 +265,6 @@ def test_a_graph_changes_no_number(kind, dtype):
         captured, plain = (step(idx[:, t : t + 1]) for step in steps)
         assert torch.equal(captured, plain)
     assert steps[0].graph is not None and steps[1].graph is None
-
-
-@torch.inference_mode()
-def test_without_a_graph_it_goes_on(capsys, monkeypatch):
-    """Where a step cannot be captured, one line says so, once."""
-
-    def fail():
-        raise RuntimeError("no graph here\nat all")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
-    model, idx = on_device("MLA"), torch.randint(23, (1, 12), device=DEVICE)
-    step = DecodingStep(model, model.make_cache(1, 14))
-    step.capture = True
-    got = [step(idx[:, t : t + 1]) for t in range(12)]
-    torch.testing.assert_close(got[-1], model(idx)[0], atol=1e-4, rtol=1e-4)
-    warning = "warning: decoding goes on without a CUDA graph: no graph here\n"
-    assert capsys.readouterr().err == warning
 
 
 @torch.inference_mode()
