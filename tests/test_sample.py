@@ -135,8 +135,8 @@ def test_prompts_one_per_line(draw, tmp_path):
 
 
 def test_a_conversation(trained, draw, monkeypatch):
-    """Every line goes behind what was said. Commands are answered on stderr and are no part of what
-    the model reads; // sends a slash. What cannot be spelled does not end it, an empty line does."""
+    """Every line goes behind what was said. Commands are answered on stderr and are no part of it;
+    // sends a slash. What cannot be spelled does not end the conversation, an empty line does."""
     lines = "to|/stats|TO|or|/reset|/stats|to|/save x|//or||never".replace("|", "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     done = draw("--interactive", "--max_new_tokens=3")
