@@ -218,12 +218,6 @@ def on_device(kind, **changes):
     return make(kind, **changes).to(DEVICE)
 
 
-def text(model, idx, n, **how) -> list[int]:
-    """Greedy tokens, one list for all rows."""
-    tokens = stream_tokens(model, idx, n, Sampler(0), **how)
-    return torch.cat(list(tokens), dim=1).tolist()
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [*((kind, "float32") for kind in KINDS), ("MLA", "bfloat16"), ("MLA, groups", "int8")],
@@ -281,51 +275,28 @@ def test_a_pass_that_was_interrupted_leaves_nothing():
         torch.testing.assert_close(step(idx[:, t : t + 1]), want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.fixture
-def on_triton(monkeypatch):
-    """Few tokens meet the GPU's kernel: on a CPU in Triton's interpreter. Its calls."""
-    pytest.importorskip("triton", reason="Triton has no wheel for this system")
-    from nanomla.kernels import triton
-
-    calls = []
-
-    def attend(*args, **how):
-        calls.append(args)
-        return triton_attend(*args, **how)
-
-    triton_attend = triton.attend
-    monkeypatch.setattr(triton, "attend", attend)
-    use_kernel(monkeypatch, triton)
-    return calls
-
-
-def use_kernel(monkeypatch, kernel):
-    """Let a module, or None, compute attention of few tokens as on a GPU."""
-    for module in (kernels, generate):
-        monkeypatch.setattr(module, "on_gpu", lambda device: kernel)
-
-
 FEW = [("MLA", None), ("MLA, groups", torch.int8), ("latent tokens", None)]
 MANY = [(kind, None) for kind in GROWING if GPU]  # slow in the interpreter
 
 
 @pytest.mark.parametrize(("kind", "cache_dtype"), [*FEW, *MANY])
-def test_the_text_of_the_kernel(kind, cache_dtype, on_triton, monkeypatch):
-    """The same text through the GPU's kernel and the step, in two rows, past the context's end."""
+def test_the_text_of_the_kernel(kind, cache_dtype, monkeypatch):
+    """The GPU's kernel and the step, on a CPU in Triton's interpreter, draw the text of the plain
+    model, in two sequences, past the context's end."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this system")
+    from nanomla.kernels import triton
+
     model = on_device(kind)
     idx = torch.randint(23, (2, 13), device=DEVICE)
-    got = text(model, idx, 5, cache_dtype=cache_dtype)
-    assert bool(on_triton) == (kind in GROWING)
-    calls = len(on_triton)
-    use_kernel(monkeypatch, None)
-    assert text(model, idx, 5, cache_dtype=cache_dtype) == got
-    assert len(on_triton) == calls
-
-
-def test_what_the_step_does_not_take(on_triton):
-    """float64, and a cache of one token, are decoded by the model alone."""
-    model = on_device("MLA").double()
-    assert not DecodingStep.is_faster(model, model.make_cache(1, 5))
-    model = on_device("MLA")
-    assert DecodingStep.is_faster(model, model.make_cache(1, 5, torch.int8))
-    assert not DecodingStep.is_faster(model, model.make_cache(1, 1))
+    texts = []
+    for kernel in (None, triton):
+        for module in (kernels, generate):
+            monkeypatch.setattr(module, "on_gpu", lambda device, kernel=kernel: kernel)
+        cache = model.make_cache(2, 16, cache_dtype)
+        assert DecodingStep.is_faster(model, cache) == (kernel is not None)
+        tokens = stream_tokens(model, idx, 5, Sampler(0), cache_dtype=cache_dtype)
+        texts.append(torch.cat(list(tokens), dim=1).tolist())
+    assert texts[0] == texts[1]
+    assert not DecodingStep.is_faster(model, model.make_cache(2, 1))  # nothing to read
+    if kind in GROWING:  # the kernel does not compute in float64
+        assert not DecodingStep.is_faster(model.double(), model.make_cache(2, 16))
