@@ -15,60 +15,40 @@ how many tokens and bytes they take, and Ctrl-C stops an answer.
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from model import GPT
-from nanomla import checkpoint, formats
-from nanomla.batch import Chat, Engine, Sampling
-from nanomla.cache import Cache
-from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, check
-from nanomla.distributed import resolve_device
+from nanomla.batch import Batch, Request, Sampling
+from nanomla.chat import Chat
+from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne
 from nanomla.errors import UsageError, UserError, run_script, say
-from nanomla.generate import PREFILL_CHUNK
+from nanomla.generate import PREFILL_CHUNK, stream_tokens
+from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
-from nanomla.tokenizer import Tokenizer
+from nanomla.signals import handled
+from nanomla.text import Sample, encode_prompt
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-CacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-
+ROWS = 64  # samples side by side
 COMMANDS = "/reset forgets the conversation, /stats measures it, //text is sent as /text"
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(ModelSettings):
     """Raises ValueError for a value that cannot work."""
 
-    headings: ClassVar[dict[str, str]] = {
-        "out_dir": "model", "start": "prompt", "max_new_tokens": "sampling", "device": "device",
+    headings: ClassVar[dict[str, str]] = ModelSettings.headings | {
+        "use_svd": "model", "start": "prompt", "max_new_tokens": "sampling", "use_cache": "device",
     }  # fmt: skip
 
-    out_dir: Annotated[
-        str, "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt."
-    ] = "out"
-    ckpt: Annotated[str | None, "A checkpoint file that is read instead of out_dir."] = None
-    init_from: Annotated[
-        str | None,
-        "Weights that are read instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a "
-        "folder of safetensors, or a run.",
-    ] = None
-    verify: Annotated[
-        bool, "The checkpoint is compared with its checksums. False opens a huge one sooner."
-    ] = True
-    dataset: Annotated[
-        str | None,
-        "The dataset that has the alphabet of a checkpoint of nanoGPT: a name below data/, a "
-        "folder or a file.",
-    ] = None
     use_svd: Annotated[
         bool, "The values of a checkpoint that was trained without SVD are factorised."
     ] = False
@@ -111,16 +91,9 @@ class SampleConfig:
     ] = None
     seed: Annotated[Seed, "The seed of the draws."] = 1337
 
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
-    dtype: Annotated[
-        Dtype, "The number format of the weights. auto takes bfloat16 on CUDA, else float32."
-    ] = "auto"
     use_cache: Annotated[
         bool, "Past tokens are kept in a cache. False computes the whole context at every step."
     ] = True
-    cache_dtype: Annotated[
-        CacheDtype, "The number format of the cache. auto takes that of the weights."
-    ] = "auto"
     prefill_chunk: Annotated[
         Count | None,
         "The number of tokens of a prompt that are read at a time; fewer need less memory. None "
@@ -131,9 +104,7 @@ class SampleConfig:
     ] = False
 
     def __post_init__(self) -> None:
-        check(self)
-        if self.ckpt and self.init_from:
-            raise ValueError("ckpt and init_from both say what to read; give one of them")
+        super().__post_init__()
         several = self.one_per_line or self.json or self.num_samples > 1
         if self.interactive and (several or not self.use_cache):
             raise ValueError(
@@ -146,43 +117,43 @@ class SampleConfig:
         if self.svd_rank is not None and not self.use_svd:
             raise ValueError("svd_rank without use_svd has no effect; add --use_svd=True")
 
+    def factors(self) -> dict[str, Any]:
+        """The settings of the model's values that differ from those of the checkpoint."""
+        if not self.use_svd:
+            return {}
+        return {"use_svd": True, "svd_rank": self.svd_rank, "svd_method": self.svd_method}
+
+    def sampling(self) -> Sampling:
+        """How samples are drawn, and where they end."""
+        stop = None
+        if self.stop:
+            stop = self.stop.replace("\\n", "\n")
+        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, stop)
+
 
 def main(argv: list[str] | None = None) -> None:
     if argv is None:
         argv = sys.argv[1:]
     cfg, _ = configure(SampleConfig, argv)
     prompt = read_prompt(cfg.start)
-    device = resolve_device(cfg.device)
-    model, tokenizer = open_model(cfg)
-    dtype = weights_dtype(cfg.dtype, device)
-    model.to(device, dtype).eval()
+    opened = open_model(cfg, cfg.read(), **cfg.factors())
     if cfg.compile:
-        compile_mlps(model)
-
-    cache_dtype = None  # that of the weights
-    if cfg.cache_dtype != "auto":
-        cache_dtype = getattr(torch, cfg.cache_dtype)
-    try:  # a cache of one token shows what a token takes, and refuses a dtype at once
-        cache = model.make_cache(1, 1, cache_dtype)
-    except ValueError as error:
-        raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
-
-    engine = Engine(model, tokenizer, make_sampling(cfg, cache_dtype), cfg.seed)
+        compile_mlps(opened.model)
     if cfg.interactive:
-        seconds = converse(engine)
+        made, seconds = converse(cfg, opened)
     elif cfg.one_per_line:
-        seconds = print_several(engine, cfg, prompt.splitlines())
+        made, seconds = print_several(cfg, opened, prompt.splitlines())
     elif cfg.json or cfg.num_samples > 1:
-        seconds = print_several(engine, cfg, [prompt])
+        made, seconds = print_several(cfg, opened, [prompt])
     else:
-        seconds = print_one(engine, prompt)
+        made, seconds = print_one(cfg, opened, prompt)
 
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = str(opened.dtype).removeprefix("torch.")
     cache_size = "no cache"
     if cfg.use_cache:
-        cache_size = describe_cache(model, cache)
-    rate = tokens_per_second(engine, seconds)
-    print(f"{rate} on {device} in {dtype_name}; {cache_size}", file=sys.stderr)
+        cache_size = describe_cache(opened)
+    rate = tokens_per_second(made, seconds)
+    print(f"{rate} on {opened.device} in {dtype_name}; {cache_size}", file=sys.stderr)
 
 
 def read_prompt(start: str) -> str:
@@ -199,31 +170,6 @@ def read_prompt(start: str) -> str:
     return start
 
 
-def open_model(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
-    """The model, on the CPU, and the tokenizer of a checkpoint."""
-    if cfg.init_from:
-        ckpt = formats.open_weights(cfg.init_from, True, cfg.verify)
-    else:
-        file = cfg.ckpt or checkpoint.find(cfg.out_dir, prefer_best=True)
-        ckpt = checkpoint.load(file, cfg.verify)
-    svd = {}
-    if cfg.use_svd:
-        svd = {"use_svd": True, "svd_rank": cfg.svd_rank, "svd_method": cfg.svd_method}
-    model, note = checkpoint.build(ckpt, dropout=0.0, **svd)
-    if note:
-        print(note, file=sys.stderr)
-    return model, Tokenizer(checkpoint.tokenizer_spec(ckpt, cfg.dataset), ckpt.source)
-
-
-def weights_dtype(name: Dtype, device: str) -> torch.dtype:
-    """The dtype of that name; auto is bfloat16 on a CUDA device that has it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
-
-
 def compile_mlps(model: GPT) -> None:
     """Compile the MLPs alone, as attention's shapes change with every token in the cache."""
     print("compiling (the first tokens take longer)", file=sys.stderr)
@@ -231,35 +177,19 @@ def compile_mlps(model: GPT) -> None:
         block.mlp.compile()
 
 
-def make_sampling(cfg: SampleConfig, cache_dtype: torch.dtype | None) -> Sampling:
-    """The settings as an Engine takes them. cache_dtype None: that of the weights."""
-    stop = None
-    if cfg.stop:
-        stop = cfg.stop.replace("\\n", "\n")
-    return Sampling(
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        top_p=cfg.top_p,
-        stop=stop,
-        use_cache=cfg.use_cache,
-        cache_dtype=cache_dtype,
-        prefill_chunk=cfg.prefill_chunk,
-    )
+def tokens_per_second(made: int, seconds: float) -> str:
+    """The rate of so many tokens that were made in so many seconds."""
+    return f"{made / max(seconds, 1e-9):,.0f} tokens/s"
 
 
-def tokens_per_second(engine: Engine, seconds: float) -> str:
-    """The rate of all the tokens that were made in so many seconds."""
-    return f"{engine.tokens_made / max(seconds, 1e-9):,.0f} tokens/s"
-
-
-def describe_cache(model: GPT, cache: Cache) -> str:
+def describe_cache(opened: Opened) -> str:
     """The bytes of a cache of one sequence and one token, compared with MHA's if they differ."""
-    context = model.config.block_size
+    cache = opened.model.make_cache(1, 1, opened.cache_dtype)
+    context = opened.model.config.block_size
     size = f"cache: {cache.bytes_per_token:,} bytes per token"
     if cache.bytes_per_token == 0:
         size = f"cache: {cache.nbytes:,} bytes at any length"
-    ratio = model.get_memory_savings(context)
+    ratio = opened.model.get_memory_savings(context)
     if f"{ratio:.3g}" == "1":
         return size
     comparison = f"{ratio:.3g}x smaller than MHA's"
@@ -270,6 +200,7 @@ def describe_cache(model: GPT, cache: Cache) -> str:
     return f"{size}, {comparison}"
 
 
+# ---- One sample, as it is made
 def print_stream(pieces: Iterator[str], interrupts: Sequence[int] = ()) -> float:
     """Print text as it is made, until there is an interrupt; returns the seconds taken."""
     began = time.perf_counter()
@@ -282,44 +213,114 @@ def print_stream(pieces: Iterator[str], interrupts: Sequence[int] = ()) -> float
     return time.perf_counter() - began
 
 
-def print_one(engine: Engine, prompt: str) -> float:
-    """Print a prompt and its continuation; returns the seconds of the continuation."""
-    engine.encode(prompt)  # a prompt that cannot be continued is not printed
+def print_one(cfg: SampleConfig, opened: Opened, prompt: str) -> tuple[int, float]:
+    """Print a prompt and its continuation; returns the tokens made and the seconds they took."""
+    tokens = encode_prompt(prompt, opened.tokenizer, opened.model.config)
+    sampling = cfg.sampling()
+    sample = Sample(opened.tokenizer, sampling.stop)
     sys.stdout.write(prompt)
-    return print_stream(engine.stream(prompt))
+    drawn = stream_tokens(
+        opened.model,
+        torch.tensor([tokens], device=opened.device),
+        cfg.max_new_tokens,
+        sampling.sampler(cfg.seed, opened.device),
+        cfg.use_cache,
+        opened.cache_dtype,
+        prefill_chunk=cfg.prefill_chunk,
+    )
+    seconds = print_stream(sample.extend(drawn))
+    return len(sample.tokens), seconds
 
 
-def print_several(engine: Engine, cfg: SampleConfig, prompts: list[str]) -> float:
-    """Print samples of several prompts, in their order; returns the seconds that they took."""
+# ---- Several samples
+def print_several(cfg: SampleConfig, opened: Opened, prompts: list[str]) -> tuple[int, float]:
+    """Print samples of several prompts, in their order; returns as print_one does."""
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UsageError("--start: there is no prompt in it")
+    encoded = [encode_prompt(prompt, opened.tokenizer, opened.model.config) for prompt in prompts]
     began = time.perf_counter()
-    results = engine.complete(prompts, cfg.num_samples)
+    if cfg.use_cache:
+        samples = draw_in_batch(cfg, opened, encoded)
+    else:
+        samples = draw_without_cache(cfg, opened, encoded)
     seconds = time.perf_counter() - began
     utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-    for prompt, samples in zip(prompts, results, strict=True):
-        for sample in samples:
-            if cfg.json:
-                record = {
-                    "prompt": prompt,
-                    "text": sample.text,
-                    "tokens": len(sample.tokens),
-                    "seconds": round(sample.seconds, 4),
-                }
-                print(json.dumps(record, ensure_ascii=not utf8))
-            else:
-                print(prompt + sample.text + "\n---------------")
-    return seconds
+    for i, sample in enumerate(samples):
+        prompt = prompts[i // cfg.num_samples]
+        if cfg.json:
+            record = {
+                "prompt": prompt,
+                "text": sample.text,
+                "tokens": len(sample.tokens),
+                "seconds": round(sample.seconds, 4),
+            }
+            print(json.dumps(record, ensure_ascii=not utf8))
+        else:
+            print(prompt + sample.text + "\n---------------")
+    return sum(len(sample.tokens) for sample in samples), seconds
 
 
-def converse(engine: Engine) -> float:
+def draw_in_batch(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -> list[Sample]:
+    """num_samples continuations of every prompt, prompt after prompt, up to ROWS side by side."""
+    rows = min(len(prompts) * cfg.num_samples, ROWS)
+    block_size = opened.model.config.block_size
+    longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
+    chunk = cfg.prefill_chunk or block_size
+    max_len = min(longest, block_size)
+    batch = Batch(opened.model, opened.tokenizer, rows, opened.cache_dtype, chunk, max_len)
+    counts = [min(rows, cfg.num_samples - i) for i in range(0, cfg.num_samples, rows)]
+    shape = (len(prompts), len(counts))
+    generator = torch.Generator(opened.device).manual_seed(cfg.seed)
+    seeds = torch.randint(2**62, shape, device=opened.device, generator=generator).tolist()
+    requests = []
+    for prompt, seeds_of_prompt in zip(prompts, seeds, strict=True):
+        for count, seed in zip(counts, seeds_of_prompt, strict=True):
+            requests.append(Request(prompt, cfg.sampling(), count, seed))
+    for request in requests:
+        batch.submit(request)
+    began = time.perf_counter()
+    while batch.busy:
+        for piece in batch.step():
+            if piece.error:
+                raise UserError(piece.error)
+            if piece.finish:
+                sample = piece.request.samples[piece.index]
+                sample.seconds = time.perf_counter() - began
+    return [sample for request in requests for sample in request.samples]
+
+
+def draw_without_cache(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -> list[Sample]:
+    """The same, with the samples of one prompt side by side."""
+    sampling = cfg.sampling()
+    sampler = sampling.sampler(cfg.seed, opened.device)
+    samples = []
+    for prompt in prompts:
+        began = time.perf_counter()
+        idx = torch.tensor([prompt] * cfg.num_samples, device=opened.device)
+        some = [Sample(opened.tokenizer, sampling.stop) for _ in idx]
+        for tokens in stream_tokens(opened.model, idx, cfg.max_new_tokens, sampler, False):
+            for sample, token in zip(some, tokens[:, 0].tolist(), strict=True):
+                if not sample.done:
+                    sample.push(token)
+            if all(sample.done for sample in some):
+                break
+        for sample in some:
+            sample.finish()
+            sample.seconds = time.perf_counter() - began
+        samples += some
+    return samples
+
+
+# ---- A conversation
+def converse(cfg: SampleConfig, opened: Opened) -> tuple[int, float]:
     """
-    Answer lines from stdin until an empty one or its end; returns the seconds that took.
+    Answer lines from stdin until an empty one or its end; returns as print_one does.
 
     On a terminal, Ctrl-C stops an answer or empties a line; two in a row end the conversation.
     """
-    chat = engine.chat()
+    how = (cfg.sampling(), cfg.seed, opened.cache_dtype, cfg.prefill_chunk)
+    chat = Chat(opened.model, opened.tokenizer, *how)
     seconds = 0.0
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
@@ -332,11 +333,11 @@ def converse(engine: Engine) -> float:
         if line.startswith("//"):
             seconds += print_answer(chat, line[1:], terminal)
         elif line.startswith("/"):
-            rate = tokens_per_second(engine, seconds)
+            rate = tokens_per_second(chat.tokens_made, seconds)
             say(run_command(line.strip(), chat, rate), sys.stderr)
         else:
             seconds += print_answer(chat, line, terminal)
-    return seconds
+    return chat.tokens_made, seconds
 
 
 def print_answer(chat: Chat, text: str, terminal: bool) -> float:
@@ -399,11 +400,8 @@ def interrupts_counted() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         interrupts.append(number)
 
-    before = signal.signal(signal.SIGINT, count)
-    try:
+    with handled(count, "SIGINT"):
         yield interrupts
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

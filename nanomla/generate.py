@@ -132,7 +132,12 @@ def stream_tokens(
         require(whole, "prefill_chunk", prefill_chunk, "a whole number from 1, or None for all")
     block_size = model.config.block_size
     ends = torch.tensor(stop_ids(stop), device=idx.device)
-    context = check_prompt(idx, cache, block_size)
+    if idx.dim() != 2 or idx.size(1) == 0:
+        wrong = f"idx of shape {tuple(idx.shape)} does not work"
+        raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
+    for prompt in idx.tolist():
+        check_prompt(prompt, model.config.vocab_size)
+    context = begin_context(idx, cache, block_size)
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -172,16 +177,26 @@ def stop_ids(stop: int | Iterable[int] | None) -> list[int]:
         raise ValueError(f"{wrong}: stop must be None, a token id or several") from None
 
 
+def check_prompt(prompt: Sequence[int], vocab_size: int, longest: int | None = None) -> None:
+    """Raise UserError for an empty prompt, ids that the model lacks, or more than `longest` ids."""
+    if not prompt:
+        raise UserError("the prompt is empty; give at least one token")
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < vocab_size:
+            ids = f"the model knows {vocab_size} token ids"
+            raise UserError(f"the prompt has the token id {token}, {ids}")
+    if longest is not None and len(prompt) > longest:
+        context = f"the model's context {longest}"
+        raise UserError(f"the prompt has {len(prompt)} tokens, {context}; shorten it")
+
+
 @torch.inference_mode()
-def check_prompt(idx: Tensor, cache: Cache | None, block_size: int) -> Tensor:
+def begin_context(idx: Tensor, cache: Cache | None, block_size: int) -> Tensor:
     """
     What a model can look at of a prompt idx (B, T), its last tokens. A cache, which holds the first
     cache.pos tokens of idx, is made ready to go on with them: it forgets the last one, which is
-    computed again, or all of them if idx does not fit it. ValueError for what cannot be continued.
+    computed again, or all of them if idx does not fit it. ValueError for a cache of another text.
     """
-    if idx.dim() != 2 or idx.size(1) == 0:
-        wrong = f"idx of shape {tuple(idx.shape)} does not work"
-        raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
     if cache is None:
         return idx[:, -block_size:]
     if cache.pos > idx.size(1):

@@ -11,7 +11,7 @@ from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.checks import check
 from nanomla.distributed import resolve_device
-from nanomla.errors import say
+from nanomla.errors import UsageError, say
 from nanomla.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -79,7 +79,7 @@ def open_model(settings: ModelSettings, stored: Checkpoint, **changes: object) -
     The model of a checkpoint on the device and in the number format that settings name.
 
     changes: settings of GPTConfig that differ from the stored ones, as nanomla.checkpoint.build
-    takes them. Raises UserError for a checkpoint or a device that does not work.
+    takes them. Raises UserError for a checkpoint, a device or a format that does not work.
     """
     device = resolve_device(settings.device)
     model, note = checkpoint.build(stored, dropout=0.0, **changes)
@@ -91,6 +91,10 @@ def open_model(settings: ModelSettings, stored: Checkpoint, **changes: object) -
     if settings.cache_dtype != "auto":
         cache_dtype = getattr(torch, settings.cache_dtype)
     model.to(device, dtype).eval()
+    try:
+        model.make_cache(1, 1, cache_dtype)  # refuses a dtype that its attention does not have
+    except ValueError as error:
+        raise UsageError(f"--cache_dtype={settings.cache_dtype}: {error}") from None
     return Opened(model, tokenizer, stored, device, dtype, cache_dtype)
 
 

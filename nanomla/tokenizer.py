@@ -1,6 +1,5 @@
 """Tokenizers, each built from the plain spec that meta.json and checkpoints carry."""
 
-import codecs
 import json
 import re
 from collections.abc import Iterable
@@ -277,19 +276,3 @@ def _open_hf(text: str, count: int, source: str) -> tuple[Any, list[dict[str, An
             problem = f"has the decoder {step['type']}, which is not supported"
             raise UserError(f"{where} {problem}, only {', '.join(DECODERS)}")
     return opened, steps
-
-
-class StreamDecoder:
-    """Decodes token by token. The bytes of an unfinished character wait for the rest of it."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """The characters that this token completes."""
-        return self.decoder.decode(self.tokenizer.token_bytes(token))
-
-    def finish(self) -> str:
-        """U+FFFD for the bytes of a character that was never completed."""
-        return self.decoder.decode(b"", final=True)

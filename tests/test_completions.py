@@ -8,7 +8,8 @@ import pytest
 
 from nanomla.batch import Piece, Token
 from nanomla.serve.protocol import ApiError, Reply, make_requests, read_params
-from nanomla.tokenizer import StreamDecoder, Tokenizer
+from nanomla.text import StreamDecoder
+from nanomla.tokenizer import Tokenizer
 
 BYTES = Tokenizer({"kind": "byte"})
 CHARS = Tokenizer({"kind": "char", "chars": "abc"})

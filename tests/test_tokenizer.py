@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nanomla.errors import UserError
+from nanomla.text import StreamDecoder
 from nanomla.tokenizer import (
-    StreamDecoder,
     Tokenizer,
     check_spec,
     end_of_text,

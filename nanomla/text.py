@@ -1,0 +1,116 @@
+"""
+Text on its way in and out of a model: prompts as tokens, characters in pieces, stop strings.
+
+    sample = Sample(tokenizer, stop="\\n\\n")
+    for text in sample.extend(tokens):  # up to the stop string
+        print(text, end="")
+"""
+
+import codecs
+from collections.abc import Iterable, Iterator
+
+from model import GPTConfig
+from nanomla.generate import check_prompt
+from nanomla.tokenizer import Tokenizer
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer, config: GPTConfig) -> list[int]:
+    """A prompt's tokens. Raises UserError if it cannot be spelled or the model cannot take it."""
+    tokens = tokenizer.encode(text)
+    check_prompt(tokens, config.vocab_size, config.block_size)
+    return tokens
+
+
+class StreamDecoder:
+    """Decodes token by token. The bytes of an unfinished character wait for the rest of it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The characters that this token completes."""
+        return self.decoder.decode(self.tokenizer.token_bytes(token))
+
+    def finish(self) -> str:
+        """U+FFFD for the bytes of a character that was never completed."""
+        return self.decoder.decode(b"", final=True)
+
+
+class StopText:
+    """Passes text on up to the first of the stop strings, and keeps back what may become one."""
+
+    def __init__(self, stop: str | tuple[str, ...] | None) -> None:
+        self.stops: tuple[str, ...] = ()
+        if isinstance(stop, str):
+            self.stops = (stop,)
+        elif stop:
+            self.stops = stop
+        self.pending = ""
+        self.done = False
+
+    def push(self, text: str, last: bool = False) -> str:
+        """The text that can be shown now; `done` is True once a stop string has come."""
+        if self.done:
+            return ""
+        self.pending += text
+        ends = [self.pending.index(stop) for stop in self.stops if stop in self.pending]
+        if ends:
+            self.done = True
+            return self.pending[: min(ends)]
+        undecided = 0
+        if not last:
+            for stop in self.stops:
+                undecided = max(undecided, begun(self.pending, stop))
+        end = len(self.pending) - undecided
+        shown = self.pending[:end]
+        self.pending = self.pending[end:]
+        return shown
+
+
+def begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the beginning of a stop string."""
+    for count in range(len(stop) - 1, 0, -1):
+        if text.endswith(stop[:count]):
+            return count
+    return 0
+
+
+class Sample:
+    """One continuation as it grows: its tokens, and its text up to the stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: str | tuple[str, ...] | None = None) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.decoded = 0  # characters that the tokens have completed, shown or not
+        self.seconds = 0.0  # until its end, for who measures it
+        self._decoder = StreamDecoder(tokenizer)
+        self._until = StopText(stop)
+
+    @property
+    def done(self) -> bool:
+        """Whether the stop string has come."""
+        return self._until.done
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that can be shown now."""
+        self.tokens.append(token)
+        return self._show(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """Returns the text that was kept back in case more came."""
+        return self._show(self._decoder.finish(), last=True)
+
+    def _show(self, decoded: str, last: bool = False) -> str:
+        self.decoded += len(decoded)
+        shown = self._until.push(decoded, last)
+        self.text += shown
+        return shown
+
+    def extend(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Add tokens up to the stop string; yields the text that each lets show."""
+        for token in tokens:
+            yield self.push(int(token))
+            if self.done:
+                break
+        yield self.finish()

@@ -1,0 +1,63 @@
+"""A conversation, beside generate on all that was said. Run: pytest tests/test_chat.py"""
+
+import pytest
+import torch
+
+from nanomla.batch import Sampling
+from nanomla.chat import Chat
+from nanomla.errors import UserError
+from nanomla.tokenizer import Tokenizer
+from tests.conftest import KINDS, TINY_MLA, make
+
+TOKENIZER = Tokenizer({"kind": "char", "chars": "abcdefghijklmnopqrstuv\n"})
+
+
+def chat(settings=TINY_MLA, new=3, **options):
+    torch.manual_seed(0)
+    return Chat(make(settings), TOKENIZER, Sampling(new, temperature=0), **options)
+
+
+def generated(model, context, new=3):
+    """The greedy continuation of a context, without a cache."""
+    out = model.generate(torch.tensor([context]), new, temperature=0, use_cache=False)
+    return out[0, len(context) :].tolist()
+
+
+@pytest.mark.parametrize("settings", [TINY_MLA, KINDS["latent tokens"]])
+def test_every_answer_follows_all_that_was_said(settings):
+    """Also past the context, of which the newer half stays, and after a line that is refused."""
+    talk = chat(settings)
+    context = []
+    for line in ("ab", "c", "Z", "d" * 16, "ef", "g", "hi"):
+        if line in ("Z", "d" * 16):
+            with pytest.raises(UserError):
+                list(talk.reply(line))
+            continue
+        context += TOKENIZER.encode(line + "\n")
+        if len(context) > 16:
+            context = context[-8:]
+        new = generated(talk.model, context)
+        context += new
+        assert "".join(talk.reply(line)) == TOKENIZER.decode(new)
+    assert talk.tokens_made == 15
+    talk.reset()
+    assert "".join(talk.reply("ab")) == TOKENIZER.decode(
+        generated(talk.model, TOKENIZER.encode("ab\n"))
+    )
+
+
+@pytest.mark.parametrize("listened", [1, 4, 99])
+def test_an_answer_that_is_cut_short(listened):
+    """The context is what the cache holds and the last token, also when the caller stops."""
+    talk = chat(new=6)
+    answer = talk.reply("ab")
+    pieces = []
+    for piece in answer:
+        pieces.append(piece)
+        if len(pieces) == listened:
+            break
+    answer.close()
+    assert len(talk.context) == talk.cache.pos + 1
+    context = [*talk.context, *TOKENIZER.encode("c\n")]
+    text = "".join(talk.reply("c"))
+    assert text == TOKENIZER.decode(generated(talk.model, context, 6))
