@@ -21,6 +21,7 @@ import torch
 
 from model import GPT
 from nanomla import checkpoint, formats
+from nanomla.conversion import read_conversion
 from nanomla.dataset import read_meta
 from nanomla.errors import UserError
 from tests.conftest import tiny_config
@@ -323,7 +324,7 @@ RECORDS = [
 def test_records_of_conversions(tmp_path, content):
     """What tools.convert leaves beside its checkpoints."""
     place(tmp_path / "conversion.json", content)
-    assert one_line(lambda: checkpoint.read_conversion(tmp_path), "conversion.json")
+    assert one_line(lambda: read_conversion(tmp_path), "conversion.json")
 
 
 METAS = [

@@ -20,6 +20,7 @@ from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.checks import check
+from nanomla.conversion import read_conversion
 from nanomla.costs import cached_numbers
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.settings import configure, declared, flat
@@ -165,7 +166,7 @@ def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, argv: list[s
 def conversion_row(stored: Checkpoint) -> dict[str, str]:
     """The model card's row on the conversion that made these weights; none if nothing did."""
     path = Path(stored.source)
-    record = checkpoint.read_conversion(path.parent) if path.is_file() else None
+    record = read_conversion(path.parent) if path.is_file() else None
     if record is None:
         return {}
     text = f"{record.source}, with {record.attention}, by method {record.plan['method']}"
