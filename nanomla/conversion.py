@@ -231,18 +231,13 @@ class Conversion:
 
     def __post_init__(self) -> None:
         check(self)
-        needed = {"loss": ("source", "converted"), "asked": ("heal_iters",)}
-        needed["plan"] = ("method", "spread", "rope_dim", "balance")
-        for name, keys in needed.items():
-            _require_keys(name, getattr(self, name), keys)
-        for layer in self.layers:
-            _require_keys("layers", layer, LayerReport._fields)
-
-
-def _require_keys(name: str, values: dict[str, Any], keys: tuple[str, ...]) -> None:
-    for key in keys:
-        if key not in values:
-            raise ValueError(f"{name} has no {key}")
+        parts = [(self.loss, "source converted"), (self.asked, "heal_iters")]
+        parts += [(self.plan, "method spread rope_dim balance")]
+        parts += [(layer, "latent kept predicted") for layer in self.layers]
+        for part, keys in parts:
+            for key in keys.split():
+                if key not in part:
+                    raise ValueError(f"it has no {key}")
 
 
 def read_conversion(folder: str | Path) -> Conversion | None:

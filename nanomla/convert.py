@@ -168,7 +168,7 @@ def to_mla(
         moments = torch.eye(config.n_embd + 1, dtype=torch.float64).expand_as(moments)
     metrics = calibration.gradients
     if plan.method != "loss":
-        metrics = [_metric(*pair, plan, config) for pair in zip(layers, moments, strict=True)]
+        metrics = [_metric(maps, moments[i], plan, config) for i, maps in enumerate(layers)]
     frequencies, keys = _split_keys(layers, moments, metrics, plan.rope_dim, config)
     targets = []
     factors = []
@@ -351,8 +351,9 @@ def _metric(maps: Maps, moments: Tensor, plan: Plan, config: GPTConfig) -> Tenso
     """
     What stands for a layer's Calibration.gradients, in its order, under the other methods.
 
-    With rotary positions it is taken that queries attend to all earlier positions alike. Content
-    keys c then meet rotary ones k by the mean rotation R: F of [k; c] is [[K, K R]; [R^T K, K]].
+    With rotary positions it is taken that queries attend to all earlier positions alike. With K for
+    an error in rotary keys k, and the mean rotation R, that of [k; content c] then is
+    [[K, R^T K]; [K R, K]].
     """
     n = config.nkv * config.hs
     keys = torch.eye(n, dtype=torch.float64)
@@ -446,10 +447,11 @@ def _principal_components(
     """
     The principal components of a layer's key heads (nkv, hs, C + 1) within each frequency.
 
-    With the metric [[K, M^T]; [M, N]] of rotary and content keys, lost keys k are best stood for by
-    content N^(-1) M k, which leaves k the metric E = K - M^T N^(-1) M. With the key heads' moments
-    H = k x1 x1^T k^H and H^(1/2) E H^(1/2) = U diag(worth) U^H, a component is
-    U^H H^(-1/2) k and comes back by H^(1/2) U.
+    moments: x1 x1^T, (C + 1, C + 1). metric: [[K, M^T]; [M, N]] of rotary and content keys, (2 n or
+    more, ...). Keys k that are lost are best stood for by content N^(-1) M k, which leaves of their
+    metric E = K - M^T N^(-1) M. Let W (nkv, C + 1) be a frequency's key heads as complex numbers,
+    H = W x1 x1^T W^H and H^(1/2) E H^(1/2) = U diag(worth) U^H. Then down = U^H H^(-1/2) W and
+    up = H^(1/2) U.
     """
     n = config.nkv * config.hs
     rotary = metric[:n, :n]

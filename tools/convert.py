@@ -310,7 +310,7 @@ def report_text(record: Conversion) -> str:
         how.append(f"{plan['rope_dim']} rotary numbers in all layers")
     if plan["balance"] != 1.0:
         how.append(f"values weighted by {plan['balance']:g}")
-    measured = record.loss["converted"] - record.loss["source"]
+    measured = change(record, "converted")
     predicted = sum(layer["predicted"] for layer in record.layers)
     layers = []
     for i, layer in enumerate(record.layers):
