@@ -31,8 +31,8 @@ from nanomla.files import one_line, read_json, write_text
 RECORD = checkpoint.CONVERSION[0]
 CHOICE_TOKENS = 2**14  # of training text, on which plans are compared
 CHOICE_FIRST = 10**6  # the iteration whose windows these are; calibration begins at 0
-bar = functools.partial(tqdm, unit="batch", leave=False, disable=None)  # on a terminal's stderr
 LATER = ("heal_iters", "heal_lr", "distill")  # may be asked for when the conversion is done
+bar = functools.partial(tqdm, unit="batch", leave=False, disable=None)  # on a terminal's stderr
 
 
 # ---- The source
@@ -191,7 +191,7 @@ def choose(
     """
     best = Converted(plan, *to_mla(model, calibration, plan))
     tried = {plan}
-    if not choices:
+    if not any(choices.values()):
         return best
     least = loss_of(best.model)
     for name, values in choices.items():
@@ -231,13 +231,17 @@ class Conversion:
 
     def __post_init__(self) -> None:
         check(self)
-        parts = [(self.loss, "source converted"), (self.asked, "heal_iters")]
-        parts += [(self.plan, "method spread rope_dim balance")]
-        parts += [(layer, "latent kept predicted") for layer in self.layers]
-        for part, keys in parts:
-            for key in keys.split():
-                if key not in part:
-                    raise ValueError(f"it has no {key}")
+        _require_keys(self.plan, "method", "spread", "rope_dim", "balance")
+        _require_keys(self.loss, "source", "converted")
+        _require_keys(self.asked, "heal_iters")
+        for layer in self.layers:
+            _require_keys(layer, "latent", "kept", "predicted")
+
+
+def _require_keys(part: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if key not in part:
+            raise ValueError(f"it has no {key}")
 
 
 def read_conversion(folder: str | Path) -> Conversion | None:
