@@ -72,7 +72,7 @@ def times(folder):
 
 def test_a_conversion_is_a_run_like_any_other(tmp_path, source, dataset):
     """
-    It is opened by sample.py, train.py, the export and GPT.from_pretrained; the report says what
+    It is opened by sample.py, the export and GPT.from_pretrained; the report says what
     became of each layer; the model card says where it comes from.
     """
     folder = tmp_path / "new" / "latent"
@@ -94,23 +94,16 @@ def test_a_conversion_is_a_run_like_any_other(tmp_path, source, dataset):
     assert run("tools.export", f"--out_dir={folder}", f"--to={tmp_path}/e").returncode == 0
     card = (tmp_path / "e" / "README.md").read_text()
     assert f"converted from | {source}/best.pt" in card and "by method loss" in card
-    args = [*QUICK, f"--dataset={dataset}", "--block_size=16", "--max_iters=2"]
-    done = run("train.py", *args, f"--init_from={folder}", f"--out_dir={tmp_path}/t")
-    assert done.returncode == 0, done.stderr
-    done = run("tools.bench", "--report", f"--init_from={folder}")
-    assert re.search(r"bytes per token, float32 +\| 128 +\| 512 ", done.stdout), done.stderr
 
 
 def test_methods_beside_each_other(tmp_path, source, dataset):
-    """Without weights most is lost, with the loss's own least; at full rank nothing."""
+    """Without weights most is lost, with the loss's own least."""
     methods = ("plain", "input", "output", "loss")
     for method in methods:
         done = convert(source, dataset, tmp_path / method, "--cache=8x", f"--method={method}")
         assert done.returncode == 0, done.stderr
     plain, *between, best = (change(tmp_path / method) for method in methods)
     assert plain > 2 * max(between) and min(between) > best > 0, (plain, between, best)
-    exact = convert(source, dataset, tmp_path / "exact", "--cache=2x", "--method=plain")
-    assert exact.returncode == 0 and abs(change(tmp_path / "exact")) < 1e-5
 
 
 def test_grouped_rotary_heads(tmp_path, rotary, dataset):
@@ -242,13 +235,10 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
     checkpoint.save(odd, stored, best=False)
     damaged = save(tmp_path / "damaged")
     (damaged / "conversion.json").write_text('{"asked": {}}')
-    file = other / "meta.json"
     base = {"init_from": source, "data": dataset, "to": tmp_path / "to"}
     cases = [
         ({"to": None}, 2, "say which folder to write: --to"),
-        ({"data": tmp_path / "nowhere"}, 1, "is not prepared"),
         ({"data": other}, 1, "another tokenizer"),
-        ({"init_from": tmp_path / "nothing"}, 1, "no checkpoint in"),
         ({"init_from": mla}, 1, "has MLA", "only MHA and GQA"),
         ({"init_from": small}, 1, "only vocab_size=5"),
         ({"init_from": broken}, 1, "not finite"),
@@ -256,16 +246,14 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
         ({"cache": "65"}, 1, "asks for 65, but"),
         ({"cache": "100x"}, 1, "--cache=100x leaves 0 numbers; the least is 1"),
         ({"cache": "eight"}, 2, "--cache=eight: write 8x, or a number"),
-        ({"rope_dim": 4}, 1, "--rope_dim=4", "from 0 to 0"),
         ({"init_from": rotary, "rope_dim": 5}, 1, "--rope_dim=5", "an even number from 0 to"),
-        ({"block_size": 17}, 1, "--block_size=17", "is 16"),
         ({"block_size": 8, "heal_iters": 2}, 1, "--block_size=8", "the whole context, 16"),
         ({"distill": True}, 2, "distill without heal_iters"),
         ({"balance": 2.0}, 2, "balance has no effect on method=loss"),
         ({"sweep": True, "method": "loss"}, 2, "leave out --method"),
         ({"sweep": True, "to": source}, 1, "holds a run"),
         ({"to": other}, 1, "holds other files"),
-        ({"to": file}, 1, "is a file"),
+        ({"to": other / "meta.json"}, 1, "is a file"),
         ({"to": damaged}, 1, "conversion.json: ", "not the record of a conversion"),
     ]
     for changes, status, *words in cases:
@@ -281,7 +269,6 @@ def test_what_cannot_be_converted(tmp_path, source, rotary, dataset):
     "settings",
     [
         {"mla_q_latent_dim": 5, "mla_groups": 2, "mla_share_latent": True},
-        {"use_svd": True, "svd_rank": 2, "n_kv_head": 1, "tie_weights": False},
         {"head_dim": 2},  # a latent must be smaller than its 16 numbers
     ],
 )
@@ -293,14 +280,10 @@ def test_unusual_sources(tmp_path, dataset, settings):
     assert GPT.from_pretrained(tmp_path / "to").config.attention_name == "mla"
 
 
-def test_train_names_the_command(tmp_path, source, dataset):
-    """use_mla on weights with ordinary attention is an error with the way out, also for GPT-2."""
-    args = [*QUICK, "--use_mla=True", f"--dataset={dataset}"]
-    for name in (source, "gpt2-medium"):  # which is not fetched
-        done = run("train.py", *args, f"--out_dir={tmp_path}/o", f"--init_from={name}")
-        command = f"python -m tools.convert --init_from={name} --cache=8x --data={dataset} --to="
-        assert fails_with_one_line(done, 1, "has ordinary attention", command)
-    done = run("train.py", *args, f"--out_dir={source}", "--init_from=resume", "--eval_only")
+def test_resumed_training_names_the_command(source, dataset):
+    """A run with ordinary attention stays one under use_mla, with a line on the way out."""
+    args = [*QUICK, "--use_mla=True", f"--dataset={dataset}", f"--out_dir={source}"]
+    done = run("train.py", *args, "--init_from=resume", "--eval_only")
     assert done.returncode == 0 and "use_mla=True (--use_mla=True) is not used" in done.stderr
     assert f"convert it: python -m tools.convert --init_from={source} --cache=8x" in done.stderr
 
@@ -326,10 +309,9 @@ def test_distillation(tmp_path, source, dataset):
     want = -log_p.gather(2, y[..., None]).mean() + (log_q.exp() * (log_q - log_p)).sum(-1).mean()
     torch.testing.assert_close(loss, want)
     assert all(p.grad is None for p in Stub.teacher.parameters())
-    for settings, words in (({"vocab_size": 19}, "19"), ({"block_size": 15}, "block_size=15")):
-        bad = save(tmp_path / f"t{words}", **settings)
-        done = run("train.py", *args, f"--out_dir={tmp_path}/c", f"--distill={bad}")
-        assert fails_with_one_line(done, 1, f"--distill={bad}", words)
+    other = save(tmp_path / "other", vocab_size=19)
+    done = run("train.py", *args, f"--out_dir={tmp_path}/c", f"--distill={other}")
+    assert fails_with_one_line(done, 1, f"--distill={other}", "19")
 
 
 @pytest.mark.parametrize(
