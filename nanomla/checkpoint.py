@@ -28,7 +28,7 @@ from nanomla.checks import Natural, brief, check
 from nanomla.convert import factorise_values
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
-from nanomla.files import one_line, read_json, require_file
+from nanomla.files import one_line, require_file
 from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
@@ -238,55 +238,6 @@ def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
         if os.path.isfile(Path(out_dir) / name):  # False also where the system refuses to look
             return Path(out_dir) / name
     raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
-
-
-@dataclass
-class Conversion:
-    """
-    The record of a conversion, which tools.convert writes beside the checkpoint that it made.
-
-    Raises TypeError or ValueError for a missing value or one of another type.
-    """
-
-    source: str  # the file or name that was converted
-    attention: str  # what it had, in words
-    plan: dict[str, Any]  # nanomla.convert.Plan
-    data: str  # the dataset's name
-    calibration_tokens: Natural  # tokens of it that were read
-    layers: list[dict[str, int | float]]  # per layer: latent, kept, predicted
-    loss: dict[str, float]  # of source, converted and, if it was, healed; nats per token
-    cached_numbers: list[int | float]  # per token and layer, of the source and of the result
-    bytes_per_token: list[int]  # of their caches
-    asked: dict[str, Any]  # the settings of the command
-
-    def __post_init__(self) -> None:
-        check(self)
-        for name in ("cached_numbers", "bytes_per_token"):
-            if len(pair := getattr(self, name)) != 2 or not pair[1] > 0:
-                raise ValueError(f"{name}={brief(pair)} must be two numbers above 0")
-        if not all(row.keys() >= {"latent", "kept", "predicted"} for row in self.layers):
-            raise ValueError("layers must have latent, kept and predicted")
-        needed = {"loss": ("source", "converted"), "asked": ("heal_iters",)}
-        needed["plan"] = ("method", "spread", "rope_dim", "balance")
-        for name, keys in needed.items():
-            if missing := [key for key in keys if key not in getattr(self, name)]:
-                raise TypeError(f"{name} has no {missing[0]}")
-
-
-def read_conversion(folder: str | Path) -> Conversion | None:
-    """
-    The record of the conversion that made a run's weights; None if nothing says so.
-
-    Raises UserError if there is one and it cannot be read.
-    """
-    path = Path(folder) / CONVERSION[0]
-    if not os.path.lexists(path):
-        return None
-    content = read_json(path)
-    try:
-        return Conversion(**content)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the record of a conversion ({one_line(error)})") from None
 
 
 def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:

@@ -1,17 +1,18 @@
 """
 Weights made into other weights: values as low-rank factors, a shorter context, and ordinary
-attention (MHA, GQA) as MLA.
+attention (MHA, GQA) as MLA. nanomla/conversion.py measures the results and chooses among them.
 
 Letters as in model.py: C = n_embd, nh heads, nkv key/value heads, hs head size, L latent, r rotary
-numbers, rv value rank.
+numbers, rv value rank. Besides: n = nkv * hs, the keys of a token, which has as many values.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,70 +20,78 @@ from torch import Tensor, nn
 
 from model import GPT, GPTConfig, apply_rope, dense_values, factorise, truncated_svd
 from nanomla.attention import Attention, Rotation
+from nanomla.checks import require
 from nanomla.kernels import attend
 
 
+# ---- Values as low-rank factors, a shorter context
 def factorise_values(
     state: dict[str, Tensor], config: GPTConfig
 ) -> tuple[dict[str, Tensor], float]:
     """
     Factorise the values of every layer in a GPT's state dict.
 
-    state: of a model without SVD, or of one whose svd_rank is at least config.svd_rank. The values
-    of a layer are the last C rows of attn.c_attn.weight (3 C, C) with MHA, attn.v_expand.weight
-    (nh * hs, L) with MLA, and attn.v_up (nh, hs, rank) times attn.v_down.weight (nh * rank, C or L)
-    with SVD.
+    state: of a model without SVD, or of one whose svd_rank is at least config.svd_rank.
     config: of the model to make, with use_svd=True.
-    Returns a state dict for `config`, which has attn.v_up (nh, hs, rv) and attn.v_down.weight
-    (nh * rv, C or L) in their place, and the share of the squared singular values that is kept,
+    Returns a state dict for `config`, whose values are attn.v_up (nh, hs, rv) times
+    attn.v_down.weight (nh * rv, C or L), and the share of the squared singular values that is kept,
     averaged over the layers.
     Raises ValueError if `state` has a lower rank than config.svd_rank, and KeyError if a weight is
     missing.
-
-    A value bias passes through attention unchanged, because the weights of the average sum to one.
-    So it moves into c_proj's bias.
     """
     state = dict(state)
     shares = []
-    first = (config.n_head + config.nkv) * config.hs  # of c_attn's rows that make values
-    for i in range(config.n_layer):
-        attn = f"transformer.h.{i}.attn."
-        if attn + "v_up" in state:
-            v_up = state.pop(attn + "v_up")
-            heads = v_up.size(0)
-            stored_rank = v_up.size(2)
-            v_down = state.pop(attn + "v_down.weight").view(heads, stored_rank, -1)
-            if config.svd_rank > stored_rank:
-                problem = f"the checkpoint holds rank {stored_rank}"
-                raise ValueError(f"svd_rank={config.svd_rank} does not work: {problem}")
-            dense = v_up.float() @ v_down.float()
-        elif attn + "v_expand.weight" in state:
-            heads = config.n_head
-            dense = state.pop(attn + "v_expand.weight")
-        else:
-            heads = config.nkv
-            dense = state[attn + "c_attn.weight"][first:]
-            state[attn + "c_attn.weight"] = state[attn + "c_attn.weight"][:first].clone()
-            if attn + "c_attn.bias" in state:
-                bias = state[attn + "c_attn.bias"]
-                state[attn + "c_attn.bias"] = bias[:first].clone()
-                shared = bias[first:].view(heads, -1)  # by n_head / heads query heads each
-                shared = shared.repeat_interleave(config.n_head // heads, dim=0)
-                moved = state[attn + "c_proj.weight"] @ shared.flatten()
-                state[attn + "c_proj.bias"] = state[attn + "c_proj.bias"] + moved
-        dense = dense.reshape(heads, config.hs, -1)
-        v_down, v_up, share = factorise(dense, config.svd_rank, config.svd_method)
-        state[attn + "v_up"], state[attn + "v_down.weight"] = v_up, v_down
+    for layer in range(config.n_layer):
+        attn = f"transformer.h.{layer}.attn."
+        dense = _pop_values(state, attn, config)
+        down, up, share = factorise(dense, config.svd_rank, config.svd_method)
+        state[attn + "v_up"] = up
+        state[attn + "v_down.weight"] = down
         shares.append(share)
     return state, sum(shares) / len(shares)
+
+
+def _pop_values(state: dict[str, Tensor], attn: str, config: GPTConfig) -> Tensor:
+    """
+    Take a layer's value maps out of a state dict: (heads, hs, C or L), one for each head.
+
+    They are attn.v_up (heads, hs, rank) times attn.v_down.weight (heads * rank, C or L) with SVD,
+    attn.v_expand.weight (nh * hs, L) with MLA, else the last n rows of attn.c_attn.weight. A value
+    bias passes through attention unchanged, because the weights of the average sum to one. So it
+    moves into c_proj's bias.
+    """
+    if attn + "v_up" in state:
+        up = state.pop(attn + "v_up")
+        heads, _, rank = up.shape
+        down = state.pop(attn + "v_down.weight").view(heads, rank, -1)
+        if config.svd_rank > rank:
+            problem = f"the checkpoint holds rank {rank}"
+            raise ValueError(f"svd_rank={config.svd_rank} does not work: {problem}")
+        return up.float() @ down.float()
+    if attn + "v_expand.weight" in state:
+        return state.pop(attn + "v_expand.weight").reshape(config.n_head, config.hs, -1)
+    first = (config.n_head + config.nkv) * config.hs  # of c_attn's rows that make values
+    weight = state[attn + "c_attn.weight"]
+    state[attn + "c_attn.weight"] = weight[:first].clone()
+    if attn + "c_attn.bias" in state:
+        bias = state[attn + "c_attn.bias"]
+        state[attn + "c_attn.bias"] = bias[:first].clone()
+        by_query_head = _for_query_heads(bias[first:].view(config.nkv, -1), config)
+        moved = state[attn + "c_proj.weight"] @ by_query_head.flatten()
+        state[attn + "c_proj.bias"] = state[attn + "c_proj.bias"] + moved
+    return weight[first:].reshape(config.nkv, config.hs, -1)
+
+
+def _for_query_heads(of_key_heads: Tensor, config: GPTConfig) -> Tensor:
+    """What key heads have, (nkv, ...), repeated for the query heads that share them, (nh, ...)."""
+    return of_key_heads.repeat_interleave(config.n_head // config.nkv, dim=0)
 
 
 def crop_block_size(model: GPT, block_size: int) -> None:
     """Shorten a model's context, e.g. of GPT-2's weights. Raises ValueError for a longer one."""
     limit = model.config.block_size
-    if not 1 <= block_size <= limit:
-        works = f"block_size must be from 1 to the model's {limit}"
-        raise ValueError(f"block_size={block_size} does not work: {works}")
+    allowed = f"from 1 to the model's {limit}"
+    require(1 <= block_size <= limit, "block_size", block_size, allowed)
     model.config.block_size = block_size
     if model.config.pos_emb == "learned":
         wpe = model.transformer.wpe
@@ -112,15 +121,6 @@ def crop_block_size(model: GPT, block_size: int) -> None:
 METHODS = ("plain", "input", "output", "loss")
 
 
-class Maps(NamedTuple):
-    """One layer of MHA or GQA as affine maps."""
-
-    q: Tensor  # (nh, hs, C + 1)
-    k: Tensor  # (nkv, hs, C + 1)
-    v: Tensor  # (nkv, hs, C + 1)
-    out: Tensor  # (C, nh, hs), c_proj's weight
-
-
 @dataclass(frozen=True)
 class Plan:
     """
@@ -147,24 +147,115 @@ class LayerReport(NamedTuple):
     predicted: float  # change of the loss to second order, by this layer alone, nats per token
 
 
+def to_mla(
+    model: GPT, calibration: "Calibration", plan: Plan
+) -> tuple[GPT, list[LayerReport]]:
+    """
+    A model on the CPU that computes nearly the same through a latent, and a report on every layer.
+
+    model: MHA or GQA without SVD. calibration: what calibrate returned for it.
+    The result has mla_norm='none' and, unless the source has none and the method is 'plain', biases
+    everywhere. It is exact from the rank of the map on: min(C, 2 n) numbers with learned positions;
+    with rotary ones rope_dim = n and min(C, n) more.
+    Raises ValueError if plan.rope_dim does not work.
+    """
+    config = model.config
+    n = config.nkv * config.hs
+    check_rope_dim(plan, config)
+    layers = [_read_maps(block.attn) for block in model.transformer.h]
+    moments = calibration.inputs
+    if plan.method == "plain":
+        moments = torch.eye(config.n_embd + 1, dtype=torch.float64).expand_as(moments)
+    metrics = calibration.gradients
+    if plan.method != "loss":
+        metrics = [_metric(maps, moments[i], plan, config) for i, maps in enumerate(layers)]
+    frequencies, keys = _split_keys(layers, moments, metrics, plan.rope_dim, config)
+    targets = []
+    factors = []
+    for i, maps in enumerate(layers):
+        target = torch.cat([keys[i].content, maps.values.flatten(0, 1)])  # (2 n, C + 1)
+        targets.append(target)
+        content_metric = metrics[i][-2 * n :, -2 * n :]
+        factors.append(_factorise_jointly(target, moments[i], content_metric, plan))
+    ranks = _ranks([f.squares for f in factors], plan, config)
+
+    state = model.state_dict()
+    reports = []
+    for i, maps in enumerate(layers):
+        up = factors[i].up[:, : ranks[i]]
+        down = factors[i].down[: ranks[i]]
+        error = targets[i] - F.pad(up @ down, (0, 1))  # (2 n, C + 1), of content keys and values
+        means = error[n:] @ moments[i][:, -1]  # of what values lack; they pass the average
+        _write_mla(state, f"transformer.h.{i}.attn.", maps, keys[i], up, down, means)
+        error[n:, -1] -= means
+        error[:n, -1] -= error[:n] @ calibration.inputs[i][:, -1]  # it falls out of the softmax
+        if config.rotary_dim:  # calibration has whole rotary keys beside content of zeros
+            error = torch.cat([keys[i].lost, error[:n] - keys[i].content, error[n:]])
+        share = factors[i].squares[: ranks[i]].sum() / factors[i].total
+        predicted = calibration.change_of_loss(error, i)
+        reports.append(LayerReport(ranks[i], float(share), predicted))
+    return _assemble(_mla_config(config, plan, ranks, frequencies), state), reports
+
+
+def most_rotary_numbers(config: GPTConfig, numbers: int) -> int:
+    """How many of the cached numbers can be rotary: as many as keys have, and a latent is left."""
+    if not config.rotary_dim:
+        return 0
+    return min(config.nkv * config.hs, numbers - 1)
+
+
+def check_rope_dim(plan: Plan, config: GPTConfig) -> None:
+    """Raise ValueError if the numbers of a plan cannot be rotary."""
+    most = most_rotary_numbers(config, plan.numbers)
+    possible = plan.rope_dim % 2 == 0 and 0 <= plan.rope_dim <= most
+    require(possible, "rope_dim", plan.rope_dim, f"an even number from 0 to {most}")
+
+
+class Maps(NamedTuple):
+    """One layer of MHA or GQA as affine maps."""
+
+    queries: Tensor  # (nh, hs, C + 1)
+    keys: Tensor  # (nkv, hs, C + 1)
+    values: Tensor  # (nkv, hs, C + 1)
+    output: Tensor  # (C, nh, hs), c_proj's weight
+
+
+def _read_maps(attn: Attention) -> Maps:
+    """The maps of ordinary attention, from its weights."""
+    weight = attn.c_attn.weight.detach()
+    bias = weight.new_zeros(len(weight))
+    if attn.c_attn.bias is not None:
+        bias = attn.c_attn.bias.detach()
+    rows = torch.cat([weight, bias[:, None]], dim=1).double().cpu()
+    queries, keys, values = (part.unflatten(0, (-1, attn.hs)) for part in rows.split(attn.parts))
+    output = attn.c_proj.weight.detach().double().cpu().unflatten(1, (attn.nh, attn.hs))
+    return Maps(queries, keys, values, output)
+
+
+# ---- What attention does on some text
 @dataclass
 class Calibration:
     """
     What ordinary attention does on some text: means over its tokens, float64, for every layer.
 
-    inputs: x1 x1^T of the attention's input, (C + 1, C + 1).
-    gradients: g g^T of the loss's gradient with respect to keys and values, (n, n). n = 2 nkv hs,
-    keys before values; with rotary positions n = 3 nkv hs: rotary keys before their rotation,
-    content keys, which stand beside them and are zero, values.
-
-    The targets of that loss are drawn from the model's own predictions. So g g^T is its Fisher
-    matrix in K-FAC's approximation (arXiv:1503.05671), and tr(g g^T D x1 x1^T D^T) / 2 is, to
-    second order, how much an error D x1 in keys and values adds to the loss.
+    The targets of the loss are drawn from the model's own predictions. So g g^T is its Fisher
+    matrix in K-FAC's approximation (arXiv:1503.05671).
     """
 
-    inputs: list[Tensor]
-    gradients: list[Tensor]
-    tokens: int = 0
+    # x1 x1^T of the attention's input: (n_layer, C + 1, C + 1)
+    inputs: Tensor
+    # g g^T of the loss's gradient with respect to keys and values: (n_layer, 2 n, 2 n), keys before
+    # values. With rotary positions (n_layer, 3 n, 3 n): rotary keys before their rotation, content
+    # keys, which stand beside them and are zero, values.
+    gradients: Tensor
+    tokens: int
+
+    def change_of_loss(self, error: Tensor, layer: int) -> float:
+        """
+        How much an error D x1 in keys and values of a layer adds to the loss, to second order, in
+        nats per token: tr(g g^T D x1 x1^T D^T) / 2. error: D, (2 n or 3 n, C + 1).
+        """
+        return float(((self.gradients[layer] @ error) * (error @ self.inputs[layer])).sum() / 2)
 
 
 def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
@@ -173,307 +264,284 @@ def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
 
     The result is on the CPU; products are in float64, those of gradients in float32 per batch.
     """
-    config, device = model.config, model.lm_head.weight.device
-    parts = 3 if config.rotary_dim else 2
-    seen: list[tuple[Tensor, Tensor]] = []
-    sums: list[list[Tensor]] = [[], []]
-    tokens, draw = 0, torch.Generator(device).manual_seed(0)
-    with _recorded(model, parts, seen):
+    config = model.config
+    n = config.nkv * config.hs
+    device = model.lm_head.weight.device
+    parts = 3 if config.rotary_dim else 2  # see Calibration.gradients
+    zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
+    inputs = zeros(config.n_layer, config.n_embd + 1, config.n_embd + 1)
+    gradients = zeros(config.n_layer, parts * n, parts * n)
+    tokens = 0
+    generator = torch.Generator(device).manual_seed(0)
+    recorded: list[tuple[Tensor, Tensor]] = []
+    with _recording(model, recorded):
         for idx in batches:
-            seen.clear()
-            with torch.enable_grad():
-                logits = model(idx, all_logits=True)[0].flatten(0, 1).float()
-            gradient = logits.detach().softmax(-1)  # of the cross-entropies' sum
-            # torch.multinomial draws a number for every entry, which takes longer than the model
-            u = torch.rand(len(logits), 1, generator=draw, device=device)
-            target = torch.searchsorted(gradient.cumsum(-1), u).clamp_max(logits.size(1) - 1)
-            gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-            logits.backward(gradient)
+            recorded.clear()
+            _backward_from_drawn_targets(model, idx, generator)
             with torch.autocast(device.type, enabled=False):
-                for layer, (x, added) in enumerate(seen):
+                for layer, (x, added) in enumerate(recorded):
                     x1 = F.pad(x.detach().flatten(0, 1).double(), (0, 1), value=1.0)
-                    g = added.grad.float().flatten(0, 1).flatten(1)
-                    for total, new in zip(sums, (x1.mT @ x1, (g.mT @ g).double()), strict=True):
-                        if tokens == 0:
-                            total.append(torch.zeros_like(new))
-                        total[layer] += new
+                    g = added.grad.float().flatten(0, 1).flatten(1)  # (B * T, parts * n)
+                    inputs[layer] += x1.mT @ x1
+                    gradients[layer] += (g.mT @ g).double()
             tokens += idx.numel()
-    inputs, gradients = ([total.cpu() / tokens for total in kind] for kind in sums)
-    return Calibration(inputs, gradients, tokens)
+    return Calibration(inputs.cpu().div_(tokens), gradients.cpu().div_(tokens), tokens)
+
+
+def _backward_from_drawn_targets(model: GPT, idx: Tensor, generator: torch.Generator) -> None:
+    """
+    Backpropagate the sum of the cross-entropies of ids (B, T), whose targets are drawn from the
+    model's own predictions p. Its gradient with respect to the logits is p - onehot(target).
+    """
+    with torch.enable_grad():
+        logits = model(idx, all_logits=True)[0].flatten(0, 1).float()  # (B * T, V)
+    gradient = logits.detach().softmax(-1)
+    # torch.multinomial draws a number for every entry, which takes longer than the model
+    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    target = torch.searchsorted(gradient.cumsum(-1), drawn).clamp_max(logits.size(1) - 1)
+    gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+    logits.backward(gradient)
 
 
 @contextlib.contextmanager
-def _recorded(model: GPT, parts: int, seen: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """
-    Let every attention block append to `seen` its input and zeros that it adds to keys and values,
-    (B, T, parts, nkv, hs). Nothing else has a gradient.
-    """
-
-    def recording(attn: Attention) -> Callable[..., Tensor]:
-        def forward(x: Tensor, cache: None, rotation: Rotation) -> Tensor:
-            (B, T, _), hs = x.shape, attn.hs
-            q, k, v = (t.view(B, T, -1, hs) for t in attn.c_attn(x).split(attn.parts, dim=2))
-            added = k.new_zeros(B, T, parts, *k.shape[2:]).requires_grad_(True)
-            first, *content, last = added.unbind(2)
-            k = torch.cat([apply_rope(k + first, rotation), *content], dim=-1)
-            q = torch.cat([apply_rope(q, rotation), *[q] * len(content)], dim=-1)
-            seen.append((x, added))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v + last))
-            k, v = (t.repeat_interleave(attn.nh // attn.nkv, dim=1) for t in (k, v))
-            return attn._output(attend(q, k, v, scale=attn.scale))
-
-        return forward
-
-    blocks, training = model.transformer.h, model.training
+def _recording(model: GPT, recorded: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Inside, attention blocks compute _recorded_attention, and nothing else has a gradient."""
+    training = model.training
     trained = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     try:
-        for block in blocks:
-            block.attn.forward = recording(block.attn)
+        for block in model.transformer.h:
+            block.attn.forward = functools.partial(_recorded_attention, block.attn, recorded)
         yield
     finally:
-        for block in blocks:
+        for block in model.transformer.h:
             del block.attn.forward
         for p in trained:
             p.requires_grad_(True)
         model.train(training)
 
 
-def without_svd(model: GPT) -> GPT:
-    """A model of MHA or GQA with its low-rank values multiplied out; itself if it has none."""
-    if not model.config.use_svd:
-        return model
-    state = model.state_dict()
-    for i, block in enumerate(model.transformer.h):
-        attn = f"transformer.h.{i}.attn."
-        values = dense_values(block.attn.v_down.weight, block.attn.v_up).detach()
-        del state[attn + "v_up"], state[attn + "v_down.weight"]
-        for name, rows in (("weight", values), ("bias", values.new_zeros(len(values)))):
-            if attn + f"c_attn.{name}" in state:
-                state[attn + f"c_attn.{name}"] = torch.cat([state[attn + f"c_attn.{name}"], rows])
-    return _assemble(dataclasses.replace(model.config, use_svd=False, svd_rank=None), state)
-
-
-def to_mla(model: GPT, found: Calibration, plan: Plan) -> tuple[GPT, list[LayerReport]]:
+def _recorded_attention(
+    attn: Attention, recorded: list[tuple[Tensor, Tensor]], x: Tensor, cache: None,
+    rotation: Rotation,
+) -> Tensor:  # fmt: skip
     """
-    A model on the CPU that computes nearly the same through a latent, and a report on every layer.
-
-    model: MHA or GQA without SVD. found: what calibrate returned for it.
-    The result has mla_norm='none' and, unless the source has none and the method is 'plain', biases
-    everywhere. It is exact from the rank of the map on: min(C, 2 nkv hs) numbers with learned
-    positions; with rotary ones rope_dim = nkv hs and min(C, nkv hs) more.
-    Raises ValueError if plan.rope_dim is not an even number that the keys have and that leaves a
-    latent.
+    Ordinary attention that appends to `recorded` its input x (B, T, C) and zeros that it adds to
+    keys and values, (B, T, 2 or 3, nkv, hs), whose parts are those of Calibration.gradients.
     """
-    config, n = model.config, model.config.nkv * model.config.hs
-    limit = min(n, plan.numbers - 1) if config.rotary_dim else 0
-    if plan.rope_dim % 2 or not 0 <= plan.rope_dim <= limit:
-        works = f"an even number from 0 to {limit}"
-        raise ValueError(f"rope_dim={plan.rope_dim} does not work: rope_dim must be {works}")
-    layers = [_read_maps(block.attn) for block in model.transformer.h]
-    inputs = found.inputs
-    if plan.method == "plain":
-        inputs = [torch.eye(len(moments), dtype=torch.float64) for moments in inputs]
-    metrics = found.gradients
-    if plan.method != "loss":
-        metrics = [_metric(m, R, plan, config) for m, R in zip(layers, inputs, strict=True)]
-    freqs, rotary = _split_rotary(layers, inputs, metrics, plan.rope_dim, config)
-    targets = [
-        torch.cat([part.content, maps.v.flatten(0, 1)])
-        for part, maps in zip(rotary, layers, strict=True)
-    ]
-    factors = [
-        _factorise_jointly(target, R, metric[-2 * n :, -2 * n :], plan)
-        for target, R, metric in zip(targets, inputs, metrics, strict=True)
-    ]
-    # MLA's latent must be smaller than all keys and values, which matters for very narrow heads
-    most = min(2 * config.n_head * config.hs - 1, *(len(factor.squares) for factor in factors))
-    dims = _ranks([f.squares for f in factors], plan.numbers - plan.rope_dim, most, plan.spread)
-    latent = dataclasses.replace(
-        config, use_mla=True, mla_latent_dim=tuple(dims), mla_rope_dim=plan.rope_dim,
-        mla_nope_dim=config.hs, mla_norm="none", n_kv_head=None, rope_freqs=freqs,
-        bias=config.bias or plan.method != "plain",
-        # a source with ordinary attention may have these settings without effect
-        mla_groups=1, mla_rope="decoupled", mla_q_latent_dim=None, mla_share_latent=False,
-    )  # fmt: skip
-    state, reports = model.state_dict(), []
-    for i, (maps, part, factor) in enumerate(zip(layers, rotary, factors, strict=True)):
-        up, down = factor.up[:, : dims[i]], factor.down[: dims[i]]
-        error = targets[i] - F.pad(up @ down, (0, 1))
-        keys, values = error[:n], error[n:]
-        moved = values @ inputs[i][:, -1]  # the mean of what is lost passes the average unchanged
-        _write(state, f"transformer.h.{i}.attn.", maps, part, up, down, moved)
-        values[:, -1] -= moved
-        keys[:, -1] -= keys @ found.inputs[i][:, -1]  # it falls out of the softmax
-        if config.rotary_dim:  # what was recorded are whole rotary keys beside content of zeros
-            error = torch.cat([part.lost, keys - part.content, values])
-        # tr(g g^T D x1 x1^T D^T) / 2, see Calibration
-        predicted = ((found.gradients[i] @ error) * (error @ found.inputs[i])).sum() / 2
-        kept = factor.squares[: dims[i]].sum() / factor.total
-        reports.append(LayerReport(dims[i], float(kept), float(predicted)))
-    return _assemble(latent, state), reports
+    B, T, _ = x.shape
+    q, k, v = (part.unflatten(2, (-1, attn.hs)) for part in attn.c_attn(x).split(attn.parts, 2))
+    parts = 2 if rotation is None else 3
+    added = k.new_zeros(B, T, parts, attn.nkv, attn.hs).requires_grad_(True)
+    recorded.append((x, added))
+    if rotation is None:
+        to_keys, to_values = added.unbind(2)
+        k = k + to_keys
+    else:  # content keys meet queries that are not rotated
+        to_keys, content, to_values = added.unbind(2)
+        k = torch.cat([apply_rope(k + to_keys, rotation), content], dim=-1)
+        q = torch.cat([apply_rope(q, rotation), q], dim=-1)
+    k = k.transpose(1, 2).repeat_interleave(attn.nh // attn.nkv, dim=1)
+    v = (v + to_values).transpose(1, 2).repeat_interleave(attn.nh // attn.nkv, dim=1)
+    return attn._output(attend(q.transpose(1, 2), k, v, scale=attn.scale))
 
 
-class Converted(NamedTuple):
-    """A conversion that was chosen."""
-
-    plan: Plan
-    model: GPT
-    layers: list[LayerReport]
-
-
-def choose(
-    model: GPT,
-    found: Calibration,
-    plan: Plan,
-    axes: dict[str, list[Any]],
-    loss_of: Callable[[GPT], float],
-) -> Converted:
-    """
-    The best of several plans by the loss of their models.
-
-    axes: for fields of Plan the values to try. One field after the other is given its best value.
-    """
-    best, tried = Converted(plan, *to_mla(model, found, plan)), {plan}
-    loss = loss_of(best.model) if axes else 0.0
-    for name, values in axes.items():
-        for value in values:
-            other_plan = dataclasses.replace(best.plan, **{name: value})
-            if other_plan in tried:
-                continue
-            tried.add(other_plan)
-            other = Converted(other_plan, *to_mla(model, found, other_plan))
-            if (new := loss_of(other.model)) < loss:
-                best, loss = other, new
-    return best
-
-
-def _read_maps(attn: Attention) -> Maps:
-    """Ordinary attention's weights."""
-    weight, bias = attn.c_attn.weight.detach(), attn.c_attn.bias
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
-    rows = torch.cat([weight, bias[:, None]], dim=1).double().cpu()
-    q, k, v = (part.unflatten(0, (-1, attn.hs)) for part in rows.split(attn.parts))
-    return Maps(q, k, v, attn.c_proj.weight.detach().double().cpu().unflatten(1, (attn.nh, -1)))
-
-
+# ---- The metric F of the methods that do without the loss
 def _metric(maps: Maps, moments: Tensor, plan: Plan, config: GPTConfig) -> Tensor:
     """
-    What stands for Calibration.gradients under the other methods.
+    What stands for a layer's Calibration.gradients, in its order, under the other methods.
 
-    With rotary positions it is taken that queries attend to all earlier positions alike: the
-    rotation of a frequency w then is, on average, the mean of e^(-i w d) over distances d.
+    With rotary positions it is taken that queries attend to all earlier positions alike. With K for
+    an error in rotary keys k, and the mean rotation R, that of [k; content c] then is
+    [[K, R^T K]; [K R, K]].
     """
-    nh, hs, n = config.n_head, config.hs, config.nkv * config.hs
-    keys = values = torch.eye(n, dtype=torch.float64)
+    n = config.nkv * config.hs
+    keys = torch.eye(n, dtype=torch.float64)
+    values = torch.eye(n, dtype=torch.float64)
     if plan.method == "output":
-        seen = torch.einsum("hac,cd,hbd->hab", maps.q, moments, maps.q) / hs  # E[q q^T] / hs
-        read = torch.einsum("cha,chb->hab", maps.out, maps.out)  # W_O^T W_O
-        shared = [t.unflatten(0, (-1, nh // config.nkv)).sum(1) for t in (seen, read)]
-        keys, values = (torch.block_diag(*t) for t in shared)  # of the heads that share a key
+        read_by = torch.einsum("hac,cd,hbd->hab", maps.queries, moments, maps.queries)  # E[q q^T]
+        written = torch.einsum("cha,chb->hab", maps.output, maps.output)  # W_O^T W_O
+        keys = _block_diagonal(read_by / config.hs, config)
+        values = _block_diagonal(written, config)
     values = values * plan.balance**2
     if not config.rotary_dim:
         return torch.block_diag(keys, values)
+    turn = torch.block_diag(*[_mean_rotation(config)] * config.nkv)
+    rotary_to_content = keys @ turn
+    rotary_rows = torch.cat([keys, rotary_to_content.mT], dim=1)
+    content_rows = torch.cat([rotary_to_content, keys], dim=1)
+    return torch.block_diag(torch.cat([rotary_rows, content_rows]), values)
+
+
+def _block_diagonal(of_heads: Tensor, config: GPTConfig) -> Tensor:
+    """Forms of query heads (nh, hs, hs), summed over those that share a key head: (n, n)."""
+    shared = of_heads.unflatten(0, (-1, config.n_head // config.nkv)).sum(1)  # (nkv, hs, hs)
+    return torch.block_diag(*shared)
+
+
+def _mean_rotation(config: GPTConfig) -> Tensor:
+    """
+    The rotation between two positions, averaged over all pairs of them: (hs, hs). For a frequency w
+    that is the mean of e^(-i w d) over distances d, each of which block_size - d pairs have.
+    """
     distance = torch.arange(config.block_size, dtype=torch.float64)
-    angle, count = torch.outer(config.frequencies, distance), config.block_size - distance
-    real, imag = ((f(angle) * count).sum(1) / count.sum() for f in (torch.cos, torch.sin))
-    blocks = [torch.diag(real), torch.diag(imag), torch.diag(-imag), torch.diag(real)]
-    turn = torch.cat([torch.cat(blocks[:2], dim=1), torch.cat(blocks[2:], dim=1)])  # (hs, hs)
-    met = keys @ torch.block_diag(*[turn] * config.nkv)
-    both = torch.cat([torch.cat([keys, met.mT], dim=1), torch.cat([met, keys], dim=1)])
-    return torch.block_diag(both, values)
+    pairs = config.block_size - distance
+    angle = torch.outer(config.frequencies, distance)  # (hs / 2, block_size)
+    cos = torch.diag((angle.cos() * pairs).sum(1) / pairs.sum())
+    sin = torch.diag((angle.sin() * pairs).sum(1) / pairs.sum())
+    return torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)])
 
 
-class Rotary(NamedTuple):
+# ---- Rotary keys
+class SplitKeys(NamedTuple):
     """A layer's keys in two parts, the decoupled rotary key and content."""
 
-    keys: Tensor  # (r, C + 1), shared by all heads
-    queries: Tensor  # (nh, r, C + 1)
-    lost: Tensor  # (nkv * hs, C + 1), the rest of the keys
-    content: Tensor  # (nkv * hs, C + 1), the keys without position that stand for it best
+    rotary: Tensor  # (r, C + 1), shared by all heads
+    queries: Tensor  # (nh, r, C + 1), what meets it
+    lost: Tensor  # (n, C + 1), the rest of the keys
+    content: Tensor  # (n, C + 1), the keys without position that stand for it best
 
 
-def _split_rotary(
-    layers: list[Maps], inputs: list[Tensor], metrics: list[Tensor], r: int, config: GPTConfig
-) -> tuple[tuple[float, ...] | None, list[Rotary]]:
+class Components(NamedTuple):
+    """The key heads of every frequency as principal components: keys = up @ down, complex."""
+
+    keys: Tensor  # (hs / 2, nkv, C + 1)
+    up: Tensor  # (hs / 2, nkv, nkv), a column for each component
+    down: Tensor  # (hs / 2, nkv, C + 1), a row for each
+    worth: Tensor  # (hs / 2, nkv), what each is worth beyond what content can stand for
+    as_content: Tensor  # (n, n), from keys that are lost to the content that stands for them best
+
+
+def _split_keys(
+    layers: list[Maps], moments: Tensor, metrics: Iterable[Tensor], r: int, config: GPTConfig
+) -> tuple[tuple[float, ...] | None, list[SplitKeys]]:
     """
     The frequencies of r / 2 rotary pairs, the same in all layers, and every layer's keys.
 
-    Of every frequency's key heads, which are complex numbers, the principal ones are taken, by what
-    the metric says that they are worth beyond what content without position can stand for.
-    With learned positions all keys are content.
+    The pairs are those components that are worth most, summed over the layers. With learned
+    positions all keys are content.
     """
     if not config.rotary_dim:
-        return None, [
-            Rotary(m.k[:0].flatten(0, 1), m.q[:, :0], m.k[:0].flatten(0, 1), m.k.flatten(0, 1))
-            for m in layers
-        ]
-    n, worth, found = config.nkv * config.hs, 0.0, []
-    for maps, moments, metric in zip(layers, inputs, metrics, strict=True):
-        rotary, met, content = metric[:n, :n], metric[n : 2 * n, :n], metric[n : 2 * n, n : 2 * n]
-        floor = 1e-6 * content.diagonal().mean() * torch.eye(n, dtype=torch.float64)
-        as_content = torch.linalg.solve(content + floor, met)  # (n, n), the best c for a key k
-        value = _complex_blocks(rotary - met.mT @ as_content, config)  # (hs / 2, nkv, nkv)
-        k = _complex_rows(maps.k)  # (hs / 2, nkv, C + 1)
-        root, inverse = _roots(k @ moments.to(k) @ k.mH)
-        squares, U = torch.linalg.eigh(root @ value @ root)
-        squares, U = squares.flip(-1), U.flip(-1)  # (hs / 2, nkv), largest first
-        found.append((as_content, k, root @ U, U.mH @ inverse @ k))
-        worth = worth + squares
-    order = worth.flatten().argsort(descending=True, stable=True)[: r // 2].sort().values
-    freq, place = order // config.nkv, order % config.nkv
-    parts = []
-    for maps, (as_content, k, up, down) in zip(layers, found, strict=True):
-        weight, chosen = _balanced(up[freq, :, place].mT, down[freq, place])
-        weight = weight.mT  # (r / 2, nkv), of chosen (r / 2, C + 1)
-        q = _complex_rows(maps.q)[freq]  # (r / 2, nh, C + 1)
-        q = weight.conj().repeat_interleave(q.size(1) // config.nkv, dim=1)[..., None] * q
-        kept = torch.zeros_like(k).index_add_(0, freq, weight[..., None] * chosen[:, None])
-        lost = torch.cat([(k - kept).real, (k - kept).imag]).transpose(0, 1).flatten(0, 1)
-        keys, queries = (torch.cat([t.real, t.imag]) for t in (chosen, q))
-        parts.append(Rotary(keys, queries.transpose(0, 1), lost, as_content @ lost))
-    return tuple(config.frequencies[freq].tolist()) or None, parts
+        split = []
+        for maps in layers:
+            nothing = maps.keys.new_zeros(0, config.n_embd + 1)
+            split.append(SplitKeys(nothing, maps.queries[:, :0], nothing, maps.keys.flatten(0, 1)))
+        return None, split
+    components = []
+    for maps, inputs, metric in zip(layers, moments, metrics, strict=True):
+        components.append(_principal_components(maps.keys, inputs, metric, config))
+    worth = sum(layer.worth for layer in components).flatten()
+    chosen = worth.argsort(descending=True, stable=True)[: r // 2].sort().values
+    frequency = chosen // config.nkv
+    component = chosen % config.nkv
+    split = []
+    for maps, layer in zip(layers, components, strict=True):
+        split.append(_with_rotary_key(layer, maps.queries, frequency, component))
+    frequencies = tuple(config.frequencies[frequency].tolist())
+    return frequencies or None, split
+
+
+def _principal_components(
+    keys: Tensor, moments: Tensor, metric: Tensor, config: GPTConfig
+) -> Components:
+    """
+    The principal components of a layer's key heads (nkv, hs, C + 1) within each frequency.
+
+    moments: x1 x1^T, (C + 1, C + 1). metric: [[K, M^T]; [M, N]] of rotary and content keys, (2 n or
+    more, ...). Keys k that are lost are best stood for by content N^(-1) M k, which leaves of their
+    metric E = K - M^T N^(-1) M. Let W (nkv, C + 1) be a frequency's key heads as complex numbers,
+    H = W x1 x1^T W^H and H^(1/2) E H^(1/2) = U diag(worth) U^H. Then down = U^H H^(-1/2) W and
+    up = H^(1/2) U.
+    """
+    n = config.nkv * config.hs
+    rotary = metric[:n, :n]
+    rotary_to_content = metric[n : 2 * n, :n]
+    content = metric[n : 2 * n, n : 2 * n]
+    floor = 1e-6 * content.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    as_content = torch.linalg.solve(content + floor, rotary_to_content)  # (n, n)
+    remaining = _complex_form(rotary - rotary_to_content.mT @ as_content, config)
+    complex_keys = _complex_rows(keys)
+    root, inverse = _roots(complex_keys @ moments.to(complex_keys) @ complex_keys.mH)
+    worth, directions = torch.linalg.eigh(root @ remaining @ root)
+    worth = worth.flip(-1)  # largest first
+    directions = directions.flip(-1)
+    down = directions.mH @ inverse @ complex_keys
+    return Components(complex_keys, root @ directions, down, worth, as_content)
+
+
+def _with_rotary_key(
+    layer: Components, queries: Tensor, frequency: Tensor, component: Tensor
+) -> SplitKeys:
+    """
+    A layer's keys, whose rotary key has components (r / 2,) of frequencies (r / 2,). queries:
+    (nh, hs, C + 1).
+    """
+    nkv = layer.keys.size(1)
+    up, down = _balanced(layer.up[frequency, :, component].mT, layer.down[frequency, component])
+    up = up.mT  # (r / 2, nkv), from a component to its part in the keys of every head
+    complex_queries = _complex_rows(queries)[frequency]  # (r / 2, nh, C + 1)
+    to_query_heads = up.conj().repeat_interleave(complex_queries.size(1) // nkv, dim=1)
+    complex_queries = to_query_heads[..., None] * complex_queries
+    in_keys = up[..., None] * down[:, None]  # (r / 2, nkv, C + 1)
+    lost = layer.keys - torch.zeros_like(layer.keys).index_add_(0, frequency, in_keys)
+    lost = torch.cat([lost.real, lost.imag]).transpose(0, 1).flatten(0, 1)  # (n, C + 1)
+    return SplitKeys(
+        torch.cat([down.real, down.imag]),
+        torch.cat([complex_queries.real, complex_queries.imag]).transpose(0, 1),
+        lost,
+        layer.as_content @ lost,
+    )
 
 
 def _complex_rows(maps: Tensor) -> Tensor:
     """(heads, hs, C + 1) as complex numbers of each frequency, (hs / 2, heads, C + 1)."""
-    a, b = maps.chunk(2, dim=1)
-    return torch.complex(a, b).transpose(0, 1)
+    real, imag = maps.chunk(2, dim=1)  # as apply_rope pairs them
+    return torch.complex(real, imag).transpose(0, 1)
 
 
-def _complex_blocks(A: Tensor, config: GPTConfig) -> Tensor:
-    """A quadratic form (nkv * hs, nkv * hs), averaged over the rotations of each frequency."""
-    A = A.view(config.nkv, 2, config.hs // 2, config.nkv, 2, config.hs // 2)
-    A = A.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # (hs / 2, nkv, 2, nkv, 2)
-    real, imag = A[:, :, 0, :, 0] + A[:, :, 1, :, 1], A[:, :, 1, :, 0] - A[:, :, 0, :, 1]
-    return torch.complex(real, imag) / 2  # (hs / 2, nkv, nkv)
+def _complex_form(form: Tensor, config: GPTConfig) -> Tensor:
+    """A quadratic form (n, n), averaged over the rotations of each frequency: (hs / 2, nkv, nkv)"""
+    pairs = config.hs // 2
+    form = form.view(config.nkv, 2, pairs, config.nkv, 2, pairs)
+    form = form.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # (hs / 2, nkv, 2, nkv, 2)
+    real = form[:, :, 0, :, 0] + form[:, :, 1, :, 1]
+    imag = form[:, :, 1, :, 0] - form[:, :, 0, :, 1]
+    return torch.complex(real, imag) / 2
 
 
-def _roots(A: Tensor) -> tuple[Tensor, Tensor]:
-    """A^(1/2) and A^(-1/2) of positive matrices; no eigenvalue is below 1e-9 of the largest."""
-    w, V = torch.linalg.eigh(A)
-    root = w.clamp_min((1e-9 * w[..., -1:]).clamp_min(1e-300)).sqrt().unsqueeze(-2)
-    return (V * root) @ V.mH, (V / root) @ V.mH
-
-
+# ---- Latents
 class Factors(NamedTuple):
     """target = up @ down; their first L columns and rows are the best of rank L."""
 
-    up: Tensor  # (rows, rank)
+    up: Tensor  # (2 n, rank)
     down: Tensor  # (rank, C), for inputs of mean zero
-    squares: Tensor  # (rank,), what each adds
+    squares: Tensor  # (rank,), s^2, what each adds
     total: Tensor  # what all would add
 
 
 def _factorise_jointly(target: Tensor, moments: Tensor, metric: Tensor, plan: Plan) -> Factors:
-    """Factors of the keys' and values' map, target (rows, C + 1); what counts most comes first."""
-    W, mean = target[:, :-1], moments[:-1, -1]
+    """
+    A and B above for a layer's content keys and values, target (2 n, C + 1), with F = metric
+    (2 n, 2 n) and S the covariance that moments (C + 1, C + 1) have. What counts most comes first.
+    """
+    weight = target[:, :-1]
+    mean = moments[:-1, -1]
     root, inverse = _roots(moments[:-1, :-1] - torch.outer(mean, mean))
-    weighted = _roots(metric)[0] @ W @ root
+    metric_root, _ = _roots(metric)
+    weighted = metric_root @ weight @ root
     # randomized: up to four times the average rank, as one layer may get more than its share
-    _, s, Vh = truncated_svd(weighted, min(4 * plan.numbers, min(W.shape)), plan.svd_method)
-    up, down = _balanced(W @ root @ Vh.mT, Vh @ inverse)
-    return Factors(up, down, s.square(), weighted.square().sum())
+    most = min(4 * plan.numbers, min(weight.shape))
+    _, singular, Vh = truncated_svd(weighted, most, plan.svd_method)
+    up, down = _balanced(weight @ root @ Vh.mT, Vh @ inverse)
+    return Factors(up, down, singular.square(), weighted.square().sum())
+
+
+def _roots(A: Tensor) -> tuple[Tensor, Tensor]:
+    """A^(1/2) and A^(-1/2) of positive matrices; no eigenvalue is below 1e-9 of the largest."""
+    eigenvalues, V = torch.linalg.eigh(A)
+    floor = (1e-9 * eigenvalues[..., -1:]).clamp_min(1e-300)
+    root = eigenvalues.clamp_min(floor).sqrt().unsqueeze(-2)
+    return (V * root) @ V.mH, (V / root) @ V.mH
 
 
 def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -482,52 +550,105 @@ def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     product stays; training goes on better than with rows of down that make numbers of variance 1
     (docs/conversion.md).
     """
-    sizes = [t.abs().square().mean(dim) for t, dim in ((up, 0), (down, 1))]
-    gain = (sizes[0] / sizes[1]).pow(0.25).clamp_min(1e-9)
+    up_size = up.abs().square().mean(0)
+    down_size = down.abs().square().mean(1)
+    gain = (up_size / down_size).pow(0.25).clamp_min(1e-9)
     return up / gain, down * gain[:, None]
 
 
-def _ranks(spectra: list[Tensor], L: int, most: int, spread: bool) -> list[int]:
+def _ranks(squares: list[Tensor], plan: Plan, config: GPTConfig) -> list[int]:
     """
-    The rank of every layer, L on average and at most `most`.
+    The rank of every layer, plan.numbers - plan.rope_dim on average, by what each rank adds.
 
-    spread: the next step goes to the layer that gains most. A step is the power of two from L / 16
-    to L / 8, or 1, so that large widths are multiples of a power of two.
+    spread: the next step goes to the layer that gains most. A step is the power of two from 1 / 16
+    to 1 / 8 of the average, or 1, so that large widths are multiples of a power of two.
     """
-    L = min(L, most)
-    if not spread:
-        return [L] * len(spectra)
-    step = 1 << max(L.bit_length() - 4, 0)
-    dims, left = [step] * len(spectra), (L - step) * len(spectra)
+    # MLA's latent must be smaller than all keys and values, which matters for very narrow heads
+    most = min(2 * config.n_head * config.hs - 1, min(map(len, squares)))
+    average = min(plan.numbers - plan.rope_dim, most)
+    if not plan.spread:
+        return [average] * len(squares)
+    step = 1 << max(average.bit_length() - 4, 0)
+    ranks = [step] * len(squares)
+    left = (average - step) * len(squares)
     while left:
-        held = zip(spectra, dims, strict=True)
-        gains = [float(s[d : d + step].sum()) if d < most else -1.0 for s, d in held]
+        gains = [-1.0] * len(squares)
+        for layer, rank in enumerate(ranks):
+            if rank < most:
+                gains[layer] = float(squares[layer][rank : rank + step].sum())
         layer = gains.index(max(gains))
-        add = min(step, most - dims[layer], left)
-        dims[layer], left = dims[layer] + add, left - add
-    return dims
+        more = min(step, most - ranks[layer], left)
+        ranks[layer] += more
+        left -= more
+    return ranks
 
 
-def _write(
-    state: dict[str, Tensor], attn: str, maps: Maps, part: Rotary, up: Tensor, down: Tensor,
-    moved: Tensor,
+# ---- The model that is made
+def _mla_config(
+    config: GPTConfig, plan: Plan, ranks: list[int], frequencies: tuple[float, ...] | None
+) -> GPTConfig:
+    """The settings of the model that is made."""
+    return dataclasses.replace(
+        config, use_mla=True, mla_latent_dim=tuple(ranks), mla_rope_dim=plan.rope_dim,
+        mla_nope_dim=config.hs, mla_norm="none", rope_freqs=frequencies,
+        bias=config.bias or plan.method != "plain",
+        # a source with ordinary attention may have these settings without effect
+        n_kv_head=None, mla_groups=1, mla_rope="decoupled", mla_q_latent_dim=None,
+        mla_share_latent=False,
+    )  # fmt: skip
+
+
+def _write_mla(
+    state: dict[str, Tensor], attn: str, maps: Maps, keys: SplitKeys, up: Tensor, down: Tensor,
+    value_means: Tensor,
 ) -> None:  # fmt: skip
-    """Replace a layer's ordinary attention in a state dict by MLA; moved: the values' constants."""
-    nh, hs, nkv, r = *maps.q.shape[:2], len(maps.k), len(part.keys)
+    """
+    Replace a layer's ordinary attention in a state dict by MLA.
+
+    up (2 n, L), down (L, C): the latent's factors. value_means: (n,), the mean of what values lack,
+    which moves into c_proj's bias.
+    """
+    nh, hs, _ = maps.queries.shape
+    nkv = len(maps.keys)
+    r = len(keys.rotary)
     # a query head is hs + r wide and its scores are scaled by 1 / sqrt(hs + r)
-    q = torch.cat([maps.q, part.queries], dim=1).flatten(0, 1) * math.sqrt((hs + r) / hs)
-    down = torch.cat([F.pad(down, (0, 1)), part.keys])
-    k, v = (t.unflatten(0, (nkv, hs)) for t in up.chunk(2))
-    k, v = (t.repeat_interleave(nh // nkv, dim=0).flatten(0, 1) for t in (k, v))
-    moved = moved.view(nkv, hs).repeat_interleave(nh // nkv, dim=0)
-    moved = torch.einsum("chd,hd->c", maps.out, moved)
-    bias, like = state.pop(attn + "c_proj.bias", 0), state[attn + "c_proj.weight"]
+    queries = torch.cat([maps.queries, keys.queries], dim=1).flatten(0, 1)
+    queries = queries * math.sqrt((hs + r) / hs)
+    latent = torch.cat([F.pad(down, (0, 1)), keys.rotary])  # (L + r, C + 1)
+    # an expansion, and a mean, for each query head
+    k_expand, v_expand = up.unflatten(0, (2, nkv, hs)).repeat_interleave(nh // nkv, dim=1)
+    means = value_means.view(nkv, hs).repeat_interleave(nh // nkv, dim=0)
+    output_bias = torch.einsum("chd,hd->c", maps.output, means)
+    like = state[attn + "c_proj.weight"]
     del state[attn + "c_attn.weight"]
     state.pop(attn + "c_attn.bias", None)
-    new = {"c_proj.bias": moved + bias, "k_expand.weight": k, "v_expand.weight": v}
-    for name, rows in (("q_proj", q), ("kv_latent_proj", down)):
-        new |= {f"{name}.weight": rows[:, :-1], f"{name}.bias": rows[:, -1]}
-    state.update({attn + name: t.to(like) for name, t in new.items()})
+    new = {
+        "c_proj.bias": output_bias + state.pop(attn + "c_proj.bias", 0),
+        "k_expand.weight": k_expand.flatten(0, 1),
+        "v_expand.weight": v_expand.flatten(0, 1),
+        "q_proj.weight": queries[:, :-1],
+        "q_proj.bias": queries[:, -1],
+        "kv_latent_proj.weight": latent[:, :-1],
+        "kv_latent_proj.bias": latent[:, -1],
+    }
+    for name, tensor in new.items():
+        state[attn + name] = tensor.to(like)
+
+
+def without_svd(model: GPT) -> GPT:
+    """A model of MHA or GQA with its low-rank values multiplied out; itself if it has none."""
+    if not model.config.use_svd:
+        return model
+    state = model.state_dict()
+    for layer, block in enumerate(model.transformer.h):
+        attn = f"transformer.h.{layer}.attn."
+        values = dense_values(block.attn.v_down.weight, block.attn.v_up).detach()  # (n, C)
+        del state[attn + "v_up"], state[attn + "v_down.weight"]
+        state[attn + "c_attn.weight"] = torch.cat([state[attn + "c_attn.weight"], values])
+        if attn + "c_attn.bias" in state:
+            no_bias = values.new_zeros(len(values))
+            state[attn + "c_attn.bias"] = torch.cat([state[attn + "c_attn.bias"], no_bias])
+    return _assemble(dataclasses.replace(model.config, use_svd=False, svd_rank=None), state)
 
 
 def _assemble(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
@@ -536,8 +657,10 @@ def _assemble(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
         model = GPT(config)
     weights = {}
     for name, like in model.state_dict().items():
-        zero = torch.zeros(like.shape) if name.endswith(".bias") else None
-        weights[name] = state.get(name, zero).detach().to("cpu", like.dtype, copy=True)
+        tensor = state.get(name)
+        if tensor is None and name.endswith(".bias"):
+            tensor = torch.zeros(like.shape)
+        weights[name] = tensor.detach().to("cpu", like.dtype, copy=True)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model.eval()

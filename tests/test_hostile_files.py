@@ -15,6 +15,7 @@ import torch
 
 from model import GPT
 from nanomla import checkpoint
+from nanomla.conversion import read_conversion
 from nanomla.dataset import read_meta
 from nanomla.errors import UserError
 from tests.conftest import tiny_config
@@ -141,9 +142,9 @@ def test_records_of_conversions(tmp_path, content):
     """What tools.convert leaves beside its checkpoints; the whole one is read."""
     path = tmp_path / "conversion.json"
     path.write_text(json.dumps(RECORD))
-    assert checkpoint.read_conversion(tmp_path).source == "out"
+    assert read_conversion(tmp_path).source == "out"
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    assert refused(lambda: checkpoint.read_conversion(tmp_path), "conversion.json")
+    assert refused(lambda: read_conversion(tmp_path), "conversion.json")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"vocab_size": "x"}', '{"dtype": "float64"}'])

@@ -14,41 +14,30 @@ it was interrupted. --sweep compares cache sizes and methods, in sweep.md and sw
 """
 
 import dataclasses
-import functools
-import glob
 import math
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
-from tqdm import tqdm
 
 import train
-from model import GPT, GPTConfig
-from nanomla import checkpoint, costs, formats
-from nanomla import convert as weights
-from nanomla.checkpoint import Checkpoint, Conversion
+from nanomla import checkpoint, conversion, formats
 from nanomla.checks import Count, Natural, Positive, check
-from nanomla.convert import Calibration, Plan
-from nanomla.dataset import Dataset
-from nanomla.distributed import print0, resolve_device, resolve_dtype
+from nanomla.conversion import Conversion, Source
+from nanomla.convert import METHODS, Plan, check_rope_dim, most_rotary_numbers
+from nanomla.distributed import print0
 from nanomla.errors import UsageError, UserError, run_script
+from nanomla.files import write_text
+from nanomla.formats.folder import as_json
 from nanomla.settings import configure
 from tools.bench.timing import markdown
 from train import TrainConfig
 
 RECORD, REPORT, HEAL = checkpoint.CONVERSION
 SWEEP_SIZES = ("2x", "4x", "8x", "16x", "32x")
-HEALING = ("heal_iters", "heal_lr", "distill")
-CHOICE_TOKENS = 2**14  # of training text, on which candidates are compared
 # Settings of a run that healing takes over from the source's.
 RECIPE = (
     "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2",
@@ -87,7 +76,7 @@ class ConvertConfig:
         "and 32 for 32 numbers per token and layer.",
     ] = "8x"
     method: Annotated[
-        Literal[weights.METHODS],  # type: ignore[valid-type]
+        Literal[METHODS],  # type: ignore[valid-type]
         "Where the error is counted that the conversion keeps small: in the weights, on their "
         "inputs, at the output of attention, or in the loss.",
     ] = "loss"
@@ -134,305 +123,133 @@ class ConvertConfig:
             raise ValueError(f"balance has no effect on method={self.method}; leave it out")
 
 
-class Source:
-    """The model to convert and the text to do it with. Raises UserError if they do not fit."""
-
-    def __init__(self, cfg: ConvertConfig) -> None:
-        self.cfg, self.device = cfg, resolve_device(cfg.device).replace("mps", "cpu")
-        self.stored = formats.open_weights(cfg.init_from, prefer_best=True)
-        _refuse_other_attention(self.stored)
-        model, _ = checkpoint.build(self.stored)
-        self.model = weights.without_svd(model).to(self.device).eval()
-        self.config = self.model.config
-        kind = self.device.partition(":")[0]
-        bf16 = resolve_dtype("auto", kind, self.config.n_embd) == "bfloat16"
-        self.amp = functools.partial(torch.autocast, kind, torch.bfloat16, bf16)  # as in training
-        self.block_size = cfg.block_size or self.config.block_size
-        if self.block_size > self.config.block_size:
-            longest = f"the longest context of {cfg.init_from} is {self.config.block_size}"
-            raise UserError(f"--block_size={cfg.block_size} does not work: {longest}")
-        if cfg.heal_iters and self.block_size < self.config.block_size:
-            only = f"heal_iters needs the whole context, {self.config.block_size}; leave one out"
-            raise UserError(f"--block_size={cfg.block_size} does not work: {only}")
-        self.data = Dataset(cfg.data, self.block_size)
-        self.tokenizer = self._tokenizer()
-        self.numbers = costs.cached_numbers(model)  # of the source's cache
-        self.bytes_per_token = model.make_cache(1, 1).bytes_per_token
-
-    def _tokenizer(self) -> dict[str, Any] | None:
-        """The tokenizer's spec, the source's or else the dataset's."""
-        name, has = self.cfg.init_from, self.data.vocab_size
-        try:
-            own = checkpoint.tokenizer_spec(self.stored)
-        except UserError:  # nothing says what its ids mean
-            own = None
-        if own and self.data.tokenizer and own != self.data.tokenizer:
-            problem = f"dataset {self.cfg.data} was prepared with another tokenizer than {name}'s"
-            raise UserError(f"{problem}: its token ids mean other text")
-        if has and has > self.config.vocab_size:
-            sizes = f"ids up to {has - 1}, {name} only vocab_size={self.config.vocab_size}"
-            raise UserError(f"dataset {self.cfg.data} has {sizes}: they do not belong together")
-        return own or self.data.tokenizer
-
-    @property
-    def rows(self) -> int:
-        """Windows per forward pass: at most 64 with logits of 200 MB, at least one."""
-        return max(1, min(64, 5 * 10**7 // (self.config.vocab_size * self.block_size)))
-
-    def text(self, tokens: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets (B, T) of so many tokens of training text, at least one window."""
-        windows, i = max(round(tokens / self.block_size), 1), first
-        while windows > 0:
-            rows = min(self.rows, windows)
-            x, y = self.data.batch(self.cfg.seed, i, range(rows))
-            yield x.to(self.device), y.to(self.device)
-            windows, i = windows - rows, i + 1
-
-    @functools.cached_property
-    def calibration(self) -> Calibration:
-        with progress("calibrating", self.cfg.calibration_tokens) as bar:
-            batches = self.text(self.cfg.calibration_tokens, first=0)
-            with self.amp():
-                found = weights.calibrate(self.model, bar.count(x for x, _ in batches))
-        if not all(t.isfinite().all() for t in (*found.inputs, *found.gradients)):
-            raise UserError(f"{self.stored.source} computes values that are not finite")
-        return found
-
-    @functools.cached_property
-    def loss(self) -> float:
-        """The source's validation loss."""
-        return self.validation_loss(self.model, "measuring the source")
-
-    @torch.no_grad()
-    def validation_loss(self, model: GPT, what: str) -> float:
-        """Nats per token over the validation split, or eval_tokens spread evenly over it."""
-        batches, total = self.data.spread("val", self.cfg.eval_tokens, self.rows), 0.0
-        model.to(self.device)
-        with progress(what, sum(x.numel() for x, _ in batches)) as bar:
-            for x, y in batches:
-                with self.amp():
-                    total += model(x.to(self.device), y.to(self.device))[1].item()
-                bar.update(x.numel())
-        return total / len(batches)
-
-    @torch.no_grad()
-    def choice_loss(self, model: GPT) -> float:
-        """The loss by which candidates are compared, on windows that are drawn separately."""
-        model.to(self.device)
-        with self.amp():
-            text = self.text(CHOICE_TOKENS, first=10**6)
-            losses = [model(x, y)[1].item() * len(x) for x, y in text]
-        return sum(losses) / max(round(CHOICE_TOKENS / self.block_size), 1)
-
-
-def _refuse_other_attention(stored: Checkpoint) -> None:
-    """Raise UserError for a model without keys and values of its heads in the cache."""
-    args, name = stored.model_args, stored.source
-    if args.get("use_mla"):
-        how = f"mla_latent_dim={args.get('mla_latent_dim')}"
-        raise UserError(f"{name} already is a model with latent attention ({how})")
-    if args.get("use_latent_tokens"):
-        raise UserError(f"{name} has latent tokens, whose state is constant: nothing to convert")
-
-
-class progress(tqdm):
-    """A bar in tokens on a terminal's stderr."""
-
-    def __init__(self, what: str, tokens: int) -> None:
-        hidden = not sys.stderr.isatty()
-        super().__init__(desc=what, total=tokens, unit="tok", leave=False, disable=hidden)
-
-    def count(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        for batch in batches:
-            yield batch
-            self.update(batch.numel())
-
-
-# ---- one conversion
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     argv = sys.argv[1:] if argv is None else argv
     cfg, origins = configure(ConvertConfig, argv)
-    for name, what in (("init_from", "model"), ("data", "text"), ("to", "folder to write")):
+    for name, meaning in (("init_from", "model"), ("data", "text"), ("to", "folder to write")):
         if getattr(cfg, name) is None:
-            raise UsageError(f"say which {what}: --{name}=...; --help lists the settings")
-    if cfg.sweep and "method" in origins:
-        raise UsageError("--sweep=True compares all methods; leave out --method")
-    if cfg.sweep:
-        run_sweep(cfg, None if "cache" not in origins else cfg.cache.split(","))
-    else:
+            raise UsageError(f"say which {meaning}: --{name}=...; --help lists the settings")
+    if not cfg.sweep:
         convert(cfg, Source(cfg))
+        return
+    if "method" in origins:
+        raise UsageError("--sweep=True compares all methods; leave out --method")
+    sizes = None
+    if "cache" in origins:
+        sizes = cfg.cache.split(",")
+    run_sweep(cfg, sizes)
 
 
+# ---- one conversion
 def convert(cfg: ConvertConfig, source: Source) -> Conversion:
     """Convert, heal and report, or go on with that; returns the record in conversion.json."""
     asked = {k: v for k, v in vars(cfg).items() if k not in ("to", "device", "sweep")}
-    folder, record = earlier(cfg.to, asked)
-    heal = heal_settings(cfg, source) if cfg.heal_iters else {}  # may raise, before the work
+    record = conversion.earlier_conversion(cfg.to, asked)
+    folder = Path(cfg.to).resolve()
+    heal = {}
+    if cfg.heal_iters:
+        heal = heal_settings(cfg, source)  # may raise, before the work
     if record is None:
-        made = search(cfg, source, asked_plan(cfg, source))
-        record = make_record(source, made, asked)
-        write_run(folder, source, made.model, record, heal)
+        made = search(cfg, source)
+        record = conversion.make_record(source, made, asked)
+        best_val_loss = record.loss["converted"]
+        if heal:
+            best_val_loss = math.inf  # train.py measures it on windows of its own
+        texts = record_texts(record, heal)
+        conversion.write_run(folder, source, made.model, best_val_loss, texts)
     elif record.asked != asked:  # healing is asked for now
         record.asked = asked
         write_texts(folder, record_texts(record, heal))
     if heal and "healed" not in record.loss:
-        train.main([f"--{name}={value}" for name, value in heal.items()])
-        healed, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
-        record.loss["healed"] = source.validation_loss(healed.eval(), "measuring the result")
+        record.loss["healed"] = train_and_measure(heal, source, "measuring the result")
         write_texts(folder, record_texts(record, heal))
     print0("", *report_text(record).splitlines(), "", f"in {cfg.to}")
     return record
 
 
-def earlier(to: str, asked: dict[str, Any]) -> tuple[Path, Conversion | None]:
-    """
-    The folder of --to and the record of the same conversion in it, if it is there.
-
-    Raises UserError if the folder cannot be written or holds anything else.
-    """
-    try:
-        folder = Path(to).resolve()
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    except OSError as error:
-        raise UserError(f"--to={to} cannot be written ({error.strerror})") from None
-    if not there.is_dir():
-        raise UserError(f"--to={to} cannot be written: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"--to={to} cannot be written: {there} is read-only")
-    if folder == Path.cwd():
-        raise UserError(f"--to={to} is the current folder; name a new one")
-    if not names:
-        return folder, None
-    record = checkpoint.read_conversion(folder)
-    if record is None or not {checkpoint.LATEST, checkpoint.BEST} & set(names):
-        raise UserError(f"--to={to} holds other files; name a new or an empty folder")
-    later = HEALING if not record.asked["heal_iters"] else ()  # healing may be asked for later
-    other = [k for k in asked if k not in later and asked[k] != record.asked.get(k, asked[k])]
-    if other:
-        has = ", ".join(f"{k}={record.asked[k]!r}" for k in other)
-        remedy = "give the same settings, or name a new folder"
-        raise UserError(f"--to={to} holds a conversion with {has}; {remedy}")
-    return folder, record
+def search(cfg: ConvertConfig, source: Source) -> conversion.Converted:
+    """Try what the settings leave open; the loss on training text decides."""
+    plan = asked_plan(cfg, source)
+    left_open = []
+    if cfg.rope_dim is None:
+        left_open.append("rope_dim")
+    if cfg.balance is None:
+        left_open.append("balance")
+    if cfg.ranks == "auto":
+        left_open.append("spread")
+    choices = {name: conversion.values_to_try(name, plan, source.config) for name in left_open}
+    return conversion.choose(source.model, source.calibration, plan, choices, source.choice_loss)
 
 
 def asked_plan(cfg: ConvertConfig, source: Source) -> Plan:
     """The plan that --cache and the other settings ask for. Raises UserError if it cannot be."""
-    config, has = source.config, source.numbers
-    found = re.fullmatch(r"([0-9]{1,9})|([0-9]{0,9}\.?[0-9]{1,9})x", cfg.cache)
-    if not found or not float(found[1] or found[2]):
-        raise UsageError(f"--cache={cfg.cache}: write 8x, or a number such as 32")
-    numbers = int(found[1]) if found[1] else math.floor(has / float(found[2]))
-    n, rotary = config.nkv * config.hs, config.rotary_dim > 0
-    if numbers > has:
-        much = f"{cfg.init_from} caches {has:g} numbers per token and layer"
-        raise UserError(f"--cache={cfg.cache} asks for {numbers}, but {much}: that is no smaller")
+    config = source.config
+    rotary = config.rotary_dim > 0
+    numbers = asked_numbers(cfg, source)
     least = 3 if rotary else 1
     if numbers < least:
         raise UserError(f"--cache={cfg.cache} leaves {numbers} numbers; the least is {least}")
-    if cfg.rope_dim is not None:
-        most = min(n, numbers - 1) if rotary else 0
-        if cfg.rope_dim % 2 or cfg.rope_dim > most:
-            works = f"an even number from 0 to {most}" if rotary else "0 without rotary positions"
-            raise UserError(f"--rope_dim={cfg.rope_dim} does not work: it must be {works}")
-    exact, rope_dim = exact_numbers(config), cfg.rope_dim
-    if numbers > exact and (rope_dim is None or not rotary):
+    exact = conversion.exact_numbers(config)
+    if numbers > exact and (cfg.rope_dim is None or not rotary):
         print0(f"{exact} numbers are exact: more are of no use")
         numbers = exact
+    rope_dim = cfg.rope_dim
     if rope_dim is None:
-        rope_dim = min(n, numbers // 4 * 2 if numbers < exact else n) if rotary else 0
-    if not rotary and numbers >= 2 * config.n_head * config.hs:
-        raise UserError(f"--cache={cfg.cache}: MLA's cache must be smaller than MHA's {numbers}")
-    spread, balance = cfg.ranks != "uniform", cfg.balance or 1.0
-    return Plan(numbers, cfg.method, rope_dim, balance, spread, cfg.svd_method)
-
-
-def exact_numbers(config: GPTConfig) -> int:
-    """How many cached numbers are enough to lose nothing."""
-    n = config.nkv * config.hs  # numbers of all keys, and of all values
-    if config.rotary_dim:
-        return n + min(config.n_embd, n)  # a rotary key for every key head beside the values
-    return min(config.n_embd, 2 * n)
-
-
-def search(cfg: ConvertConfig, source: Source, plan: Plan) -> weights.Converted:
-    """Try what the settings leave open; the loss on training text decides."""
-    axes: dict[str, list[Any]] = {}
-    n, exact = source.config.nkv * source.config.hs, exact_numbers(source.config)
-    if source.config.rotary_dim and cfg.rope_dim is None and plan.numbers < exact:
-        axes["rope_dim"] = [r for i in range(1, 7) if 0 < (r := plan.numbers * i // 16 * 2) <= n]
-    if cfg.method in ("input", "output") and cfg.balance is None:
-        axes["balance"] = [0.3, 1.0, 3.0]
-    if cfg.ranks == "auto":
-        axes["spread"] = [True, False]
-    return weights.choose(source.model, source.calibration, plan, axes, source.choice_loss)
-
-
-# ---- what a conversion leaves on the disk
-def make_record(source: Source, made: weights.Converted, asked: dict[str, Any]) -> Conversion:
-    """The record of what was made, and its measurements."""
-    config = source.config
-    kind = "MHA" if config.nkv == config.n_head else f"GQA with {config.nkv} key/value heads"
-    converted = source.validation_loss(made.model, "measuring the result")
-    return Conversion(
-        source=source.stored.source,
-        attention=f"{kind}, {'rotary' if config.rotary_dim else 'learned'} positions",
-        plan=dataclasses.asdict(made.plan),
-        data=source.cfg.data,
-        calibration_tokens=source.calibration.tokens,
-        layers=[layer._asdict() for layer in made.layers],
-        loss={"source": source.loss, "converted": converted},
-        cached_numbers=[source.numbers, costs.cached_numbers(made.model)],
-        bytes_per_token=[source.bytes_per_token, made.model.make_cache(1, 1).bytes_per_token],
-        asked=asked,
-    )
-
-
-def write_run(
-    folder: Path, source: Source, model: GPT, record: Conversion, heal: dict[str, Any]
-) -> None:
-    """Write the folder of a run before its first iteration, whole or not at all."""
-    state = Checkpoint(
-        model=model.cpu().state_dict(),
-        model_args=dataclasses.asdict(model.config),
-        # train.py measures it on windows of its own
-        best_val_loss=math.inf if heal else record.loss["converted"],
-        config={"dataset": source.cfg.data},
-        tokenizer=source.tokenizer,
-    )
-    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.new-*"):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
-    tmp = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+        rope_dim = most_rotary_numbers(config, numbers)
+        if numbers < exact:  # half of the numbers to begin with
+            rope_dim = min(rope_dim, numbers // 4 * 2)
+    spread = cfg.ranks != "uniform"
+    plan = Plan(numbers, cfg.method, rope_dim, cfg.balance or 1.0, spread, cfg.svd_method)
     try:
-        tmp.mkdir(parents=True)
-        checkpoint.save(tmp, state, best=True)
-        write_texts(tmp, record_texts(record, heal))
-        tmp.rename(folder)  # an empty folder of that name is replaced
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        check_rope_dim(plan, config)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return plan
+
+
+def asked_numbers(cfg: ConvertConfig, source: Source) -> int:
+    """The cached numbers that --cache asks for. Raises UserError if the source has fewer."""
+    match = re.fullmatch(r"([0-9]{1,9})|([0-9]{0,9}\.?[0-9]{1,9})x", cfg.cache)
+    if not match or not float(match[1] or match[2]):
+        raise UsageError(f"--cache={cfg.cache}: write 8x, or a number such as 32")
+    if match[1]:
+        numbers = int(match[1])
+    else:
+        numbers = math.floor(source.cached_numbers / float(match[2]))
+    if numbers > source.cached_numbers:
+        size = f"{cfg.init_from} caches {source.cached_numbers:g} numbers per token and layer"
+        raise UserError(f"--cache={cfg.cache} asks for {numbers}, but {size}: that is no smaller")
+    return numbers
 
 
 def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
     """
     The settings of the healing run. Raises UserError if train.py would refuse the source's.
     """
-    T, has = source.block_size, source.stored.config
-    recipe = {"batch_size": max(1, 8192 // T), "gradient_accumulation_steps": 1}
-    recipe |= {"learning_rate": 2e-4}  # where the source's is not known
-    recipe |= {name: has[name] for name in RECIPE if has.get(name) is not None}
+    if source.block_size < source.config.block_size:
+        only = f"heal_iters needs the whole context, {source.config.block_size}; leave one out"
+        raise UserError(f"--block_size={cfg.block_size} does not work: {only}")
+    recipe = {
+        "batch_size": max(1, 8192 // source.block_size),
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 2e-4,  # where the source's is not known
+    }
+    for name in RECIPE:
+        if source.stored.config.get(name) is not None:
+            recipe[name] = source.stored.config[name]
     try:
         valid = TrainConfig(**recipe)
-        recipe = {name: getattr(valid, name) for name in recipe}
     except (TypeError, ValueError) as error:
         raise UserError(f"{source.stored.source}: its run's settings: {error}") from None
+    recipe = {name: getattr(valid, name) for name in recipe}
     highest = recipe["learning_rate"]
-    scale = cfg.heal_lr / highest if cfg.heal_lr and highest else 0.5
+    scale = 0.5
+    if cfg.heal_lr and highest:
+        scale = cfg.heal_lr / highest
     if "muon_learning_rate" in recipe:
         recipe["muon_learning_rate"] *= scale
-    windows = (len(source.data.splits["val"]) - 1) // T
+    windows = (len(source.data.splits["val"]) - 1) // source.block_size
     return recipe | {
         "learning_rate": cfg.heal_lr or highest * scale,
         "out_dir": cfg.to,
@@ -451,10 +268,25 @@ def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
     }
 
 
+def train_and_measure(settings: dict[str, Any], source: Source, title: str) -> float:
+    """Run train.py with these settings; returns the validation loss of its best weights."""
+    train.main([f"--{name}={value}" for name, value in settings.items()])
+    return measure_run(settings["out_dir"], source, title)
+
+
+def measure_run(folder: str, source: Source, title: str) -> float:
+    """The validation loss of the best weights of a run."""
+    model, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
+    return source.validation_loss(model.eval(), title)
+
+
+# ---- what is written and printed
 def record_texts(record: Conversion, heal: dict[str, Any]) -> dict[str, str]:
     """The files of a record, by name, and train.py's config for its healing, if there is any."""
-    texts = {RECORD: formats.as_json(dataclasses.asdict(record))}
-    texts[REPORT] = report_text(record) + "\n"
+    texts = {
+        RECORD: as_json(dataclasses.asdict(record)),
+        REPORT: report_text(record) + "\n",
+    }
     if heal:
         command = f"python train.py {heal['out_dir']}/{HEAL}"
         lines = [f"# Goes on with the healing of a conversion: {command}"]
@@ -464,60 +296,74 @@ def record_texts(record: Conversion, heal: dict[str, Any]) -> dict[str, str]:
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:
-    """Write files, each whole or not at all. Raises UserError if that is impossible."""
+    """Write files, each whole or not at all. Raises OSError."""
     for name, text in texts.items():
-        tmp = folder / f".{name}.tmp"
-        try:
-            tmp.write_text(text, encoding="utf-8")
-            os.replace(tmp, folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name} cannot be written ({error.strerror})") from None
+        write_text(folder / name, text)
 
 
 def report_text(record: Conversion) -> str:
     """The report as Markdown."""
-    plan, loss = record.plan, record.loss
-    names = {"source": "source", "converted": "converted, no training"}
-    names["healed"] = f"after {record.asked['heal_iters']} iterations of healing"
-    rows = []
-    for name, what in names.items():
-        if name in loss:
-            at = int(name != "source")
-            rows.append({
-                "": what,
-                "cached numbers per token and layer": f"{record.cached_numbers[at]:g}",
-                "cache bytes per token": f"{record.bytes_per_token[at]:,}",
-                "validation loss": f"{loss[name]:.4f}",
-                "change": f"{loss[name] - loss['source']:+.4f}" if at else "",
-            })  # fmt: skip
-    layers = [
-        {
-            "layer": str(i),
-            "latent": str(layer["latent"]),
+    plan = record.plan
+    smaller = record.cached_numbers[0] / record.cached_numbers[1]
+    how = [f"method {plan['method']}"]
+    how.append("ranks by layer" if plan["spread"] else "one rank")
+    if plan["rope_dim"]:
+        how.append(f"{plan['rope_dim']} rotary numbers in all layers")
+    if plan["balance"] != 1.0:
+        how.append(f"values weighted by {plan['balance']:g}")
+    measured = change(record, "converted")
+    predicted = sum(layer["predicted"] for layer in record.layers)
+    layers = []
+    for i, layer in enumerate(record.layers):
+        layers.append({
+            "layer": i,
+            "latent": layer["latent"],
             "kept": f"{layer['kept']:.2%}",
             "predicted change of the loss": f"{layer['predicted']:+.5f}",
-        }
-        for i, layer in enumerate(record.layers)
-    ]
-    predicted = sum(layer["predicted"] for layer in record.layers)
-    measured = loss["converted"] - loss["source"]
-    smaller = record.cached_numbers[0] / record.cached_numbers[1]
-    how = [f"method {plan['method']}", "ranks by layer" if plan["spread"] else "one rank"]
-    how += [f"{plan['rope_dim']} rotary numbers in all layers"] * bool(plan["rope_dim"])
-    how += [f"values weighted by {plan['balance']:g}"] * (plan["balance"] != 1.0)
+        })  # fmt: skip
     return "\n".join([
         f"# {record.source} with a latent cache",
         "",
         f"From {record.attention}; the cache is {smaller:.3g}x smaller.",
         f"Calibrated on {record.calibration_tokens:,} tokens of {record.data}: {', '.join(how)}.",
         "",
-        *markdown(rows),
+        *markdown(loss_rows(record)),
         "",
         *markdown(layers),
         "",
         f"Change of the loss, all layers: measured {measured:+.4f}, predicted {predicted:+.4f}.",
         "(The prediction is of second order, layer by layer: too low for changes above some 0.01.)",
     ])  # fmt: skip
+
+
+def loss_rows(record: Conversion) -> list[dict[str, str]]:
+    """Sizes and losses of the source, the result and, if it was healed, what came of that."""
+    titles = {
+        "source": "source",
+        "converted": "converted, no training",
+        "healed": f"after {record.asked['heal_iters']} iterations of healing",
+    }
+    rows = []
+    for name, title in titles.items():
+        if name not in record.loss:
+            continue
+        model = 0 if name == "source" else 1
+        row = {
+            "": title,
+            "cached numbers per token and layer": f"{record.cached_numbers[model]:g}",
+            "cache bytes per token": f"{record.bytes_per_token[model]:,}",
+            "validation loss": f"{record.loss[name]:.4f}",
+            "change": "",
+        }
+        if name != "source":
+            row["change"] = f"{change(record, name):+.4f}"
+        rows.append(row)
+    return rows
+
+
+def change(record: Conversion, name: str) -> float:
+    """How much the loss of what was "converted" or "healed" is above the source's."""
+    return record.loss[name] - record.loss["source"]
 
 
 # ---- all methods at several sizes
@@ -527,14 +373,38 @@ def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
 
     sizes: as for --cache; None: those of SWEEP_SIZES that the source can have.
     """
-    source, folder = Source(cfg), Path(cfg.to)
+    source = Source(cfg)
+    folder = Path(cfg.to)
     if any((folder / name).exists() for name in (checkpoint.LATEST, checkpoint.BEST, RECORD)):
         raise UserError(f"--to={cfg.to} holds a run; name another folder for the sweep")
+    points = sweep_points(cfg, source, sizes)
+    records = []
+    for i, point in enumerate(points):
+        print0(f"--- {i + 1} of {len(points)}: --cache={point.cache} --method={point.method}")
+        records.append(convert(point, source))
+    note = f"Change of the validation loss of {cfg.init_from}, {source.loss:.4f}"
+    longer = None
+    if cfg.heal_iters:
+        longer = train_on(cfg, source) - source.loss
+        note += f"; in brackets after {cfg.heal_iters} iterations of healing"
+        if cfg.distill:
+            note += " with distillation"
+        note += f". The source itself, trained on as long: {longer:+.4f}"
+    text = "\n".join([f"{note}.", "", *markdown(sweep_rows(records))])
+    write_text(folder / "sweep.md", text + "\n")
+    print0("", *text.splitlines(), "")
+    draw_sweep(records, longer, folder / "sweep.png")
+
+
+def sweep_points(
+    cfg: ConvertConfig, source: Source, sizes: list[str] | None
+) -> list[ConvertConfig]:
+    """The settings of a sweep's conversions. Raises UserError if a size that was named fails."""
     points = []
     for size in sizes or SWEEP_SIZES:
-        for method in weights.METHODS:
-            to = str(folder / f"{size}-{method}")
+        for method in METHODS:
             balance = cfg.balance if method in ("input", "output") else None
+            to = str(Path(cfg.to) / f"{size}-{method}")
             changes = {"cache": size, "method": method, "balance": balance, "to": to}
             point = dataclasses.replace(cfg, **changes, sweep=False)
             try:
@@ -544,44 +414,33 @@ def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
                     raise
                 continue
             points.append(point)
-    records = []
-    for i, point in enumerate(points):
-        print0(f"--- {i + 1} of {len(points)}: --cache={point.cache} --method={point.method}")
-        records.append(convert(point, source))
-    note, longer = f"Change of the validation loss of {cfg.init_from}, {source.loss:.4f}", None
-    if cfg.heal_iters:
-        longer = train_on(cfg, source) - source.loss
-        note += f"; in brackets after {cfg.heal_iters} iterations of healing"
-        note += " with distillation" * cfg.distill
-        note += f". The source itself, trained on as long: {longer:+.4f}"
-    text = "\n".join([f"{note}.", "", *markdown(sweep_rows(records))])
-    write_texts(folder, {"sweep.md": text + "\n"})
-    print0("", *text.splitlines(), "")
-    draw_sweep(records, longer, folder / "sweep.png")
+    return points
 
 
 def train_on(cfg: ConvertConfig, source: Source) -> float:
     """The source's validation loss after the training that healing is, for comparison."""
     folder = Path(cfg.to) / "source"
-    done = (folder / checkpoint.LATEST).exists()
-    if not done or checkpoint.load(folder / checkpoint.LATEST).iter_num < cfg.heal_iters:
-        settings = heal_settings(cfg, source) | {"out_dir": str(folder), "distill": None}
-        settings |= {} if done else {"init_from": cfg.init_from}
-        train.main([f"--{name}={value}" for name, value in settings.items()])
-    model, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
-    return source.validation_loss(model.eval(), "measuring the source, trained on")
+    title = "measuring the source, trained on"
+    settings = heal_settings(cfg, source) | {"out_dir": str(folder), "distill": None}
+    latest = folder / checkpoint.LATEST
+    if not latest.exists():
+        settings["init_from"] = cfg.init_from
+    elif checkpoint.load(latest).iter_num >= cfg.heal_iters:
+        return measure_run(str(folder), source, title)
+    return train_and_measure(settings, source, title)
 
 
 def sweep_rows(records: list[Conversion]) -> list[dict[str, str]]:
     """A row for every size, a column for every method."""
     rows: dict[float, dict[str, str]] = {}
     for record in records:
-        (before, after), loss = record.cached_numbers, record.loss
+        before, after = record.cached_numbers
         row = rows.setdefault(after, {"cached numbers": f"{after:g}"})
         row["smaller"] = f"{before / after:.3g}x"
-        changes = [f"{loss[k] - loss['source']:+.4f}" for k in ("converted", "healed") if k in loss]
-        method = record.plan["method"]
-        row[method] = " ".join([changes[0], *(f"({change})" for change in changes[1:])])
+        cell = f"{change(record, 'converted'):+.4f}"
+        if "healed" in record.loss:
+            cell += f" ({change(record, 'healed'):+.4f})"
+        row[record.plan["method"]] = cell
     return list(rows.values())
 
 
@@ -604,15 +463,14 @@ def draw_sweep(records: list[Conversion], longer: float | None, path: Path) -> N
     axes.axhline(0, color="black", lw=0.8)
     if longer is not None:
         axes.axhline(longer, color="black", lw=0.8, ls=":", label="source, trained on")
-    styles = zip(weights.METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
+    styles = zip(METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
     for method, marker, color in styles:
-        mine = [r for r in records if r.plan["method"] == method]
-        for key, line in (("converted", "-"), ("healed", "--")):
-            there = [r for r in mine if key in r.loss]
-            sizes = [r.cached_numbers[1] for r in there]
-            changes = [r.loss[key] - r.loss["source"] for r in there]
-            label = method if key == "converted" else f"{method}, healed"
-            if there:
+        for name, line in (("converted", "-"), ("healed", "--")):
+            drawn = [r for r in records if r.plan["method"] == method and name in r.loss]
+            if drawn:
+                sizes = [r.cached_numbers[1] for r in drawn]
+                changes = [change(r, name) for r in drawn]
+                label = method if name == "converted" else f"{method}, healed"
                 axes.plot(sizes, changes, line, marker=marker, color=color, label=label)
     sizes = sorted({r.cached_numbers[1] for r in records})
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)

@@ -20,6 +20,7 @@ from model import GPTConfig
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
 from nanomla.checks import check
+from nanomla.conversion import read_conversion
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.formats import folder
 from nanomla.settings import configure, declared, flat
@@ -81,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     if training:
         commands.insert(0, training)
     texts[folder.CONFIG] = folder.as_json(settings)
-    texts[folder.CARD] = folder.model_card(model, stored, kind, why, commands)
+    texts[folder.CARD] = folder.model_card(
+        model, stored, kind, why, conversion_rows(stored), commands
+    )
     folder.write_folder(target, tensors, texts)
     size = sum(tensor.nbytes for tensor in tensors.values())
     say(f"{stored.source} as {kind}: {why}")
@@ -122,6 +125,20 @@ def _tokenizer_texts(spec: dict[str, Any], kind: str) -> dict[str, str]:
     if kind == "nanomla" or spec["kind"] != "hf" or not texts:  # else the other files have it
         texts[checkpoint.TOKENIZER] = folder.as_json(spec)
     return texts
+
+
+def conversion_rows(stored: Checkpoint) -> dict[str, str]:
+    """The model card's rows on the conversion that made these weights; none if nothing did."""
+    path = Path(stored.source)
+    record = None
+    if path.is_file():
+        record = read_conversion(path.parent)
+    if record is None:
+        return {}
+    text = f"{record.source}, with {record.attention}, by method {record.plan['method']}"
+    text += f" on {record.calibration_tokens:,} tokens of {record.data}"
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record.loss.items())
+    return {"converted from": text, "validation loss of the conversion": losses}
 
 
 def training_command(stored: Checkpoint) -> str | None:

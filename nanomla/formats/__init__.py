@@ -17,7 +17,6 @@ from nanomla.files import one_line, read_json
 from nanomla.formats.base import MARK, Settings, Tensors
 from nanomla.formats.deepseek import DEEPSEEK
 from nanomla.formats.folder import CONFIG, WEIGHTS, download, read_tensors, read_tokenizer
-from nanomla.formats.folder import as_json as as_json
 from nanomla.formats.gpt2 import GPT2
 from nanomla.formats.llama import LLAMA
 from nanomla.formats.own import OWN

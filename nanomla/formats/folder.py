@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model import GPT
 from nanomla.bpe import gpt2_tables
-from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer, read_conversion
+from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer
 from nanomla.checks import brief
 from nanomla.costs import cached_numbers
 from nanomla.errors import UserError
@@ -239,11 +239,14 @@ def _as_hf(spec: dict[str, Any]) -> Any:
 # ---- The model card
 
 
-def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, commands: list[str]) -> str:
+def model_card(
+    model: GPT, stored: Checkpoint, kind: str, why: str, origin: dict[str, str], commands: list[str]
+) -> str:
     """
     The text of an export's README.md: metadata for the hub, what the model is, where it comes from.
 
-    kind, why: the format, and the reason for it. commands: what the model was made with.
+    kind, why: the format, and the reason for it. origin: rows on the conversion that made it, if
+    one did. commands: what the model was made with.
     """
     config = model.config
     library = "nanomla"
@@ -255,7 +258,8 @@ def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, commands: li
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
     lines += [f"- {tag}" for tag in tags]
     lines += ["---", "", "# A GPT exported by nanoMLA", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in _facts(model, stored, kind, why).items()]
+    facts = _facts(model, stored, kind, why, origin)
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", "## Made with", ""]
     lines += [f"    {command}" for command in commands]
     lines += ["", "## Open it", ""]
@@ -265,7 +269,9 @@ def model_card(model: GPT, stored: Checkpoint, kind: str, why: str, commands: li
     return "\n".join([*lines, ""])
 
 
-def _facts(model: GPT, stored: Checkpoint, kind: str, why: str) -> dict[str, str]:
+def _facts(
+    model: GPT, stored: Checkpoint, kind: str, why: str, origin: dict[str, str]
+) -> dict[str, str]:
     """The rows of a model card."""
     config = model.config
     numbers = cached_numbers(model)
@@ -280,7 +286,7 @@ def _facts(model: GPT, stored: Checkpoint, kind: str, why: str) -> dict[str, str
         "cache": cache,
         "context": f"{config.block_size:,} tokens",
         "vocabulary": f"{config.vocab_size:,} ids",
-        **_conversion(stored),
+        **origin,
     }
     if stored.config.get("dataset"):
         facts["data"] = stored.config["dataset"]
@@ -289,17 +295,3 @@ def _facts(model: GPT, stored: Checkpoint, kind: str, why: str) -> dict[str, str
     if stored.best_val_loss < float("inf"):
         facts["best validation loss"] = f"{stored.best_val_loss:.4f} nats per token"
     return facts
-
-
-def _conversion(stored: Checkpoint) -> dict[str, str]:
-    """The rows on the conversion that made these weights; none if nothing did."""
-    path = Path(stored.source)
-    record = None
-    if path.is_file():
-        record = read_conversion(path.parent)
-    if record is None:
-        return {}
-    text = f"{record.source}, with {record.attention}, by method {record.plan['method']}"
-    text += f" on {record.calibration_tokens:,} tokens of {record.data}"
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in record.loss.items())
-    return {"converted from": text, "validation loss of the conversion": losses}
