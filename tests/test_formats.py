@@ -27,7 +27,6 @@ from tests.conftest import (
     fails_with_one_line,
     randomise,
     run,
-    settings_name,
     tiny_config,
 )
 from tests.test_tokenizer import byte_level
@@ -312,7 +311,7 @@ def test_transformers_loads_exports(tmp_path, kind, settings):
 SHARED = {"mla_share_latent": True, "use_svd": True, "svd_rank": 3, "mla_norm": "layernorm"}
 
 
-@pytest.mark.parametrize("settings", [{}, {**TINY_MLA, **SHARED}], ids=settings_name)
+@pytest.mark.parametrize("settings", [{}, {**TINY_MLA, **SHARED}], ids=["mha", "shared latent"])
 def test_our_own_format_round_trips(tmp_path, settings):
     """Bit by bit, config and tokenizer too; tied and shared weights are stored once."""
     model = randomise(GPT(tiny_config(**settings)), 0.2)
