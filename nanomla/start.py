@@ -20,6 +20,8 @@ from nanomla.memory import require_memory
 from nanomla.runlog import read_log
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
+# The names of attention that a flag stands for.
+NAMES_OF_FLAGS = {"use_mla": ("mla", "rotary_latent"), "use_latent_tokens": ("latent_tokens",)}
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
 NANOGPT_MACHINE = ("device", "dtype", "backend", "compile")
 
@@ -43,6 +45,23 @@ class RunSettings(optim.Schedule, Protocol):
 
 
 Config = TypeVar("Config", bound=RunSettings)
+
+
+def keep_the_later(asked: dict[str, Any], origins: dict[str, str]) -> None:
+    """
+    Drop what a later argument contradicts: use_mla and use_latent_tokens say with flags what
+    attention says by a name, and of those that disagree the one that was given last counts.
+
+    asked, origins: what settings.read_arguments returned.
+    """
+    for flag, names in NAMES_OF_FLAGS.items():
+        if flag in asked and "attention" in asked:
+            says_so = asked["attention"] in names
+            if asked[flag] != says_so:
+                order = list(asked)
+                earlier = min("attention", flag, key=order.index)
+                del asked[earlier]
+                del origins[earlier]
 
 
 # ---- The settings of a resumed run
@@ -328,6 +347,8 @@ def check_model(config: GPTConfig, cfg: RunSettings, data: Dataset) -> None:
             f"dataset {cfg.dataset} has token ids up to {data.vocab_size - 1}, the model only "
             f"vocab_size={config.vocab_size}; {remedy}"
         )
+    if cfg.init_from != "scratch":
+        return  # what the weights' own config stores was said when they were made
     idle = [f"{name}={getattr(config, name)!r}" for name in without_effect(config)]
     if idle:
         warn0("without effect in this model: " + ", ".join(idle))
