@@ -278,7 +278,8 @@ def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[Piece]:
                     text = ""
                     for text in read_text(path, file, cfg.errors):
                         yield index, text
-                    index += text != ""
+                    if text:
+                        index += 1
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}: broken gzip file ({error})") from None
 
