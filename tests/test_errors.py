@@ -103,7 +103,8 @@ def script(tmp_path):
 def test_a_script_that_is_stopped_closes_what_is_open(script, name, word):
     """Both signals run `finally`, and end in one line and 128 + the number."""
     process = script(
-        "try:\n    print('working', flush=True)\n    time.sleep(60)\nfinally:\n    print('closed ä')"
+        "try:\n    print('working', flush=True)\n    time.sleep(60)\n"
+        "finally:\n    print('closed ä')"
     )
     assert process.stdout.readline() == "working\n"
     process.send_signal(getattr(signal, name))

@@ -46,7 +46,7 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path, dataset):
 
 @pytest.mark.parametrize("where", [None, "init", "log", "finish"])
 def test_wandb_gets_the_numbers_and_its_failure_is_a_warning(tmp_path, dataset, monkeypatch, where):
-    """A resume goes on with the run that the checkpoint names; wherever wandb fails, the run ends."""
+    """A resume goes on with wandb's run of the checkpoint; a run outlives a failing wandb."""
     calls = []
 
     def method(name):
