@@ -61,7 +61,8 @@ def test_tensors_stay_tensors():
     [
         ("size", True, "size=True does not work: size must be a whole number of at least 1"),
         ("size", 0, "must be a whole number of at least 1 and below 100"),
-        ("size", 1.5, "a whole number"), ("size", "7", "size='7'"), ("size", torch.ones(2), "size="),
+        ("size", 1.5, "a whole number"), ("size", "7", "size='7'"),
+        ("size", torch.ones(2), "size="),
         ("loss", "low", "loss='low' does not work: loss must be a number"),
         ("rate", float("nan"), "rate must be a finite number"),
         ("name", 7, "name must be text"), ("name", ["x" * 10**6], "name="),
