@@ -16,18 +16,15 @@ names none use a newline. "<|endoftext|>" in a text is ordinary text.
 them (--init_from=FOLDER). Documents are then encoded without the tokens that begin or end a text.
 
 --split=tail: val is the last --val_fraction of the characters. So that no token is cut, it begins
-up to 4,096 characters later, at the first place where a document begins or text may be cut (see
-below); without such a place it begins exactly there. --split=document: a document is in val if the
+up to 4,096 characters later, at the first place where a document begins or text may be cut;
+without such a place it begins exactly there. --split=document: a document is in val if the
 hash of --seed and its number is below --val_fraction. Both depend on the text alone, so every
 tokenizer gets the same val text, and bits per byte can be compared.
 
 The text is read once to check and measure it, and once more for each split. It is tokenized in
 pieces of at most 524,288 characters, so memory does not grow with the input, except that a line of
-.jsonl must fit in memory. A piece ends before a space that follows anything but white space, or
-after a line end between two characters that are no white space, the second of them no "/". At these
-places all three BPE tokenizers begin a new token whatever comes before and after, so the ids are
-those of the uncut documents. A stretch of 524,288 characters without such a place is cut at its
-end. Byte-level and SentencePiece BPE in a tokenizer.json begin tokens at these places too.
+.jsonl must fit in memory. A piece ends where BPE tokenizers begin a new token whatever comes before
+and after, so the ids are those of the uncut documents.
 """
 
 import codecs
@@ -63,7 +60,10 @@ TOKENIZERS = ("gpt2", "cl100k_base", "o200k_base", "char", "byte")  # all others
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files that are read in a folder
 PIECE = 1 << 19  # characters tokenized at a time; tiktoken fails at a million blanks in a row
 NEAR = 4096  # characters in which a place to cut is looked for first
-CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")  # the docstring's last paragraph says why
+# Where text may be cut, as BPE begins a new token here: before a space that follows anything but
+# white space, and after a line end between two characters that are no white space, the second of
+# them no "/".
+CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")
 
 Piece = tuple[int, str]  # the number of a document, and the next part of its text
 # Texts, each with what is before it: nothing, another document, or the rest of its own.
@@ -146,9 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     name = Path(cfg.tokenizer).name
     with tqdm(total=found.bytes, unit="B", unit_scale=True, desc=name, disable=None) as bar:
-        splits = {}
-        for split in ("train", "val"):
-            splits[split] = encode_split(split, cfg, found, tokenizer, meta.split_bytes, bar)
+        encoding = (cfg, found, tokenizer, meta.split_bytes, bar)
+        splits = {split: encode_split(split, *encoding) for split in ("train", "val")}
         meta = write_dataset(folder, splits, meta)
     speed = found.bytes / 1e6 / (time.perf_counter() - start)
     report(folder, meta)
