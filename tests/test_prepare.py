@@ -157,15 +157,6 @@ def test_small_pieces_give_the_same_ids(tmp_path, monkeypatch):
     assert joined == expected
 
 
-def test_text_without_a_place_to_cut(tmp_path, monkeypatch):
-    """Cut regardless when a piece is full: nothing is lost, and memory stays bounded."""
-    enc = encoding("gpt2")
-    monkeypatch.setattr(text_prepare, "PIECE", 64)
-    (tmp_path / "a.txt").write_text("你好世界" * 100, encoding="utf-8")
-    _, train, val = prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}")
-    assert enc.decode_bytes([*train, *val]).decode() == "你好世界" * 100
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
 def test_between_documents(kind, tmp_path):
     """BPE separates documents by its end-of-text token, char and byte by a newline."""
@@ -270,6 +261,10 @@ def test_invalid_utf8(tmp_path, monkeypatch):
         _, train, val = prepare(tmp_path / "a.txt", *flags, "--errors=replace")
         assert bytes([*train, *val]) == raw.decode("utf-8", "replace").encode()
         shutil.rmtree(tmp_path / "out")
+    # JSON can escape half a character, which UTF-8 cannot hold
+    (tmp_path / "d.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
+    _, train, val = prepare(tmp_path / "d.jsonl", *flags, "--errors=replace")
+    assert bytes([*train, *val]).decode() == "a\ufffdb and more"
 
 
 # file name -> (content, message)
@@ -325,14 +320,6 @@ def test_name_makes_a_dataset_of_the_repository(tmp_path):
     assert done.returncode == 0, done.stderr
     files = ["meta.json", "train.bin", "val.bin"]
     assert "MB/s" in done.stdout and sorted(contents(repository / "data" / "mine")) == files
-
-
-def test_half_a_character_in_json_is_replaced(tmp_path):
-    """JSON can escape what UTF-8 cannot hold."""
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
-    flags = ["--tokenizer=byte", "--errors=replace", f"--out={tmp_path / 'out'}"]
-    _, train, val = prepare(tmp_path / "a.jsonl", *flags)
-    assert bytes([*train, *val]).decode() == "a\ufffdb and more"
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -463,8 +450,7 @@ def test_openwebtext_from_local_files(openwebtext, tmp_path):
     for i, text in enumerate(texts):
         (tmp_path / f"{i:02}.txt").write_text(text, encoding="utf-8")
     for pattern, flags, count in (
-        ("a.jsonl", ["--num_proc=1", "--shards=7"], 40),
-        ("*.parquet", ["--num_proc=2", "--val_fraction=0.2"], 40),
+        ("*.parquet", ["--num_proc=2", "--val_fraction=0.2", "--shards=7"], 40),
         ("??.txt", ["--num_proc=2"], 40),
         ("a.jsonl", ["--limit=13", "--num_proc=1"], 13),
     ):
@@ -479,24 +465,16 @@ def test_openwebtext_from_local_files(openwebtext, tmp_path):
         assert documents == []
         length = sum(len(text.encode()) for text in texts[:count])
         assert sum(meta["split_bytes"].values()) == meta["bytes"] == length
-        assert len(meta["sha256"]) == 64
-    assert Dataset(str(tmp_path / "out"), block_size=4).vocab_size == 50257
 
 
 @pytest.mark.slow
 def test_openwebtext_errors(openwebtext, tmp_path):
-    """No network, no or mixed files, no such column, broken files, one document: one line each."""
+    """No network, no files, no such column: one line each."""
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
-    (tmp_path / "one.txt").write_text("one document")
     for flags, status, message in (
         ([], 1, "cannot load Skylion007/openwebtext"),
         ([f"--data_files={tmp_path}/none*.json"], 2, "0 files"),
-        ([f"--data_files={tmp_path}/a.jsonl,{tmp_path}/one.txt"], 2, "not all of one kind"),
         ([f"--data_files={tmp_path}/a.jsonl"], 1, "'text' (there are: body); choose with --field"),
-        ([f"--data_files={tmp_path}/bad.jsonl"], 1, "cannot load"),
-        ([f"--data_files={tmp_path}/one.txt"], 1, "1 documents are too few"),
-        (["--limit=1"], 2, "--limit=1: limit must be None or a whole number of at least 2"),
     ):
         done = openwebtext(*flags)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr

@@ -158,28 +158,6 @@ def test_a_resumed_model_is_the_checkpoints(tmp_path, dataset, trained, asked, n
     assert all(after.config[name] == before.config[name] for name in names)
 
 
-def test_a_short_dataset_is_held_against_the_models_context(tmp_path, dataset):
-    """Not against the default's 1,024 tokens, for a new run from other weights and for a resume."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=5"]
-    assert run("train.py", *args).returncode == 0
-    for size in (17, 16):  # block_size + 1 tokens are one window
-        short = tmp_path / f"short{size}"
-        short.mkdir()
-        meta = json.loads((dataset / "meta.json").read_text())
-        meta["tokens"] = {"train": size, "val": size}
-        (short / "meta.json").write_text(json.dumps(meta))
-        for split in ("train.bin", "val.bin"):
-            (short / split).write_bytes((dataset / split).read_bytes()[: 2 * size])
-    new = [f"--init_from={tmp_path}/o", f"--out_dir={tmp_path}/new", "--device=cpu"]
-    resume = ["--init_from=resume", f"--out_dir={tmp_path}/o"]
-    for flags in (new, resume):
-        flags = [*flags, "--eval_iters=2", "--eval_only"]
-        done = run("train.py", *flags, f"--dataset={tmp_path}/short17")
-        assert done.returncode == 0 and "val loss" in done.stdout, done.stderr
-        done = run("train.py", *flags, f"--dataset={tmp_path}/short16")
-        assert fails_with_one_line(done, 1, "16 tokens are too few for block_size=16")
-
-
 def test_resume_names_what_it_does_not_use(tmp_path, dataset):
     """The setting, where it is from, and what the model has; also what makes it another run."""
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
@@ -224,21 +202,6 @@ def test_new_run_from_another_runs_weights(tmp_path, dataset):
         done = run("train.py", *args, *new)
         assert "iterations 0 to 0" in done.stdout, done.stderr
         assert before[-1].split(":")[1] in done.stdout
-
-
-def test_settings_that_are_gone(tmp_path, dataset):
-    """In a config file one line says what to use instead; in an old checkpoint they are ignored."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
-    (tmp_path / "old.py").write_text("lr_find = True\n")
-    done = run("train.py", tmp_path / "old.py", *args)
-    assert fails_with_one_line(done, 2, "old.py: ", "lr_find, which is gone", "--lr_factors")
-    assert run("train.py", *args, "--max_iters=10").returncode == 0
-    path = tmp_path / "o" / "ckpt.pt"
-    stored = torch.load(path, weights_only=True)
-    stored["config"] |= {"lr_find": False, "lr_find_iters": 100, "tensorboard": True}
-    torch.save(stored, path)
-    done = run("train.py", f"--out_dir={tmp_path}/o", "--init_from=resume", "--max_iters=12")
-    assert done.returncode == 0 and "tensorboard" not in checkpoint.load(path).config
 
 
 def test_a_wsd_run_is_made_longer(tmp_path, dataset):
@@ -299,16 +262,3 @@ def test_a_run_at_its_end_says_so(tmp_path, dataset):
     line = "nothing to do: iteration 10 of 10; raise --max_iters"
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == line, done.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()} == before
-
-
-def test_at_most_eight_lines_of_settings(tmp_path, dataset):
-    """What does not fit is in the log's first entry."""
-    names = {"weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "grad_clip": 2.0, "min_lr": 0.001}
-    names |= {"wandb_project": "x" * 90, "wandb_run_name": "y" * 90, "norm": "rmsnorm"}
-    given = [f"--{name}={value}" for name, value in names.items()]
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", *given, "--max_iters=1"]
-    done = run("train.py", "config/train_llama_style.py", *args)
-    lines = done.stdout.split("settings:\n")[1].split("model: ")[0].splitlines()
-    assert done.returncode == 0 and len(lines) == 8 and "more" in lines[-1]
-    text = " ".join(entries(tmp_path / "o")[0]["settings"])
-    assert all(f"{name}=" in text for name in names)
