@@ -97,7 +97,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if (self.name is None) == (self.out is None):
+        if bool(self.name) == bool(self.out):
             raise ValueError("say where to write: --name=NAME for data/NAME, or --out=FOLDER")
 
 
@@ -118,8 +118,9 @@ def main(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:]
     paths: list[str] = []
     cfg, _ = configure(PrepareConfig, argv, files=paths)
-    folder = HERE.parent / (cfg.name or "")
-    if cfg.out is not None:
+    if cfg.name:
+        folder = HERE.parent / cfg.name
+    else:
         folder = Path(cfg.out)
     if (folder / "prepare.py").exists():
         raise UsageError(
@@ -362,6 +363,7 @@ def cut_pieces(blocks: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _last_cut(text: str) -> int:
+    """The last place to cut in the first PIECE characters, or their end if there is none."""
     for start in (PIECE - NEAR, 1):  # the last place is nearly always close to the end
         places = [match.start() for match in CUT.finditer(text, start, PIECE + 1)]
         if places:
