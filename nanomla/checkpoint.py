@@ -31,6 +31,7 @@ from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
+LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per number they rotate
 # What tools.convert leaves beside the checkpoints of a conversion: its record, for export's model
 # card, its report, and train.py's config for healing.
 CONVERSION = ("conversion.json", "conversion.md", "heal.py")
@@ -240,6 +241,9 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     if len(layers) != stored.n_layer:  # found before so many layers are made
         problem = f"n_layer={stored.n_layer}, but there are weights of {len(layers)} layers"
         raise UserError(f"{source}: {problem}")
+    if stored.pos_emb == "rope" and stored.block_size > LONGEST_CONTEXT:
+        limit = f"at most {LONGEST_CONTEXT} rotary positions are supported"
+        raise UserError(f"{source}: block_size={stored.block_size}, but {limit}; use a lower one")
     note = None
     try:
         config = dataclasses.replace(stored, **overrides)
@@ -259,9 +263,16 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
 
 
 def _without_weights(config: GPTConfig) -> GPT:
-    """A model whose parameters have shapes only: no memory is taken, no weights are drawn."""
-    with torch.device("meta"):
-        return GPT(config)
+    """
+    A model whose parameters have shapes only: no memory is taken, no weights are drawn.
+
+    Raises ValueError for sizes that do not fit 64 bits.
+    """
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except (RuntimeError, TypeError):
+        raise ValueError("its settings have sizes that no tensor can have") from None
 
 
 def stored_config(checkpoint: Checkpoint) -> GPTConfig:
