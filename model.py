@@ -817,8 +817,8 @@ class RotaryLatentAttention(LatentAttention):
 
     @staticmethod
     def check(config: GPTConfig) -> None:
-        allowed = "'decoupled' without pos_emb='rope'"
-        require(config.pos_emb == "rope", "mla_rope", "latent", allowed)
+        allowed = "'rope' with mla_rope='latent', which attention='rotary_latent' stands for"
+        require(config.pos_emb == "rope", "pos_emb", config.pos_emb, allowed)
         nope = config.mla_nope_dim
         require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
         L = check_latent(config, beside=0, full=config.n_head * 2 * config.hs)

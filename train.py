@@ -27,11 +27,18 @@ from nanomla.checkpoint import Checkpoint
 from nanomla.checks import Count, Natural, NonNegative, Seed, Share, UpToOne, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import StopSignals, World, print0
-from nanomla.errors import Steady, UsageError, run_script
+from nanomla.errors import UsageError, run_script
 from nanomla.progress import Progress, diverged
 from nanomla.runfolder import RunFolder
 from nanomla.runlog import RunLog, evaluation_text
-from nanomla.start import check_model, nothing_left, open_model, open_teacher, resumed_settings
+from nanomla.start import (
+    check_model,
+    keep_the_later,
+    nothing_left,
+    open_model,
+    open_teacher,
+    resumed_settings,
+)
 
 # What the error says of settings that nanoGPT or an earlier version has.
 LR_FIND = ", which is gone: python -m tools.compare CONFIG --lr_factors=0.5,1,2 compares rates"
@@ -495,8 +502,7 @@ def main(argv: list[str] | None = None) -> None:
         if argv is None:
             argv = sys.argv[1:]
         asked, origins = settings.read_arguments(TrainConfig, argv, HINTS)
-        sys.stdout = Steady(sys.stdout)
-        sys.stderr = Steady(sys.stderr)
+        keep_the_later(asked, origins)
         if asked.get("init_from") == "resume":
             cfg, origins = resumed_settings(TrainConfig, asked, origins)
         else:

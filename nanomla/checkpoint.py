@@ -7,9 +7,7 @@ code.
 out_dir/ckpt.pt is the latest state, for resuming; out_dir/best.pt had the lowest validation loss.
 """
 
-import contextlib
 import dataclasses
-import enum
 import math
 import os
 import pickle
@@ -24,16 +22,15 @@ from pydantic import Field
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanomla.checks import Natural, brief, check
+from nanomla.checks import Natural, check
 from nanomla.convert import factorise_values
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
-from nanomla.files import one_line, require_file
+from nanomla.files import one_line, replacing, require_file
 from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
-LARGEST_PICKLE = 2**26  # bytes without tensors; the tokenizer of a large vocabulary has 35 MB
 LONGEST_CONTEXT = 2**20  # of rotary models; their tables then take 4 MB per number they rotate
 # What tools.convert leaves beside the checkpoints of a conversion: its record, for export's model
 # card, its report, and train.py's config for healing.
@@ -69,100 +66,56 @@ class Checkpoint:
 
 def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
     """
-    Write out_dir/ckpt.pt and, if best, out_dir/best.pt: whole or not at all, and durably.
+    Write out_dir/ckpt.pt and, if best, out_dir/best.pt: whole or not at all.
 
-    The bytes go to a temporary file and are synced, then the file is renamed to ckpt.pt. best.pt is
-    the same file under a second name. It gets that name first, so that a kill between the two steps
-    does not lose the best weights. Raises UserError, with the old files untouched, if there is too
-    little space, a value cannot be stored or the write fails.
+    The bytes go to a temporary file, which is then renamed to ckpt.pt. best.pt is the same file
+    under a second name. It gets that name first, so that a kill between the two steps does not lose
+    the best weights. Raises UserError, with the old files untouched, if the write fails.
 
     Of model_args, what has GPTConfig's default is left out unless nanoGPT has it, so that nanoGPT
     opens its own kind of model. So a default that changes is a new FORMAT.
     """
     folder = Path(out_dir)
-    tmp = _temporary(folder / LATEST)
     content = {"format": FORMAT, **vars(checkpoint)}
     del content["source"]
-    for name in content.keys() - {"model"}:
-        content[name] = _plain(content[name], name)
     defaults = {f.name: f.default for f in dataclasses.fields(GPTConfig)}
     content["model_args"] = {
         name: value
-        for name, value in content["model_args"].items()
+        for name, value in checkpoint.model_args.items()
         if name in NANOGPT_ARGS or name not in defaults or value != defaults[name]
     }
     try:
-        for name in (LATEST, BEST):
-            if (folder / name).is_dir():
-                raise UserError(f"no checkpoint written: {folder / name} is a folder")
-        # A killed run may have left this name. It is removed first: the file may also be best.pt,
-        # which must not be written to, and it takes up space.
-        tmp.unlink(missing_ok=True)
-        needed, free = _tensor_bytes(content), shutil.disk_usage(folder).free
-        if free < 1.05 * needed:
-            sizes = f"it needs {needed / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free"
-            raise UserError(f"no checkpoint written: {sizes}")
-        with open(tmp, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if best:
-            _link_or_copy(tmp, folder / BEST)
-        os.replace(tmp, folder / LATEST)
-        _sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or one_line(error)
+        with replacing(folder / LATEST) as unfinished:
+            with open(unfinished, "wb") as file:
+                torch.save(content, file)
+            if best:
+                _second_name(unfinished, folder / BEST)
+    except (OSError, RuntimeError) as error:
+        failed = error
+        if isinstance(error.__context__, OSError):  # torch has a RuntimeError for a full disk
+            failed = error.__context__
+        reason = getattr(failed, "strerror", None) or one_line(failed)
         raise UserError(f"no checkpoint written to {folder}: {reason}") from None
-    finally:  # also after Ctrl-C
-        for unfinished in (tmp, _temporary(folder / BEST)):
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
 
 
-def _temporary(path: Path) -> Path:
-    """The name that this process writes a file under before it gets its own."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove the unfinished checkpoints of killed runs; the caller must hold the run's lock."""
-    for name in (LATEST, BEST):
-        for unfinished in Path(folder).glob(f".{name}.*tmp"):
-            with contextlib.suppress(OSError):  # a folder of that name stays
-                unfinished.unlink()
-
-
-def _plain(value: Any, name: str) -> Any:
-    """
-    A value as None, bool, int, float, str, list, tuple and dict of exactly these types, which
-    torch.load reads with weights_only=True. Tensors stay. Raises UserError naming what has no such
-    value.
-    """
-    if isinstance(value, enum.Enum):
-        value = value.value
-    elif isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is None or isinstance(value, (bool, Tensor)):
-        return value
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return getattr(kind, f"__{kind.__name__}__")(value)  # int() would ask the subclass
-    if isinstance(value, dict):
-        keys = [_plain(key, f"a key of {name}") for key in value]
-        values = [_plain(inner, f"{name}[{key!r}]") for key, inner in value.items()]
-        return dict(zip(keys, values, strict=True))
-    if isinstance(value, (list, tuple)):
-        plain = [_plain(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
-        return plain if isinstance(value, list) else tuple(plain)
-    if hasattr(value, "tolist"):  # numpy's numbers and arrays
-        return _plain(value.tolist(), name)
-    kind = type(value).__name__
-    raise UserError(f"no checkpoint written: {name}={brief(value)} is of type {kind}")
+def _second_name(file: Path, name: Path) -> None:
+    """Give `file` a second name, replacing what has it; a copy where hard links do not work."""
+    with replacing(name) as unfinished:
+        try:
+            os.link(file, unfinished)
+        except OSError:
+            shutil.copyfile(file, unfinished)
 
 
 def keep_as_best(out_dir: str | Path) -> None:
     """Give out_dir/ckpt.pt the second name best.pt. Raises OSError if that is impossible."""
-    _link_or_copy(Path(out_dir) / LATEST, Path(out_dir) / BEST)
+    _second_name(Path(out_dir) / LATEST, Path(out_dir) / BEST)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the unfinished files of killed runs; the caller must hold the run's lock."""
+    for unfinished in Path(folder).glob(".*.tmp"):
+        unfinished.unlink()
 
 
 def load(path: str | Path, verify: bool = True) -> Checkpoint:
@@ -176,7 +129,10 @@ def load(path: str | Path, verify: bool = True) -> Checkpoint:
     """
     try:
         require_file(path)
-        _check_archive(path, verify)
+        with zipfile.ZipFile(path) as archive:  # what torch.save writes
+            damaged = archive.testzip() if verify else None
+        if damaged:
+            raise ValueError(f"{damaged} has another CRC-32 than the file says")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
@@ -188,54 +144,29 @@ def load(path: str | Path, verify: bool = True) -> Checkpoint:
     except Exception as error:  # noqa: BLE001  a damaged file can fail anywhere in the reader
         reason = f"{type(error).__name__}: {one_line(error)[:100]}"
         raise UserError(f"{path}: truncated, damaged or not a checkpoint ({reason})") from None
+
     needed = ("model", "model_args")
-    missing = [k for k in needed if not isinstance(content, dict) or k not in content]
+    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
     if missing:
         lacks = " and no ".join(missing)
         raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint, it has no {lacks}")
-    names = [f.name for f in dataclasses.fields(Checkpoint) if f.name != "source"]
-    values = {k: content[k] for k in names if k in needed or content.get(k) is not None}
+    keys = [f.name for f in dataclasses.fields(Checkpoint) if f.name != "source"]
+    values = {k: content[k] for k in keys if k in needed or content.get(k) is not None}
     try:
-        has = content.get("format", FORMAT)
-        if type(has) is not int or has != FORMAT:
-            raise ValueError(f"format {brief(has)}, this version reads {FORMAT}")
+        if content.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         return Checkpoint(**values, source=str(path))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not a nanoMLA or nanoGPT checkpoint ({error})") from None
-
-
-def _check_archive(path: str | Path, verify: bool) -> None:
-    """
-    Hold a zip archive, which torch.save writes, against itself: what its members say of their place
-    and size and, with verify, their checksums.
-
-    Raises ValueError or zipfile.BadZipFile.
-    """
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # what torch.load goes by
-            raise ValueError("it does not begin as what torch.save writes")
-        with zipfile.ZipFile(file) as archive:
-            members = sorted(archive.infolist(), key=lambda member: member.header_offset)
-            ends = [member.header_offset for member in members[1:]] + [os.path.getsize(path)]
-            for member, end in zip(members, ends, strict=True):
-                name, size = member.filename, member.file_size
-                if member.compress_type != zipfile.ZIP_STORED or size != member.compress_size:
-                    raise ValueError(f"{name} is compressed")
-                if member.header_offset + size > end:
-                    raise ValueError(f"{name} is larger than its place in the file")
-                if name.endswith("data.pkl") and size > LARGEST_PICKLE:
-                    raise ValueError(f"{name} is larger than {LARGEST_PICKLE / 1e6:.0f} MB")
-            for member in members if verify else ():
-                with archive.open(member) as content:
-                    while content.read(2**20):  # the last one raises BadZipFile
-                        pass
 
 
 def find(out_dir: str | Path, prefer_best: bool = False) -> Path:
     """The checkpoint file to read in a run's folder. Raises UserError if there is none."""
-    names = (BEST, LATEST) if prefer_best else (LATEST, BEST)
+    names = [LATEST, BEST]
+    if prefer_best:
+        names.reverse()
     for name in names:
-        if os.path.isfile(Path(out_dir) / name):  # False also where the system refuses to look
+        if os.path.isfile(Path(out_dir) / name):
             return Path(out_dir) / name
     raise UserError(f"no checkpoint in {out_dir}: neither {LATEST} nor {BEST} is there")
 
@@ -250,43 +181,64 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
     Raises UserError if settings, names or shapes do not belong together.
     """
     stored = stored_config(checkpoint)
+    source = checkpoint.source
+    if stored.use_svd and overrides.get("svd_rank", stored.svd_rank) is None:
+        del overrides["svd_rank"]  # None means full rank only where there is none yet
+    state = {}
+    for name, tensor in checkpoint.model.items():
+        if not is_mask_buffer(name):
+            state[_plain_name(name)] = tensor
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+    if len(layers) != stored.n_layer:  # found before so many layers are made
+        problem = f"n_layer={stored.n_layer}, but there are weights of {len(layers)} layers"
+        raise UserError(f"{source}: {problem}")
+    if stored.pos_emb == "rope" and stored.block_size > LONGEST_CONTEXT:
+        limit = f"at most {LONGEST_CONTEXT} rotary positions are supported"
+        raise UserError(f"{source}: block_size={stored.block_size}, but {limit}; use a lower one")
+    note = None
     try:
-        if stored.use_svd and overrides.get("svd_rank", stored.svd_rank) is None:
-            del overrides["svd_rank"]  # None means full rank only where there is none yet
         config = dataclasses.replace(stored, **overrides)
-        state = {_plain_name(k): v for k, v in checkpoint.model.items() if not is_mask_buffer(k)}
-        _check_sizes(stored, state, checkpoint.source)
-        note = None
+        _fill_ties(state, stored)
+        model = _without_weights(stored)
+        _compare(model, state, source)
         if config.use_svd and (not stored.use_svd or config.svd_rank != stored.svd_rank):
             state, kept = factorise_values(state, config)
             ranks = f"rank {config.svd_rank} of {config.hs}"
             note = f"values factorised to {ranks}: {kept:.2%} of the squared singular values kept"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{checkpoint.source}: {one_line(error)}") from None
-    with torch.device("meta"):  # takes no memory and draws no weights, as all of them are replaced
-        model = GPT(config)
-    load_state(model, state, checkpoint.source)
+    except ValueError as error:
+        raise UserError(f"{source}: {one_line(error)}") from None
+    if config != stored:
+        model = _without_weights(config)
+    load_state(model, state, source)
     return model, note
+
+
+def _without_weights(config: GPTConfig) -> GPT:
+    """
+    A model whose parameters have shapes only: no memory is taken, no weights are drawn.
+
+    Raises ValueError for sizes that do not fit 64 bits.
+    """
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except (RuntimeError, TypeError):
+        raise ValueError("its settings have sizes that no tensor can have") from None
 
 
 def stored_config(checkpoint: Checkpoint) -> GPTConfig:
     """The settings of a checkpoint's model. Raises UserError for some that do not work."""
     args = checkpoint.model_args
     fields = {f.name for f in dataclasses.fields(GPTConfig)}
-    unknown = sorted(name for name in args if name not in fields and not _neutral(args[name]))
+    # What another version has besides is no matter if it leaves something out.
+    unknown = sorted(n for n in args if n not in fields and args[n] and args[n] != "none")
     if unknown:
         problem = "model_args has settings this version does not know"
         raise UserError(f"{checkpoint.source}: {problem}: {one_line(', '.join(unknown))}")
     try:
         return GPTConfig(**{name: args[name] for name in args if name in fields})
-    except (TypeError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{checkpoint.source}: {one_line(error)}") from None
-
-
-def _neutral(value: Any) -> bool:
-    """Whether a setting that is not known leaves something out, as far as its value tells."""
-    plain = isinstance(value, (bool, int, float, str, list, tuple, dict, type(None)))
-    return plain and (not value or value == "none")
 
 
 def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
@@ -296,62 +248,33 @@ def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
     Raises UserError naming what is missing, unknown or of another shape, or the first tensor that
     holds a NaN or an infinity. Looking for those takes a tenth of the time of the copies.
     """
-    own = model.state_dict()
-    _compare({name: tensor.shape for name, tensor in own.items()}, state, source)
-    # Copies, because the tensors may be mapped from a file or be views of one another.
-    plain = {"dtype": torch.get_default_dtype(), "memory_format": torch.contiguous_format}
-    copies = {name: state[name].detach().to(copy=True, **plain) for name in own}
-    for name, tensor in copies.items():
-        if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both of what holds one
+    _compare(model, state, source)
+    dtype = torch.get_default_dtype()
+    copies = {}  # the tensors may be mapped from a file or be views of one another
+    for name in model.state_dict():
+        tensor = state[name].detach()
+        copies[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if not torch.stack(copies[name].aminmax()).isfinite().all():
             raise UserError(f"{source}: {name} holds values that are not finite (NaN or infinity)")
     model.load_state_dict(copies, assign=True)
     model.tie_weights()
 
 
-def _check_sizes(config: GPTConfig, state: dict[str, Tensor], source: str) -> None:
-    """
-    Raise UserError if the settings are not those of the weights, before a model is built from them:
-    blocks take memory even without weights, and so do the tables of rotary positions. Adds the
-    second names of tied weights.
-    """
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
-            raise UserError(f"{source}: {one_line(name)} holds no plain floating-point numbers")
-        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
-            raise UserError(f"{source}: {one_line(name)} is empty or larger than what is stored")
-    layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
-    if len(layers) != config.n_layer:
-        has = f"there are weights of {len(layers)} layers"
-        raise UserError(f"{source}: n_layer={config.n_layer}, but {has}")
-    _fill_ties(state, config)
-    widest = max((size for tensor in state.values() for size in tensor.shape), default=0)
-    if config.rotary_dim > widest:
-        sizes = f"a rotary width of {config.rotary_dim}, but its weights are at most {widest} wide"
-        raise UserError(f"{source}: the settings ask for {sizes}")
-    if config.pos_emb == "rope" and config.block_size > LONGEST_CONTEXT:
-        limit = f"at most {LONGEST_CONTEXT} rotary positions are supported"
-        raise UserError(f"{source}: block_size={config.block_size}, but {limit}; use a lower one")
-    try:
-        with torch.device("meta"):
-            small = GPT(dataclasses.replace(config, block_size=1)).state_dict()
-    except (RuntimeError, TypeError):  # sizes that do not fit 64 bits
-        raise UserError(f"{source}: its settings have sizes that no tensor can have") from None
-    wanted: dict[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in small.items()}
-    if config.pos_emb == "learned":
-        wanted["transformer.wpe.weight"] = (config.block_size, config.n_embd)
-    _compare(wanted, state, source)
-
-
-def _compare(wanted: dict[str, tuple[int, ...]], state: dict[str, Tensor], source: str) -> None:
-    """Raise UserError naming what is missing, unknown or of another shape than wanted."""
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    kinds = {"missing": missing, "unknown": unknown}
-    if missing or unknown:
-        named = [f"{len(n)} {kind} (first {one_line(n[0])})" for kind, n in kinds.items() if n]
-        raise UserError(f"{source}: its weights are of another model: {', '.join(named)}")
-    for name, shape in wanted.items():
-        if shape != state[name].shape:
-            shapes = f"has shape {tuple(state[name].shape)}, expected {tuple(shape)}"
+def _compare(model: GPT, state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError naming what the model misses, does not know or has in another shape."""
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unknown = sorted(state.keys() - own.keys())
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing (first {missing[0]})")
+    if unknown:
+        problems.append(f"{len(unknown)} unknown (first {one_line(unknown[0])})")
+    if problems:
+        raise UserError(f"{source}: its weights are of another model: {', '.join(problems)}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            shapes = f"has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
             raise UserError(f"{source}: {name} {shapes}")
 
 
@@ -364,22 +287,30 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
     dataset: where to read the characters instead: a name below data/, a folder, or a meta file.
     Raises UserError if there is nothing that turns ids into text, or if it is not the model's.
     """
-    source, own = checkpoint.source, checkpoint.tokenizer
+    source = checkpoint.source
+    own = checkpoint.tokenizer
     vocab_size = checkpoint.model_args.get("vocab_size", GPTConfig.vocab_size)
     if own is not None and dataset is None:
         check_spec(own, source, vocab_size)
         return own
-    name = checkpoint.config.get("dataset") if dataset is None else dataset
-    place = None if name is None else DATA_ROOT / str(name)
-    if place and not place.exists() and Path(str(name)).exists():
-        place = Path(str(name))
-    spec = read_meta(place).tokenizer if place else None
+
+    # its dataset's, or that of another dataset
+    name = dataset
+    if dataset is None:
+        name = checkpoint.config.get("dataset")
+    place = None
+    spec = None
+    if name is not None:
+        place = DATA_ROOT / str(name)
+        if not place.exists() and Path(str(name)).exists():
+            place = Path(str(name))
+        spec = read_meta(place).tokenizer
     if own is not None and own != spec:
         raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
     other = "give the dataset that it was trained on, --dataset=NAME, or its folder or meta file"
     if spec:
         check_spec(spec, str(place))
-        chars = spec["chars"] if spec["kind"] == "char" else ""
+        chars = spec.get("chars", "")
         if (chars or dataset is not None) and len(chars) != vocab_size:
             has = f"the dataset now in {place} has {len(chars) or 'no alphabet'}"
             raise UserError(f"{source} knows {vocab_size} characters, but {has}; {other}")
@@ -415,45 +346,10 @@ def _fill_ties(state: dict[str, Tensor], config: GPTConfig) -> None:
     wte = state.get("transformer.wte.weight")
     if config.tie_weights and wte is not None:
         head = state.setdefault("lm_head.weight", wte)
-        same = head.dtype == wte.dtype and head.shape == wte.shape
-        if same and not torch.equal(head, wte):  # NaN, which load_state names, equals nothing
-            same = torch.equal(head.nan_to_num(), wte.nan_to_num())
-        if not same:
+        if head.data_ptr() != wte.data_ptr() and not torch.equal(head, wte):
             problem = "lm_head and wte are different weights"
             raise ValueError(f"{problem}; with tie_weights=True they must be one")
     if config.mla_share_latent:
         for name in [n for n in state if ".h.0.attn.kv_latent_proj." in n]:
             for layer in range(1, config.n_layer):
                 state.setdefault(name.replace(".h.0.", f".h.{layer}."), state[name])
-
-
-def _tensor_bytes(value: Any) -> int:
-    """The bytes of all tensors in nested dictionaries and lists."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(_tensor_bytes, value.values()))
-    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def _link_or_copy(file: Path, name: Path) -> None:
-    """Give `file` a second name, replacing what has it; a copy where hard links do not work."""
-    tmp = _temporary(name)
-    tmp.unlink(missing_ok=True)
-    try:
-        os.link(file, tmp)
-    except OSError:
-        shutil.copyfile(file, tmp)
-        with open(tmp, "rb") as copy:
-            os.fsync(copy.fileno())
-    os.replace(tmp, name)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames durable, where folders can be synced."""
-    if hasattr(os, "O_DIRECTORY"):
-        fd = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

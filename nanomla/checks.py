@@ -134,10 +134,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
-        try:
-            value = value.item()
-        except RuntimeError:  # a tensor on the meta device has no values
-            return value
+        value = value.item()
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value

@@ -8,12 +8,10 @@ number of processes and micro-steps.
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import pickle
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +22,15 @@ from pydantic import Field
 
 from nanomla.checks import Natural, check
 from nanomla.errors import UserError
-from nanomla.files import read_json
+from nanomla.files import read_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 UINT16_VOCAB = 65536  # the largest vocabulary whose ids fit uint16
-LONGEST_META = 2**27  # bytes of a meta file that are read; a large tokenizer.json takes 40 MB
-READY = ".ready"  # a new dataset's files on their way into its folder; see write_dataset
+UNFINISHED = ".unfinished"  # a folder in which a new dataset is written
+READY = ".ready"  # its name once all of it is there; see write_dataset
 
 
 @dataclass
@@ -76,13 +74,12 @@ class Dataset:
         self.folder = DATA_ROOT / name  # an absolute path replaces DATA_ROOT
         if not self.folder.is_dir() and Path(name).is_dir():
             self.folder = Path(name).resolve()
-        _finish_moves(self.folder)
-        if not all(_place(self.folder, file).is_file() for file in ("train.bin", "val.bin")):
+        meta = read_meta(self.folder)
+        if not all((self.folder / file).is_file() for file in ("train.bin", "val.bin")):
             raise UserError(
                 f"dataset {name} is not prepared: no train.bin and val.bin in {self.folder}; "
                 + self._remedy()
             )
-        meta = read_meta(self.folder)
         self.vocab_size = meta.vocab_size
         self.tokenizer = meta.tokenizer
         self.split_bytes = meta.split_bytes
@@ -96,7 +93,8 @@ class Dataset:
         return "datasets you can prepare: " + ", ".join(names)
 
     def _map(self, split: str, meta: Meta) -> np.ndarray:
-        path, dtype = _place(self.folder, f"{split}.bin"), np.dtype(meta.dtype)
+        path = self.folder / f"{split}.bin"
+        dtype = np.dtype(meta.dtype)
         size = path.stat().st_size
         tokens = size // dtype.itemsize
         if size % dtype.itemsize:
@@ -107,13 +105,6 @@ class Dataset:
         if tokens != meta.tokens.get(split, tokens):
             raise UserError(
                 f"{path} holds {tokens} tokens, but its meta file counts {meta.tokens[split]}; "
-                "they do not belong together: prepare the dataset again"
-            )
-        kind, size = (meta.tokenizer or {}).get("kind"), meta.split_bytes.get(split, tokens)
-        # each token is at least one byte of text, or separates two documents
-        if kind in ("char", "byte") and size + (meta.documents or 1) - 1 < tokens:
-            raise UserError(
-                f"{path} holds {tokens} tokens, but by its meta file they stand for {size} bytes; "
                 "they do not belong together: prepare the dataset again"
             )
         if tokens < self.block_size + 1:
@@ -185,24 +176,23 @@ def read_meta(place: Path) -> Meta:
     place: the dataset's folder, or such a file itself.
     Raises UserError if the file cannot be read or a field has the wrong type.
     """
-    path = place if place.is_file() else _place(place, "meta.json")
+    if (place / READY).is_dir():  # a writer was killed before it had moved all files
+        with locked(place, "writing this dataset"):
+            _move_files(place)
+    path = place / "meta.json"
+    if place.is_file():
+        path = place
     if path.suffix == ".pkl" or not path.is_file():
         pickled = path.with_suffix(".pkl")
-        return _read_meta_pkl(pickled) if pickled.is_file() else Meta()
+        if pickled.is_file():
+            return _read_meta_pkl(pickled)
+        return Meta()
+    content = read_json(path)
+    names = {field.name for field in dataclasses.fields(Meta)}
     try:
-        content = read_json(path, LONGEST_META)
-        known = {f.name for f in dataclasses.fields(Meta)}
-        meta = Meta(**{key: value for key, value in content.items() if key in known})
-    except (TypeError, ValueError) as error:
+        return Meta(**{key: value for key, value in content.items() if key in names})
+    except ValueError as error:
         raise UserError(f"{path}: not a dataset's meta file ({error})") from None
-    pickled = path.with_name("meta.pkl")
-    other = _read_meta_pkl(pickled) if not meta.tokens and pickled.is_file() else meta
-    if other.tokenizer != meta.tokenizer:
-        raise UserError(
-            f"{path} and {pickled} describe two datasets, and nothing says which of them the .bin "
-            "files belong to; remove the wrong one"
-        )
-    return meta
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -216,17 +206,10 @@ def _read_meta_pkl(path: Path) -> Meta:
     """nanoGPT's {'vocab_size': int, 'stoi': {char: id}, 'itos': {id: char}}."""
     try:
         with open(path, "rb") as file:
-            data = file.read(LONGEST_META + 1)
-        if len(data) > LONGEST_META:
-            raise ValueError(f"it is longer than {LONGEST_META:,} bytes")
-        content = _PlainUnpickler(io.BytesIO(data)).load()
-        itos, stoi, size = content["itos"], content.get("stoi"), content["vocab_size"]
-        chars = [itos[i] for i in range(len(itos))]
-        if not all(isinstance(c, str) and len(c) == 1 for c in chars):
-            raise ValueError("itos has a value that is no character")
-        if size != len(itos) or (stoi and stoi != {c: i for i, c in enumerate(chars)}):
-            raise ValueError("vocab_size, itos and stoi do not belong together")
-        return Meta(int(size), {"kind": "char", "chars": "".join(chars)})
+            content = _PlainUnpickler(file).load()
+        letters = content["itos"]
+        chars = [letters[i] for i in range(len(letters))]
+        return Meta(content["vocab_size"], {"kind": "char", "chars": "".join(chars)})
     except Exception as error:  # noqa: BLE001  a hostile pickle can raise anything
         raise UserError(f"{path}: refused, not a plain nanoGPT meta.pkl ({error})") from None
 
@@ -240,75 +223,59 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: M
         generators of pieces may set the other fields while they run.
 
     The dtype is uint16, or uint32 above a vocabulary of 65,536. All files are first written to a
-    temporary folder inside `folder`. One rename of that folder, to READY, publishes them: readers
-    look there first, while each file is moved to its place. So an interrupted run changes all or
-    nothing.
+    folder inside `folder`. One rename of that folder, to READY, decides that they are the dataset;
+    then each file is moved to its place. If the process is killed before the last move, the next
+    reader or writer ends the moves. So an interrupted run changes all or nothing.
     Raises UserError if another run is writing the same folder, or if a file cannot be written.
     """
-    dtype = np.dtype(np.uint16 if meta.vocab_size <= UINT16_VOCAB else np.uint32)
-    counts = {}
+    unfinished = folder / UNFINISHED
+    missing = not folder.is_dir()
     try:
-        with _temporary_folder(folder) as tmp:
-            for split, pieces in splits.items():
-                with open(tmp / f"{split}.bin", "wb") as file:
-                    counts[split] = 0
-                    for piece in pieces:
-                        file.write(np.ascontiguousarray(piece, dtype=dtype).data)
-                        counts[split] += len(piece)
-                    file.flush()
-                    os.fsync(file.fileno())
-            meta = dataclasses.replace(meta, dtype=dtype.name, tokens=counts)
-            content = {k: v for k, v in vars(meta).items() if v is not None and v != {}}
-            (tmp / "meta.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            os.rename(tmp, folder / READY)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, "writing this dataset"):
+            _move_files(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            try:
+                unfinished.mkdir()
+                meta = _write_files(unfinished, splits, meta)
+                os.rename(unfinished, folder / READY)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
             _move_files(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the dataset ({error})") from None
+    finally:
+        if missing and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return meta
 
 
-def _place(folder: Path, name: str) -> Path:
-    """Where a file of a dataset is: in READY, if that was not moved yet, else in the folder."""
-    new = folder / READY / name
-    return new if new.is_file() else folder / name
+def _write_files(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: Meta) -> Meta:
+    dtype = np.dtype(np.uint16)
+    if meta.vocab_size > UINT16_VOCAB:
+        dtype = np.dtype(np.uint32)
+    counts = {}
+    for split, pieces in splits.items():
+        counts[split] = 0
+        with open(folder / f"{split}.bin", "wb") as file:
+            for piece in pieces:
+                file.write(np.ascontiguousarray(piece, dtype=dtype).data)
+                counts[split] += len(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    meta = dataclasses.replace(meta, dtype=dtype.name, tokens=counts)
+    content = {key: value for key, value in vars(meta).items() if value is not None and value != {}}
+    write_text(folder / "meta.json", json.dumps(content, indent=1) + "\n")
+    return meta
 
 
 def _move_files(folder: Path) -> None:
-    for path in (folder / READY).iterdir():
-        os.replace(path, folder / path.name)
-    (folder / READY).rmdir()
-
-
-def _finish_moves(folder: Path) -> None:
-    """Finish the moves of a killed run; where that is impossible, _place finds the files."""
-    if (folder / READY).is_dir():
-        with contextlib.suppress(OSError, UserError), locked(folder, "writing this dataset"):
-            _move_files(folder)
-
-
-@contextlib.contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
-    """
-    A folder inside `folder` that is removed at the end; `folder` too if it is new and empty.
-
-    Those of killed runs are removed, too.
-    """
-    missing = not folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder, "writing this dataset") as certain:
-            if (folder / READY).is_dir():
-                _move_files(folder)
-            for leftover in folder.glob(".prepare-*") if certain else ():
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(
-                dir=folder, prefix=".prepare-", ignore_cleanup_errors=True
-            ) as tmp:  # a published one is not there any more
-                yield Path(tmp)
-    finally:
-        if missing:
-            with contextlib.suppress(OSError):  # rmdir fails if the dataset was written
-                folder.rmdir()
+    """Move the files of READY, if there is one, to their places. The caller holds the lock."""
+    ready = folder / READY
+    if ready.is_dir():
+        for path in ready.iterdir():
+            os.replace(path, folder / path.name)
+        ready.rmdir()
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ tensors of a sharded one for checkpoints. With one process nothing is exchanged.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
+import stat
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Self
 
 import torch
@@ -17,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanomla.errors import SIGNALS, UsageError, UserError, printable, say
-from nanomla.signals import raise_stopped
+from nanomla.errors import SIGNALS, STDERR, STDOUT, UsageError, UserError, printable, say, silence
+from nanomla.signals import handled, raise_stopped
 
-TORCHRUN = os.getppid()  # under torchrun, which may be gone by the time a World is made
+SIGNAL_OF_A_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 class World:
@@ -34,22 +36,23 @@ class World:
     """
 
     def __init__(self, device: str, backend: str) -> None:
-        self.rank, self.size = _rank(), _number("WORLD_SIZE", 1, least=1)
-        if self.rank >= self.size:
-            raise UsageError(f"RANK={self.rank} in the environment is not below its WORLD_SIZE")
-        self.is_main, self.left, self.watch = self.rank == 0, threading.Event(), None
+        self.rank = _rank()
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = self.rank == 0
         self.device = resolve_device(device)
         if self.device == "cuda" and "LOCAL_RANK" in os.environ:
-            local, gpus = _number("LOCAL_RANK", 0), torch.cuda.device_count()
-            if local >= gpus:
-                there = f"this machine's {gpus} GPU{'s' * (gpus > 1)}"
-                raise UsageError(f"--nproc_per_node is more than {there}")
-            self.device = f"cuda:{local}"
+            local_rank = int(os.environ["LOCAL_RANK"])
+            if local_rank >= torch.cuda.device_count():
+                gpus = f"this machine's number of GPUs, {torch.cuda.device_count()}"
+                raise UsageError(f"--nproc_per_node is more than {gpus}")
+            self.device = f"cuda:{local_rank}"
         self.device_type = self.device.partition(":")[0]
         if self.device == "mps" and self.size > 1:
             raise UsageError("several processes cannot share mps; use --device=cpu, or one process")
         on_cuda = self.device_type == "cuda"
-        self.backend = ("nccl" if on_cuda else "gloo") if backend == "auto" else backend
+        self.backend = backend
+        if backend == "auto":
+            self.backend = "nccl" if on_cuda else "gloo"
         if self.backend == "nccl" and not on_cuda and self.size > 1:
             raise UsageError(
                 f"--backend=nccl exchanges between GPUs only, this run is on {self.device}; "
@@ -60,13 +63,13 @@ class World:
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            # NCCL is told the device, because it would otherwise guess one at the first barrier.
-            known = self.backend == "nccl" and ":" in self.device
-            device = torch.device(self.device) if known else None
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                how = {"args": [self.left], "daemon": True}
-                self.watch = threading.Thread(target=_end_with_torchrun, **how)
-                self.watch.start()
+            device = None
+            if self.backend == "nccl" and ":" in self.device:
+                # NCCL would otherwise guess the device at the first barrier.
+                device = torch.device(self.device)
+            if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+                # SIGTERM when torchrun is gone, which also kill -9 may have ended.
+                ctypes.CDLL(None).prctl(SIGNAL_OF_A_DEAD_PARENT, signal.SIGTERM)
             try:
                 dist.init_process_group(backend=self.backend, device_id=device)
             except (ValueError, RuntimeError) as error:  # a missing address, a port in use
@@ -75,9 +78,6 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.left.set()
-        if self.watch is not None:
-            self.watch.join(timeout=1)
         # After an error other ranks may wait in an exchange; closing the group would wait for them.
         if self.size > 1 and kind in (None, SystemExit):
             dist.destroy_process_group()
@@ -103,36 +103,19 @@ class World:
 
 
 def _rank() -> int:
-    return _number("RANK", 0)
-
-
-def _number(name: str, default: int, least: int = 0) -> int:
-    """A number that torchrun puts into the environment. Raises UsageError for anything else."""
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
-        raise UsageError(f"{name}={text!r} in the environment must be a whole number from {least}")
-    return int(text)
-
-
-def _end_with_torchrun(left: threading.Event) -> None:
-    """
-    Stop this process when torchrun has been killed: by SIGTERM, and after 20 seconds at once. Ends
-    when `left` is set, as a thread that still runs while Python ends can abort the process.
-    """
-    while os.getppid() == TORCHRUN:
-        if left.wait(0.5):
-            return
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(20)
-    os._exit(128 + signal.SIGTERM)
+    return int(os.environ.get("RANK", "0"))
 
 
 def print0(*lines: str) -> None:
-    """Print lines on rank 0, above its progress bar, and flush them."""
-    if _rank() == 0:
+    """Print lines on rank 0, above its progress bar, and flush them, if anybody can read them."""
+    if _rank() != 0:
+        return
+    try:
         for line in lines:
             tqdm.write(printable(line), file=sys.stdout)
         sys.stdout.flush()
+    except OSError:
+        silence(STDOUT)  # the screen is closed or full, which must not end a run
 
 
 def warn0(line: str) -> None:
@@ -170,46 +153,44 @@ class StopSignals:
     def __init__(self, announce: bool) -> None:
         self.received = 0  # the number of the signal
         self.announce = announce
+        self.handling = handled(self._note, *SIGNALS)
 
     def __enter__(self) -> Self:
-        self.handlers = {}  # to be put back
-        for name in SIGNALS:
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                self.handlers[number] = signal.signal(number, self._note)
+        self.handling.__enter__()
         return self
 
-    def _note(self, number: int, _frame: Any) -> None:
+    def __exit__(self, *error: object) -> None:
+        self.handling.__exit__(*error)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received:
             raise_stopped(number)
         self.received = number
+        if signal.Signals(number).name == "SIGHUP":
+            # The terminal is gone; writing to it would be an error before the checkpoint is saved.
+            silence(*(s for s in (STDOUT, STDERR) if stat.S_ISCHR(os.fstat(s).st_mode)))
         if self.announce:
             # The signal may have interrupted a print, which does not allow another one inside it.
             line = "stopping after this iteration; once more stops at once, without a checkpoint"
             with contextlib.suppress(OSError):
-                os.write(2, f"\n{line}\n".encode())
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+                os.write(STDERR, f"\n{line}\n".encode())
 
 
 def resolve_device(device: str) -> str:
     """'auto' as cuda, mps or cpu. Raises UsageError for a device this machine does not have."""
-    has = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
     if device == "auto":
-        return next(name for name in has if has[name])
+        return present[0]
     kind, _, index = device.partition(":")
-    known = bool(has.get(kind)) and (not index or index.isdigit())
-    if known and index and kind == "cuda":
-        known = int(index) < torch.cuda.device_count()
-    if not known:
-        here = ", ".join(name for name in has if has[name])
-        raise UsageError(f"--device={device}: not on this machine, which has {here}")
+    works = kind in present and (not index or index.isdigit())
+    if works and index and kind == "cuda":
+        works = int(index) < torch.cuda.device_count()
+    if not works:
+        raise UsageError(f"--device={device}: not on this machine, which has {', '.join(present)}")
     return device
 
 
@@ -224,10 +205,13 @@ def resolve_dtype(dtype: str, device_type: str, n_embd: int) -> str:
     if dtype != "auto":
         return dtype
     if device_type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        if torch.cuda.is_bf16_supported():
+            return "bfloat16"
+        return "float16"
     if device_type == "cpu" and n_embd >= 256:
-        has = torch.cpu.get_capabilities()
-        return "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
+        instructions = torch.cpu.get_capabilities()
+        if instructions.get("amx_bf16") or instructions.get("avx512_bf16"):
+            return "bfloat16"
     return "float32"
 
 
@@ -284,7 +268,9 @@ def gradient_sync(net: nn.Module, now: bool) -> Iterator[None]:
 
 def full(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded (FSDP), whole on every rank. All ranks must call it together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    return tensor
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
@@ -307,8 +293,10 @@ def full_state_dict(state: Any, keep: bool = True) -> Any:
     if isinstance(state, (list, tuple)):
         return [full_state_dict(v, keep) for v in state]
     if hasattr(state, "full_tensor"):
-        full = state.full_tensor()
-        return full.cpu() if keep else None
+        whole = state.full_tensor()
+        if keep:
+            return whole.cpu()
+        return None
     return state
 
 
@@ -320,11 +308,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     state = {**state, "state": dict(state["state"])}
     for i, values in state["state"].items():
         p = params[i]
-        if isinstance(p, DTensor):
-            state["state"][i] = {
-                name: distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-                if value.shape == p.shape
-                else value
-                for name, value in values.items()
-            }
+        if not isinstance(p, DTensor):
+            continue
+        sharded = dict(values)
+        for name, value in values.items():
+            if value.shape == p.shape:
+                sharded[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+        state["state"][i] = sharded
     optimizer.load_state_dict(state)

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanomla.errors import UserError
 
-LARGEST_JSON = 2**24  # bytes of a .json file, unless its reader allows more
+LARGEST_JSON = 2**27  # bytes of a .json file; the tokenizer of a large vocabulary has 40 MB
 
 
 def one_line(text: object) -> str:

@@ -1,13 +1,13 @@
 """
 The optimizers of a run (AdamW, or AdamW and Muon), their state in checkpoints, learning rates.
 
-train.py's TrainConfig declares the settings; Schedule and OptimizerSettings name those read here.
+train.py's TrainConfig declares the settings that are read here.
 """
 
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +17,10 @@ from nanomla.distributed import full, load_optimizer_state, sharded_like
 from nanomla.errors import UserError
 
 Optimizers = dict[str, torch.optim.Optimizer]  # "adamw" and, with Muon, "muon"
+Settings = Any  # a TrainConfig, or what has the same settings
 
 
-class Schedule(Protocol):
-    """The settings of the learning rate's course."""
-
-    decay_lr: bool
-    learning_rate: float
-    min_lr: float | None
-    warmup_iters: int
-    decay_shape: Literal["cosine", "wsd"]
-    wsd_decay: float
-    lr_decay_iters: int | None
-    max_iters: int
-
-
-class OptimizerSettings(Protocol):
-    """The settings that the optimizers are made with."""
-
-    optimizer: Literal["adamw", "muon"]
-    learning_rate: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    muon_learning_rate: float
-    muon_weight_decay: float
-
-
-def lr_factor(cfg: Schedule, it: int) -> float:
+def lr_factor(cfg: Settings, it: int) -> float:
     """
     The learning rate at iteration `it`, as a share of the highest.
 
@@ -72,7 +48,7 @@ def lr_factor(cfg: Schedule, it: int) -> float:
     return lowest + height * (1 - lowest)  # height falls from 1 to 0
 
 
-def decay_range(cfg: Schedule) -> tuple[float, int]:
+def decay_range(cfg: Settings) -> tuple[float, int]:
     """The iterations where the learning rate begins to fall and where it has become the lowest."""
     end = cfg.lr_decay_iters
     if end is None:
@@ -235,7 +211,7 @@ def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     return maps
 
 
-def make_optimizers(model: nn.Module, cfg: OptimizerSettings, device_type: str) -> Optimizers:
+def make_optimizers(model: nn.Module, cfg: Settings, device_type: str) -> Optimizers:
     """
     The optimizers of a model's trainable parameters, by name.
 

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from tqdm import tqdm
@@ -18,13 +18,6 @@ from nanomla.runlog import RunLog, clock, evaluation_text
 from nanomla.tokenizer import Tokenizer
 
 
-class ReportSettings(optim.Schedule, Protocol):
-    """The settings of a run that its reports depend on."""
-
-    log_interval: int
-    sample_interval: int
-
-
 @dataclass
 class Progress:
     """
@@ -33,7 +26,7 @@ class Progress:
     As a context manager it keeps the progress bar and the log open.
     """
 
-    cfg: ReportSettings
+    cfg: optim.Settings
     world: World
     model: GPT
     data: Dataset
@@ -119,7 +112,7 @@ def print_sample(model: GPT, data: Dataset) -> None:
     print0("sample: " + repr(Tokenizer(data.tokenizer).decode(out[0].tolist())))
 
 
-def diverged(cfg: optim.Schedule, it: int, losses: str, last_checkpoint: str) -> UserError:
+def diverged(cfg: optim.Settings, it: int, losses: str, last_checkpoint: str) -> UserError:
     """The error that ends a run whose loss or gradient norm is not finite."""
     lr = optim.lr_factor(cfg, it) * cfg.learning_rate
     return UserError(

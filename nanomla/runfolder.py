@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanomla import checkpoint
-from nanomla.checkpoint import Checkpoint
+from nanomla.checkpoint import BEST, LATEST, Checkpoint
 from nanomla.dataset import locked
 from nanomla.distributed import World, print0, warn0
 from nanomla.errors import UserError
@@ -20,15 +20,14 @@ class RunFolder:
     """
     The folder of a run and what has been saved in it.
 
-    resumes: whether the run goes on from the checkpoint in it. The folder is made before that
-    checkpoint is read. Rank 0 alone writes; all ranks must call training() and save() together.
+    resumes: whether the run goes on from the checkpoint in it. Rank 0 alone writes; all ranks must
+    call training() and save() together.
     """
 
     def __init__(self, out_dir: str, resumes: bool, world: World) -> None:
         self.path = Path(out_dir)
         self.resumes = resumes
         self.world = world
-        self.latest_when_read = self._latest_file()
         self.best_val_loss = math.inf  # the lowest one of weights that are on the disk
         self.tried_at: int | None = None  # the iteration of the last attempt to save
         self.saved_at: int | None = None  # the iteration of the checkpoint that is on the disk
@@ -48,43 +47,27 @@ class RunFolder:
         A context in which this run alone trains in the folder. An error gets a note that names the
         last checkpoint.
 
-        Raises UserError if the folder cannot be written, another run trains in it, or the
-        checkpoint is not the one that was read.
+        Raises UserError if the folder cannot be written or another run trains in it.
         """
         self.world.barrier()  # all ranks have read their checkpoint, which a new run may move
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
                 stack.enter_context(lock_folder(self.path))
-                if self.resumes:
-                    self._go_on()
-                else:
+                if not self.resumes:
                     move_earlier_run(self.path)
+                elif math.isfinite(self.best_val_loss) and not (self.path / BEST).is_file():
+                    checkpoint.keep_as_best(self.path)  # nanoGPT's ckpt.pt is the best
             try:
                 yield
             except Exception as error:
                 error.add_note(f"last checkpoint: {self.last_checkpoint()}")
                 raise
 
-    def _go_on(self) -> None:
-        if self._latest_file() != self.latest_when_read:
-            raise UserError(f"{self.path} changed while it was read; run this again")
-        has_best = os.path.isfile(self.path / checkpoint.BEST)
-        if math.isfinite(self.best_val_loss) and not has_best:
-            checkpoint.keep_as_best(self.path)  # nanoGPT's ckpt.pt is the best
-
-    def _latest_file(self) -> tuple[int, int] | None:
-        """What tells ckpt.pt from another file of that name; None without one."""
-        try:
-            status = os.stat(self.path / checkpoint.LATEST)
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns
-
     def last_checkpoint(self) -> str:
         """The file of the latest checkpoint that is on the disk, or "none yet"."""
         try:
             return str(checkpoint.find(self.path))
-        except (UserError, OSError):
+        except UserError:
             return "none yet"
 
     def save(self, it: int, state: Checkpoint | None, val_loss: float = math.inf) -> None:
@@ -144,7 +127,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def move_earlier_run(folder: Path) -> None:
     """Move the files of an earlier run in this folder to a folder old-N in it."""
-    names = [checkpoint.LATEST, checkpoint.BEST, "log.jsonl", "loss.png", "wandb"]
+    names = [LATEST, BEST, "log.jsonl", "loss.png", "wandb"]
     names += checkpoint.CONVERSION
     names.append("tensorboard")  # earlier versions wrote it
     earlier = [path for path in folder.iterdir() if path.name in names]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomla.errors import UserError, say
+from nanomla.files import replacing, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,10 +34,8 @@ class RunLog:
         entries = []
         if resume_at:
             entries = [e for e in read_log(self.path) if e["iter"] < resume_at]
-        tmp = self.path.with_name(".log.jsonl.tmp")
         try:
-            tmp.write_text("".join(json.dumps(e) + "\n" for e in entries), encoding="utf-8")
-            os.replace(tmp, self.path)
+            write_text(self.path, "".join(json.dumps(e) + "\n" for e in entries))
             # Unbuffered, and open as long as the run lasts.
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -189,9 +188,8 @@ def draw(path: Path) -> None:
     axes.plot(*_curve(evals, "train_loss"), marker=".", label="train")
     axes.plot(*_curve(evals, "val_loss"), marker=".", label="val")
     axes.legend(loc="upper right")
-    tmp = path.with_name(".loss.png.tmp")  # so that a kill does not leave half a picture
-    figure.savefig(tmp, dpi=110, format="png")
-    os.replace(tmp, path.with_name("loss.png"))
+    with replacing(path.with_name("loss.png")) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
 
 
 def _curve(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -128,7 +128,7 @@ def read_arguments(
     hints: what to say about keys that do not exist here but that people know from elsewhere.
     ignored_in_files: other scripts' keys that config files may hold; the class may name more.
     files: a list that gets the arguments that are no flags, which are then no config files.
-    Returns their values by key, and where each came from.
+    Returns their values by key, in the order in which they were given, and where each came from.
     Raises UsageError for an unknown key, a wrong value, a missing or broken file.
     """
     settings = declared(config_class)
@@ -141,6 +141,7 @@ def read_arguments(
             hint = (hints or {}).get(key) or _nearest(key, settings)
             raise UsageError(f"{where}: unknown setting {key}{hint}")
         wanted = settings[key].type
+        values.pop(key, None)  # so that values are in the order in which they were last given
         try:
             values[key] = fit(value, wanted)
         except ValidationError:
@@ -203,7 +204,7 @@ def _read_value(text: str, wanted: Any) -> Any:
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError):
         return text
 
 

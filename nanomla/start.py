@@ -1,14 +1,14 @@
 """
 Where a run starts: its settings if it is resumed, and the model and state that --init_from names.
 
-train.py's TrainConfig declares the settings; RunSettings names those that are read here.
+train.py's TrainConfig declares the settings.
 """
 
 import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from model import ATTENTION, GPT, GPTConfig
 from nanomla import checkpoint, convert, costs, formats, optim, settings
@@ -17,32 +17,32 @@ from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, warn0
 from nanomla.errors import UsageError, UserError
 from nanomla.memory import require_memory
+from nanomla.optim import Settings
 from nanomla.runlog import read_log
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
+# The names of attention that a flag stands for.
+NAMES_OF_FLAGS = {"use_mla": ("mla", "rotary_latent"), "use_latent_tokens": ("latent_tokens",)}
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
 NANOGPT_MACHINE = ("device", "dtype", "backend", "compile")
+Config = TypeVar("Config")
 
 
-class RunSettings(optim.Schedule, Protocol):
-    """The settings of a run that decide what it starts from."""
+def keep_the_later(asked: dict[str, Any], origins: dict[str, str]) -> None:
+    """
+    Drop what a later argument contradicts: use_mla and use_latent_tokens say with flags what
+    attention says by a name, and of those that disagree the one that was given last counts.
 
-    decides_run: ClassVar[tuple[str, ...]]
-    model: GPTConfig
-    vocab_size: int | None
-    out_dir: str
-    init_from: str
-    distill: str | None
-    dataset: str
-    batch_size: int
-    eval_iters: int
-    eval_only: bool
-    verify: bool
-    device: str
-    parallel: Literal["ddp", "fsdp"]
-
-
-Config = TypeVar("Config", bound=RunSettings)
+    asked, origins: what settings.read_arguments returned.
+    """
+    for flag, names in NAMES_OF_FLAGS.items():
+        if flag in asked and "attention" in asked:
+            says_so = asked["attention"] in names
+            if asked[flag] != says_so:
+                order = list(asked)
+                earlier = min("attention", flag, key=order.index)
+                del asked[earlier]
+                del origins[earlier]
 
 
 # ---- The settings of a resumed run
@@ -130,7 +130,7 @@ def is_nanogpts(ckpt: Checkpoint) -> bool:
     return "parallel" not in ckpt.config
 
 
-def changed_settings(before: dict[str, Any], cfg: RunSettings, it: int) -> list[str]:
+def changed_settings(before: dict[str, Any], cfg: Settings, it: int) -> list[str]:
     """
     The settings that decide a run's numbers and that differ from those in its checkpoint.
 
@@ -156,7 +156,7 @@ def changed_settings(before: dict[str, Any], cfg: RunSettings, it: int) -> list[
     return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
 
 
-def nothing_left(cfg: RunSettings, first: int) -> bool:
+def nothing_left(cfg: Settings, first: int) -> bool:
     """Whether a run that is resumed at this iteration has been trained and evaluated to its end."""
     if cfg.init_from != "resume" or first < cfg.max_iters:
         return False
@@ -170,7 +170,7 @@ def nothing_left(cfg: RunSettings, first: int) -> bool:
 # ---- The model
 
 
-def open_model(cfg: RunSettings, origins: dict[str, str], data: Dataset) -> tuple[GPT, Checkpoint]:
+def open_model(cfg: Settings, origins: dict[str, str], data: Dataset) -> tuple[GPT, Checkpoint]:
     """
     The model that --init_from names, on the CPU, and the state of the run that goes on with it.
 
@@ -222,7 +222,7 @@ def open_model(cfg: RunSettings, origins: dict[str, str], data: Dataset) -> tupl
     return model, Checkpoint(model={}, model_args={})
 
 
-def new_model(cfg: RunSettings, data: Dataset) -> GPT:
+def new_model(cfg: Settings, data: Dataset) -> GPT:
     """A model with random weights. Raises UserError if training it cannot fit in the memory."""
     vocab_size = cfg.vocab_size or padded_vocab(data)
     config = dataclasses.replace(cfg.model, vocab_size=vocab_size)
@@ -231,7 +231,7 @@ def new_model(cfg: RunSettings, data: Dataset) -> GPT:
     return GPT(config)
 
 
-def open_weights(cfg: RunSettings, origins: dict[str, str]) -> Checkpoint:
+def open_weights(cfg: Settings, origins: dict[str, str]) -> Checkpoint:
     """
     What --init_from names. Raises UserError if it cannot be opened, or has ordinary attention while
     latent attention is asked for.
@@ -248,7 +248,7 @@ def open_weights(cfg: RunSettings, origins: dict[str, str]) -> Checkpoint:
     return ckpt
 
 
-def not_latent(cfg: RunSettings, origins: dict[str, str], source: str) -> UserError:
+def not_latent(cfg: Settings, origins: dict[str, str], source: str) -> UserError:
     """The error for use_mla=True on weights with ordinary attention; it names the way out."""
     where = origins.get("use_mla") or origins["attention"]
     problem = f"use_mla=True ({where}), but {source} has ordinary attention"
@@ -256,14 +256,14 @@ def not_latent(cfg: RunSettings, origins: dict[str, str], source: str) -> UserEr
     return UserError(f"{problem}; convert it first: {command}, then --init_from=FOLDER")
 
 
-def conversion_command(cfg: RunSettings, source: str) -> str:
+def conversion_command(cfg: Settings, source: str) -> str:
     """The command that gives weights with ordinary attention a latent cache."""
     return (
         f"python -m tools.convert --init_from={source} --cache=8x --data={cfg.dataset} --to=FOLDER"
     )
 
 
-def best_so_far(cfg: RunSettings, ckpt: Checkpoint) -> float:
+def best_so_far(cfg: Settings, ckpt: Checkpoint) -> float:
     """
     The lowest validation loss of a resumed run, if weights that have it are on the disk and it is
     that of the windows which are evaluated from here on; else infinity.
@@ -278,7 +278,7 @@ def best_so_far(cfg: RunSettings, ckpt: Checkpoint) -> float:
     return math.inf
 
 
-def require_room(cfg: RunSettings, config: GPTConfig) -> None:
+def require_room(cfg: Settings, config: GPTConfig) -> None:
     """Raise UserError if a new run cannot fit: its shards' share, for all of FSDP's processes."""
     device = resolve_device(cfg.device)
     remedy = "use a smaller model, batch_size or block_size"
@@ -318,7 +318,7 @@ def padded_vocab(data: Dataset) -> int:
     return -(-vocab // 64) * 64
 
 
-def check_model(config: GPTConfig, cfg: RunSettings, data: Dataset) -> None:
+def check_model(config: GPTConfig, cfg: Settings, data: Dataset) -> None:
     """Raise UserError if the model lacks tokens of the dataset; warn of settings without effect."""
     if data.vocab_size and data.vocab_size > config.vocab_size:
         remedy = f"use --vocab_size={data.vocab_size} or more"
@@ -328,6 +328,8 @@ def check_model(config: GPTConfig, cfg: RunSettings, data: Dataset) -> None:
             f"dataset {cfg.dataset} has token ids up to {data.vocab_size - 1}, the model only "
             f"vocab_size={config.vocab_size}; {remedy}"
         )
+    if cfg.init_from != "scratch":
+        return  # what the weights' own config stores was said when they were made
     idle = [f"{name}={getattr(config, name)!r}" for name in without_effect(config)]
     if idle:
         warn0("without effect in this model: " + ", ".join(idle))

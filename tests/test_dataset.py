@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 import nanomla.dataset
 from nanomla.dataset import Dataset, Meta, read_meta, write_dataset
-from nanomla.errors import UserError, explain
+from nanomla.errors import UserError
 from tests.conftest import ROOT
 
 
@@ -49,18 +48,63 @@ def test_pieces_fill_in_the_meta(tmp_path):
     assert list(json.loads((tmp_path / "meta.json").read_text())) == keys
 
 
-def test_interrupted_write_keeps_the_old_dataset(tmp_path):
-    """A writer that dies half-way leaves what was there, and nothing beside it."""
-    write(tmp_path, range(20), range(20), 20)
+class Killed(BaseException):
+    """What no handler catches."""
 
-    def dies():
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_writer_that_is_killed_leaves_all_or_nothing(tmp_path, monkeypatch, step):
+    """
+    At every rename of a new dataset over an older one: what is read is one of them as a whole, and
+    the next writer clears up.
+    """
+    write(tmp_path, [1] * 40, [1] * 20, 5)
+    done = []
+
+    def rename(real):
+        def call(*args):
+            if not str(args[0]).endswith(".tmp"):  # of meta.json in the unfinished folder
+                if len(done) == step:
+                    raise Killed
+                done.append(args)
+            return real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nanomla.dataset.os, "rename", rename(os.rename))
+        patch.setattr(nanomla.dataset.os, "replace", rename(os.replace))
+        patch.setattr(nanomla.dataset.shutil, "rmtree", lambda *_, **__: None)  # as nothing runs
+        try:
+            write(tmp_path, [7] * 30, [7] * 10, 9)
+        except Killed:
+            pass
+    data = Dataset(str(tmp_path), 4)
+    new = step > 0
+    sizes = (data.vocab_size, *(len(data.splits[split]) for split in ("train", "val")))
+    assert sizes == ((9, 30, 10) if new else (5, 40, 20))
+    assert {*data.splits["train"], *data.splits["val"]} == {7 if new else 1}
+    write(tmp_path, [3] * 30, [3] * 10, 9)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_an_interrupted_write_keeps_what_was_there(tmp_path, new):
+    """A writer that fails half-way leaves the old dataset, or no folder, and nothing beside it."""
+    folder = tmp_path / "data"
+    if not new:
+        write(folder, range(20), range(20), 20)
+
+    def fails():
         yield np.arange(10)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(tmp_path, {"train": dies(), "val": []}, Meta(vocab_size=99))
-    assert len(Dataset(str(tmp_path), 4).splits["train"]) == 20
-    assert len(list(tmp_path.iterdir())) == 3
+        write_dataset(folder, {"train": fails(), "val": []}, Meta(vocab_size=99))
+    assert folder.exists() == (not new)
+    if not new:
+        assert len(Dataset(str(folder), 4).splits["train"]) == 20
+        assert len(list(folder.iterdir())) == 3
 
 
 def test_batches_are_a_pure_function(dataset):
@@ -79,6 +123,14 @@ def test_batches_are_a_pure_function(dataset):
     assert torch.equal(x[:, 1:], y[:, :-1])
     for seed, iteration, first in ((2, 5, 12), (1, 6, 12), (1, 5, 18)):
         assert not torch.equal(x, data.batch(seed, iteration, range(first, first + 6))[0])
+
+
+def test_batches_stay_those_of_earlier_versions(tmp_path):
+    """Old runs are resumed with the batches that they would have seen."""
+    write(tmp_path, range(1000), range(20), 1000)
+    data = Dataset(str(tmp_path), block_size=8)
+    x, _ = data.batch(seed=7, iteration=3, rows=range(1, 5))
+    assert x[:, 0].tolist() == [268, 71, 868, 328]
 
 
 def test_batches_reach_both_ends(tmp_path):
@@ -103,17 +155,9 @@ def test_evaluation_windows_are_fixed_and_spread(tmp_path):
     assert torch.equal(batches[2][0], Dataset(str(tmp_path), 8).eval_batch("val", 2, 4, 3)[0])
 
 
-def test_bytes_per_token(dataset, tmp_path):
-    """From meta.json's byte counts; None without them."""
-    assert Dataset(str(dataset), 8).bytes_per_token("val") == 1
-    write(tmp_path, range(20), range(20), 20)
-    assert Dataset(str(tmp_path), 8).bytes_per_token("val") is None
-
-
 def test_dataset_errors_say_what_to_do(tmp_path, dataset):
-    """Not prepared, too short, cut in half, ids out of range, a broken meta file: one line each."""
-    known = "datasets you can prepare: .*shakespeare_char"
-    with pytest.raises(UserError, match=f"not prepared.*{known}"):
+    """Not prepared, too short, cut in half, ids out of range, another dataset's: one line each."""
+    with pytest.raises(UserError, match="not prepared.*you can prepare: .*shakespeare_char"):
         Dataset("no_such_dataset", 8)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "prepare.py").touch()
@@ -122,41 +166,33 @@ def test_dataset_errors_say_what_to_do(tmp_path, dataset):
     with pytest.raises(UserError, match="too few.*block_size=5400.*--block_size=5399"):
         Dataset(str(dataset), 5400)
     write(tmp_path, range(50), range(50), 30)
+    assert Dataset(str(tmp_path), 40).bytes_per_token("val") is None  # its meta.json has no counts
     with pytest.raises(UserError, match="holds token id 49, but the vocabulary has 30"):
         Dataset(str(tmp_path), 40).batch(0, 0, range(64))
-    (tmp_path / "train.bin").write_bytes(b"123")
-    with pytest.raises(UserError, match="3 bytes is no whole number"):
-        Dataset(str(tmp_path), 4)
-    (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="meta.json"):
-        Dataset(str(tmp_path), 4)
-
-
-def test_files_of_two_datasets(tmp_path):
-    """A .bin file with another number of tokens than meta.json counts is not read."""
-    write(tmp_path, range(50), range(50), 50)
     (tmp_path / "val.bin").write_bytes(bytes(2 * 49))
     with pytest.raises(UserError, match=r"val.bin holds 49 tokens, but its meta file counts 50"):
+        Dataset(str(tmp_path), 4)
+    (tmp_path / "train.bin").write_bytes(b"123")
+    with pytest.raises(UserError, match="3 bytes is no whole number"):
         Dataset(str(tmp_path), 4)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("{", "cannot be read"),
         ('{"dtype": "int8"}', "dtype is neither uint16 nor uint32"),
-        ('{"dtype": null}', "dtype=None does not work: dtype must be text"),
         ('{"vocab_size": "65"}', "vocab_size='65' does not work: .* None or a whole number .*"),
-        ('{"vocab_size": true}', "vocab_size=True does not work: .* None or a whole number .*"),
         ('{"tokenizer": "gpt2"}', "tokenizer='gpt2' does not work: .* None or an object .*"),
-        ('{"split_bytes": [1, 2]}', r"split_bytes=\[1, 2\] does not work: .* an object .*"),
         ('{"tokens": {"train": "9"}}', r"tokens\['train'\]='9' does not work: .* whole number .*"),
     ],
 )
-def test_meta_with_wrong_types(content, message, tmp_path):
+def test_a_wrong_meta_file(content, message, tmp_path):
     """One line that names file and field."""
     (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(UserError, match=rf"meta.json: not a dataset's meta file \({message}\)$"):
+    with pytest.raises(UserError, match=rf"meta.json: .*{message}") as caught:
         read_meta(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_meta_that_says_little(tmp_path):
@@ -192,149 +228,3 @@ def test_preparing_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert done.stdout.strip() == b"False"
-
-
-@pytest.mark.parametrize("step", range(5))
-def test_a_writer_that_is_killed_leaves_all_or_nothing(tmp_path, monkeypatch, step):
-    """
-    At every rename of a new dataset over an older one: what is read is one of them as a whole, and
-    the next writer clears up.
-    """
-    write(tmp_path, [1] * 40, [1] * 20, 5)
-    done = []
-
-    def rename(real):
-        def call(*args):
-            if len(done) == step:
-                raise Killed
-            done.append(args)
-            return real(*args)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nanomla.dataset.os, "rename", rename(os.rename))
-        patch.setattr(nanomla.dataset.os, "replace", rename(os.replace))
-        if step < 4:
-            with pytest.raises(Killed):
-                write(tmp_path, [7] * 30, [7] * 10, 9)
-        else:
-            write(tmp_path, [7] * 30, [7] * 10, 9)
-    for reading_only in (True, False):
-        with monkeypatch.context() as patch:
-            if reading_only:
-                patch.setattr(nanomla.dataset, "_finish_moves", lambda folder: None)
-            data = Dataset(str(tmp_path), 4)
-        new = step > 0
-        sizes = (data.vocab_size, *(len(data.splits[split]) for split in ("train", "val")))
-        assert sizes == ((9, 30, 10) if new else (5, 40, 20))
-        assert {*data.splits["train"], *data.splits["val"]} == {7 if new else 1}
-    write(tmp_path, [3] * 30, [3] * 10, 9)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
-
-
-class Killed(BaseException):
-    """What no handler catches."""
-
-
-def copied(tmp_path, meta, pickled=None):
-    """A folder with the .bin files of one dataset and the meta files of others."""
-    write(tmp_path, range(20), range(10), 20)
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    if pickled:
-        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(pickled))
-    return str(tmp_path)
-
-
-def letters(chars):
-    """What nanoGPT's prepare.py would write."""
-    ids = dict(enumerate(chars))
-    return {"vocab_size": len(chars), "itos": ids, "stoi": {c: i for i, c in ids.items()}}
-
-
-@pytest.mark.parametrize(
-    ("meta", "pickled", "words"),
-    [
-        ({"tokens": {"train": 21}}, None, "holds 20 tokens, but its meta file counts 21"),
-        ({"tokens": {"val": 9}}, letters("ab"), "holds 10 tokens, but its meta file counts 9"),
-        ({"tokenizer": {"kind": "char", "chars": "abc"}}, letters("abd"), "describe two datasets"),
-        ({"vocab_size": 3}, letters("abc"), "describe two datasets"),
-        ({"tokenizer": {"kind": "byte"}, "split_bytes": {"val": 9}}, None, "stand for 9 bytes"),
-    ],
-)
-def test_files_of_two_datasets_in_one_folder(tmp_path, meta, pickled, words):
-    """They are refused, by what the meta files say of the .bin files or of each other."""
-    with pytest.raises(UserError, match=words):
-        Dataset(copied(tmp_path, meta, pickled), 4)
-
-
-def test_the_same_dataset_described_twice(tmp_path):
-    """By us and by nanoGPT, in the same letters: no error."""
-    meta = {"vocab_size": 3, "tokenizer": {"kind": "char", "chars": "abc"}}
-    assert Dataset(copied(tmp_path, meta, letters("abc")), 4).tokenizer == meta["tokenizer"]
-
-
-DEEP = "[" * 100_000
-HOSTILE_JSON = [
-    "", "{", "[]", "null", '"x"', "7", DEEP, f'{{"tokenizer": {DEEP}', "\ud800", "{'a': 1}",
-    *(
-        json.dumps({name: value})
-        for name, values in {
-            "vocab_size": ("20", 2.5, True, -1, 0, 2**33, [], {}),
-            "tokenizer": ("char", 3, [], True),
-            "dtype": ("float32", 16, None, [], "uint64"),
-            "tokens": ([], 3, "x", {"train": "20"}, {"train": -1}, {"val": 1.5}, {"train": None}),
-            "split_bytes": ([], 3, {"val": "x"}, {"val": -1}, {"train": True}),
-        }.items()
-        for value in values
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", HOSTILE_JSON, ids=range(len(HOSTILE_JSON)))
-def test_hostile_meta_json(tmp_path, text):
-    """One line for each that names the file."""
-    write(tmp_path, range(20), range(10), 20)
-    (tmp_path / "meta.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-    with pytest.raises(UserError, match="meta.json: (not a data|cannot be )") as caught:
-        Dataset(str(tmp_path), 4)
-    assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 1000
-
-
-PICKLES = {
-    "not a dictionary": [1, 2],
-    "no itos": {"vocab_size": 3},
-    "a gap": letters("abc") | {"itos": {0: "a", 1: "b", 3: "c"}},
-    "a number for a letter": letters("abc") | {"itos": {0: "a", 1: "b", 2: 7}},
-    "two letters": letters("abc") | {"itos": {0: "a", 1: "b", 2: "cd"}},
-    "another size": letters("abc") | {"vocab_size": 10**9},
-    "a size of another type": letters("abc") | {"vocab_size": "3"},
-    "another stoi": letters("abc") | {"stoi": {"a": 0, "b": 2, "c": 1}},
-    "a class": {"vocab_size": 3, "itos": Path("x"), "stoi": {}},
-}
-
-
-@pytest.mark.parametrize("name", PICKLES)
-def test_hostile_meta_pkl(tmp_path, name):
-    """Likewise, and no class is ever looked up."""
-    write(tmp_path, range(20), range(10), 20)
-    (tmp_path / "meta.json").unlink()
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(PICKLES[name]))
-    with pytest.raises(UserError, match="meta.pkl: refused"):
-        Dataset(str(tmp_path), 4)
-
-
-def test_meta_files_have_a_size(tmp_path, monkeypatch):
-    """More is not read."""
-    write(tmp_path, range(20), range(10), 20)
-    monkeypatch.setattr(nanomla.dataset, "LONGEST_META", 50)
-    with pytest.raises(UserError, match="larger than"):
-        Dataset(str(tmp_path), 4)
-
-
-@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800"])
-def test_impossible_dataset_names(name):
-    """One line each, of the loader or of the system."""
-    with pytest.raises((UserError, OSError)) as caught:
-        Dataset(name, 4)
-    assert "\n" not in explain(caught.value)[0]

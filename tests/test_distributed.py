@@ -85,17 +85,16 @@ def test_two_processes_equal_one(tmp_path, dataset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("settings", "tolerance"),
+    "settings",
     [
-        (["--parallel=fsdp", "--sample_interval=1"], 1e-5),
-        (["--parallel=fsdp", "--mla_share_latent=True", "--n_layer=3", "--grad_checkpoint"], 1e-5),
-        (["--parallel=ddp", "--use_mla=False", "--pos_emb=learned"], 1e-5),
-        (["--parallel=ddp", "--optimizer=muon"], 1e-5),
-        (["--parallel=fsdp", "--optimizer=muon"], 1e-5),
+        ["--parallel=fsdp", "--sample_interval=1"],
+        ["--parallel=fsdp", "--mla_share_latent=True", "--n_layer=3", "--grad_checkpoint"],
+        ["--parallel=ddp", "--optimizer=muon", "--use_mla=False", "--pos_emb=learned"],
+        ["--parallel=fsdp", "--optimizer=muon"],
     ],
-    ids=lambda value: "-".join(value).replace("--", "") if isinstance(value, list) else str(value),
+    ids="-".join,
 )
-def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings, tolerance):
+def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings):
     """
     As above for FSDP, a latent that blocks share, MHA and Muon; FSDP's checkpoint has the same full
     tensors as that of one process.
@@ -104,7 +103,7 @@ def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings, tol
     assert run("train.py", *args, f"--out_dir={tmp_path}/one").returncode == 0
     done = torchrun(*args, f"--out_dir={tmp_path}/two")
     assert done.returncode == 0, done.stderr
-    assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) < tolerance
+    assert largest_difference(losses(tmp_path / "one"), losses(tmp_path / "two")) < 1e-5
     a, b = (checkpoint.load(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
     shapes = [{k: v.shape for k, v in c.model.items()} for c in (a, b)]
     assert shapes[0] == shapes[1] and all(type(v) is torch.Tensor for v in b.model.values())
@@ -137,31 +136,18 @@ def test_a_resume_may_change_the_number_of_processes(tmp_path, dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--batch_size=3", "--gradient_accumulation_steps=3"], "the 9 sequences of an iteration"),
-        (["--no_such_flag=1"], "unknown setting no_such_flag"),
-        (["--dataset=nowhere"], "nowhere is not prepared"),
-        (["--backend=nccl"], "--backend=nccl exchanges between GPUs only"),
-    ],
-)
-def test_an_error_of_all_ranks_is_reported_once(tmp_path, dataset, args, words):
+def test_an_error_of_all_ranks_is_reported_once(tmp_path, dataset):
     """One line by rank 0, with its exit status, not one by every rank."""
-    base = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}"]
-    base += [f"--out_dir={tmp_path}/o"]
-    done = torchrun(*base, *args, timeout=60)
+    base = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    done = torchrun(*base, "--batch_size=3", "--gradient_accumulation_steps=3", timeout=60)
     errors = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
-    assert done.returncode and len(errors) == 1 and words in errors[0], done.stderr
-    status = 1 if "nowhere" in words else 2
-    assert f"exitcode: {status})" in done.stderr and not (tmp_path / "o").exists()
+    assert len(errors) == 1 and "the 9 sequences of an iteration" in errors[0], done.stderr
+    assert "exitcode: 2)" in done.stderr and not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "error"), [(1, "RuntimeError"), (1, "UserError"), (0, "UserError")]
-)
-def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
+@pytest.mark.parametrize("error", ["RuntimeError", "UserError"])
+def test_a_rank_that_fails_ends_all(tmp_path, dataset, error):
     """Within a minute, with its own error shown and what was saved before in place."""
     script = tmp_path / "failing.py"
     script.write_text(
@@ -171,7 +157,7 @@ def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
         "from nanomla.errors import UserError, run_script\n"
         "batch = Dataset.batch\n"
         "def failing(self, seed, iteration, rows):\n"
-        f"    if iteration == 15 and os.environ['RANK'] == '{rank}':\n"
+        "    if iteration == 15 and os.environ['RANK'] == '1':\n"
         f"        raise {error}('the disk of this rank is gone')\n"
         "    return batch(self, seed, iteration, rows)\n"
         "Dataset.batch = failing\n"
@@ -187,11 +173,11 @@ def test_a_rank_that_fails_ends_all(tmp_path, dataset, rank, error):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["torchrun", "rank 1"])
+@pytest.mark.parametrize("whom", ["torchrun", "rank 1", "torchrun, killed"])
 def test_a_signal_stops_all_ranks_at_the_same_iteration(tmp_path, dataset, whom):
     """
-    SIGTERM to torchrun, which passes it on, or to one rank: a checkpoint, and a resume that goes on
-    from it.
+    SIGTERM to torchrun, which passes it on, or to one rank, and the end of a torchrun that is
+    killed: a checkpoint, and a resume that goes on from it.
     """
     args = [*QUICK, "--gradient_accumulation_steps=2", f"--dataset={dataset}"]
     args += [f"--out_dir={tmp_path}/o"]
@@ -201,8 +187,12 @@ def test_a_signal_stops_all_ranks_at_the_same_iteration(tmp_path, dataset, whom)
     try:
         while "iter 25:" not in (line := process.stdout.readline()):
             assert line, process.stderr.read()
-        target = process.pid if whom == "torchrun" else process_of_rank(process.pid, 1)
-        os.kill(target, signal.SIGTERM)
+        if whom == "rank 1":
+            os.kill(process_of_rank(process.pid, 1), signal.SIGTERM)
+        elif whom == "torchrun":
+            process.terminate()
+        else:
+            process.kill()
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -249,13 +239,3 @@ def test_float16_skips_alike_on_all_ranks(tmp_path, dataset, parallel):
     assert scales[0] < 2.0**30 and scales[1] in (scales[0], scales[0] / 2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two[60, "val_loss"] == pytest.approx(one[60, "val_loss"], rel=0.02)
-
-
-@pytest.mark.slow
-def test_the_shipped_mla_config_trains_on_two_processes(tmp_path, dataset):
-    """config/train_mla.py without further flags, its rows shared out, learns."""
-    args = [f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=50"]
-    done = torchrun("config/train_mla.py", *args)
-    assert done.returncode == 0, done.stderr
-    log = [e for e in entries(tmp_path / "o") if "val_loss" in e]
-    assert log[-1]["iter"] == 50 and log[-1]["val_loss"] < 0.8 * log[0]["val_loss"]

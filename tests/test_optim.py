@@ -12,26 +12,39 @@ from train import TrainConfig
 
 
 def test_one_batch_is_overfitted():
-    """Both optimizers drive the loss on one batch to almost nothing, with every attention."""
+    """Both optimizers drive the loss on one batch to almost nothing."""
     for optimizer in ("adamw", "muon"):
-        for settings in (
-            {},
-            {"use_mla": True, "pos_emb": "rope"},
-            {"use_mla": True, "use_svd": True, "svd_rank": 3},
-        ):
-            torch.manual_seed(0)
-            model = GPT(tiny_config(**settings))
-            rates = {"learning_rate": 1e-2, "muon_learning_rate": 0.02, "weight_decay": 0.0}
-            cfg = TrainConfig(optimizer=optimizer, **rates)
-            optimizers = make_optimizers(model, cfg, "cpu").values()
-            x, y = torch.randint(23, (2, 3, 16))
-            for _ in range(150):
-                loss = model(x, y)[1]
-                loss.backward()
-                for opt in optimizers:
-                    opt.step()
-                    opt.zero_grad()
-            assert loss < 0.1, (optimizer, settings, loss)
+        model = GPT(tiny_config(use_mla=True, use_svd=True, svd_rank=3))
+        rates = {"learning_rate": 1e-2, "muon_learning_rate": 0.02, "weight_decay": 0.0}
+        cfg = TrainConfig(optimizer=optimizer, **rates)
+        optimizers = make_optimizers(model, cfg, "cpu").values()
+        x, y = torch.randint(23, (2, 3, 16))
+        for _ in range(150):
+            loss = model(x, y)[1]
+            loss.backward()
+            for opt in optimizers:
+                opt.step()
+                opt.zero_grad()
+        assert loss < 0.1, (optimizer, loss)
+
+
+def test_adamw_is_the_written_out_formula():
+    """Decoupled weight decay, and moments corrected for their start at zero."""
+    model = GPT(tiny_config())
+    cfg = TrainConfig(learning_rate=0.01, weight_decay=0.1, beta1=0.8, beta2=0.9)
+    adamw = make_optimizers(model, cfg, "cpu")["adamw"]
+    p = model.transformer.h[1].mlp.c_fc.weight
+    expected = p.detach().clone()
+    mean = torch.zeros_like(p)
+    square = torch.zeros_like(p)
+    for t in range(1, 4):
+        p.grad = torch.randn_like(p)
+        mean = 0.8 * mean + 0.2 * p.grad
+        square = 0.9 * square + 0.1 * p.grad**2
+        step = mean / (1 - 0.8**t) / ((square / (1 - 0.9**t)).sqrt() + 1e-8)
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * step
+        adamw.step()
+    torch.testing.assert_close(p.detach(), expected)
 
 
 def test_optimizer_groups():
@@ -81,25 +94,17 @@ def test_orthogonalise_never_overshoots(dtype):
 def test_muon_treats_equal_shapes_together():
     """A step is the same as with every matrix in an optimizer of its own; both ways up count."""
     shapes = [(12, 20), (20, 12), (12, 20), (7, 7)]
-    grads = [torch.randn(*shape) for shape in shapes]
     together = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]
     alone = [torch.nn.Parameter(torch.ones(*shape)) for shape in shapes]
     optimizers = [Muon(together, 0.1, 0.01), *(Muon([p], 0.1, 0.01) for p in alone)]
     for _ in range(3):
-        for params in (together, alone):
-            for p, g in zip(params, grads, strict=True):
-                p.grad = g.clone()
+        for a, b in zip(together, alone, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
         for opt in optimizers:
             opt.step()
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a, b)
-    tall, lying = Muon([torch.nn.Parameter(torch.zeros(20, 12))], 1.0, 0.0), together[0]
-    p = tall.param_groups[0]["params"][0]
-    p.grad = grads[0].mT.clone()
-    tall.step()
-    update = -orthogonalise(grads[0][None])[0] * 0.2 * 20**0.5  # AdamW's root mean square
-    torch.testing.assert_close(p.mT, update)
-    assert lying.shape == update.shape
 
 
 @pytest.mark.parametrize(
@@ -156,7 +161,7 @@ def test_wsd_schedule():
     assert early.lr_factor(110) == early.lr_factor(200) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("it", [0, 5, 80, 81, 100, 150, 200])
+@pytest.mark.parametrize("it", [0, 80, 81, 150])
 @pytest.mark.parametrize("now", [{"max_iters": 150}, {"lr_decay_iters": 200}, {"wsd_decay": 0.1}])
 def test_a_wsd_run_may_be_made_longer_until_it_decays(it, now):
     """A resume is named another run exactly if earlier iterations had other learning rates."""

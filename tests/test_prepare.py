@@ -21,7 +21,7 @@ from nanomla.dataset import Dataset, locked
 from nanomla.errors import UsageError, UserError
 from nanomla.prepare import download_url, sha256
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import ROOT, fails_with_one_line, run
+from tests.conftest import ROOT, run
 from tests.test_bpe import encoding
 from tests.test_tokenizer import byte_level, sentencepiece
 
@@ -73,36 +73,32 @@ def write_megabytes(path, megabytes):
     return path
 
 
-def test_one_file(tmp_path):
-    """Train and val together are the file's ids, and the lengths of their texts are the file's."""
-    enc = encoding("gpt2")
-    text = words(3000)
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    meta, train, val = prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}")
-    assert np.concatenate([train, val]).tolist() == enc.encode_ordinary(text)
-    assert meta["vocab_size"] == 50257 and meta["dtype"] == "uint16"
-    assert meta["sha256"] == sha256((tmp_path / "a.txt").read_bytes())
-    sizes = {"train": len(enc.decode_bytes(train)), "val": len(enc.decode_bytes(val))}
-    assert meta["split_bytes"] == sizes and meta["bytes"] == len(text.encode())
-    assert 0 <= 0.1 * len(text) - len(enc.decode(val)) < 200
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "cl100k_base", "char", "byte"])
-def test_opens_as_a_dataset(kind, tmp_path):
-    """The loader gives windows of it, and its tokenizer turns them back into the text."""
+def test_one_file(kind, tmp_path):
+    """
+    The loader gives windows of it, its tokenizer turns train and val back into the text, and the
+    lengths in the meta file are those of the text. Two runs write the same bytes.
+    """
     if kind in ("gpt2", "cl100k_base"):
         encoding(kind)
-    text = words(2000)
+    text = words(3000)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}", "--val_fraction=.3"]
+    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
     meta, train, val = prepare(tmp_path / "a.txt", *flags)
     assert meta["dtype"] == ("uint32" if kind == "cl100k_base" else "uint16")
+    assert meta["sha256"] == sha256((tmp_path / "a.txt").read_bytes())
     data = Dataset(str(tmp_path / "out"), block_size=8)
     assert data.vocab_size == meta["vocab_size"] and data.splits["train"].tolist() == train.tolist()
     tokenizer = Tokenizer(data.tokenizer)
-    assert tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist()) == text
-    x, y = data.batch(seed=1, iteration=0, rows=range(3))
-    assert x[:, 1:].tolist() == y[:, :-1].tolist()
+    if kind == "gpt2":
+        assert [*train, *val] == tokenizer.bpe.encode_ordinary(text)
+    train_text, val_text = tokenizer.decode(train.tolist()), tokenizer.decode(val.tolist())
+    assert train_text + val_text == text and 0 <= 0.1 * len(text) - len(val_text) < 200
+    sizes = {"train": len(train_text.encode()), "val": len(val_text.encode())}
+    assert meta["split_bytes"] == sizes and meta["bytes"] == len(text.encode())
+    before = contents(tmp_path / "out")
+    prepare(tmp_path / "a.txt", *flags)
+    assert contents(tmp_path / "out") == before
 
 
 def test_every_tokenizer_gets_the_same_val_text(tmp_path):
@@ -136,21 +132,20 @@ def test_cuts_change_no_token(name):
     alphabet = list(" \n\n\r\t/'.,-!a bB1٣\u00a0\u3000\u2028\x1c\x85\u200bé你ǅ\u0301😀")
     alphabet += ["  ", "'ll", "'S", "don't", "12345", " the", "\n/"]
     cuts = 0
-    for _ in range(6000):
+    for _ in range(3000):
         text = "".join(draw.choice(alphabet) for _ in range(draw.randrange(2, 14)))
         uncut = enc.encode_ordinary(text)
         for match in text_prepare.CUT.finditer(text):
             first, second = text[: match.start()], text[match.start() :]
             assert enc.encode_ordinary(first) + enc.encode_ordinary(second) == uncut, text
             cuts += 1
-    assert cuts > 3000
+    assert cuts > 1500
 
 
-@pytest.mark.parametrize("size", [61, 997])
-def test_small_pieces_give_the_same_ids(size, tmp_path, monkeypatch):
+def test_small_pieces_give_the_same_ids(tmp_path, monkeypatch):
     """Read and tokenized in pieces of a few characters, documents have the ids of uncut ones."""
     enc = encoding("gpt2")
-    monkeypatch.setattr(text_prepare, "PIECE", size)
+    monkeypatch.setattr(text_prepare, "PIECE", 61)
     texts = [words(400, seed) for seed in range(5)] + ["no line end", "", "\n", words(50, 9)]
     for index, text in enumerate(texts):
         (tmp_path / f"{index}.txt").write_text(text, encoding="utf-8", newline="")
@@ -160,15 +155,6 @@ def test_small_pieces_give_the_same_ids(size, tmp_path, monkeypatch):
     for text in filter(None, texts):
         expected += ([enc.eot_token] if expected else []) + enc.encode_ordinary(text)
     assert joined == expected
-
-
-def test_text_without_a_place_to_cut(tmp_path, monkeypatch):
-    """Cut regardless when a piece is full: nothing is lost, and memory stays bounded."""
-    enc = encoding("gpt2")
-    monkeypatch.setattr(text_prepare, "PIECE", 64)
-    (tmp_path / "a.txt").write_text("你好世界" * 100, encoding="utf-8")
-    _, train, val = prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}")
-    assert enc.decode_bytes([*train, *val]).decode() == "你好世界" * 100
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
@@ -189,12 +175,11 @@ def test_between_documents(kind, tmp_path):
     assert sum(meta["split_bytes"].values()) == meta["bytes"] == length
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece])
-@pytest.mark.parametrize("end", [0, None])
+@pytest.mark.parametrize(("make", "end"), [(byte_level, 0), (sentencepiece, None)])
 def test_a_tokenizer_json(make, end, tmp_path, monkeypatch):
     """
     Documents have the ids of uncut ones without special tokens, also in small pieces; the end of a
-    text, or a newline, is between them. The file does as well as its folder.
+    text, or a newline, is between them.
     """
     theirs, folder = make(), tmp_path / "hf"
     theirs.no_truncation()
@@ -207,33 +192,19 @@ def test_a_tokenizer_json(make, end, tmp_path, monkeypatch):
     for index, text in enumerate(texts):
         (tmp_path / f"{index}.txt").write_text(text, encoding="utf-8")
     theirs.encode_special_tokens = True
-    between = [end] if end is not None else [theirs.token_to_id("Ċ") or 3 + ord("\n")]
+    between = [end] if end is not None else [3 + ord("\n")]
     expected = []
     for text in texts:
         ids = theirs.encode(text, add_special_tokens=False).ids
         expected += (between if expected else []) + ids
     paths = [tmp_path / f"{index}.txt" for index in range(3)]
-    for name in (folder, folder / "tokenizer.json"):
-        flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={name}", "--val_fraction=0.03"]
-        meta, train, val = prepare(*paths, *flags)
-        spec = {"kind": "hf", "json": theirs_text(folder)} | ({} if end is None else {"end": end})
-        assert meta["tokenizer"] == spec and [*train, *val][: len(train)] == expected[: len(train)]
-        assert meta["vocab_size"] == theirs.get_vocab_size()
-        assert Tokenizer(spec).decode(val.tolist()).lstrip() in "töö"
-
-
-def theirs_text(folder):
-    return (folder / "tokenizer.json").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("content", ["[", "{}", '{"model": {"vocab": {"a": 1}}}'])
-def test_a_damaged_tokenizer_json(content, tmp_path):
-    """One line that names it, before the text is read."""
-    (tmp_path / "tokenizer.json").write_text(content)
-    (tmp_path / "a.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="tokenizer.json") as caught:
-        prepare(tmp_path / "a.txt", f"--tokenizer={tmp_path}", f"--out={tmp_path / 'out'}")
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={folder}", "--val_fraction=0.03"]
+    meta, train, val = prepare(*paths, *flags)
+    json_text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    spec = {"kind": "hf", "json": json_text} | ({} if end is None else {"end": end})
+    assert meta["tokenizer"] == spec and [*train] == expected[: len(train)]
+    assert meta["vocab_size"] == theirs.get_vocab_size()
+    assert Tokenizer(spec).decode(val.tolist()).lstrip() in "töö"
 
 
 def test_document_split(tmp_path):
@@ -276,7 +247,7 @@ def test_invalid_utf8(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(raw)
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(raw))
-    for piece in (1, 3, 16, 1000):
+    for piece in (1, 1000):
         monkeypatch.setattr(text_prepare, "PIECE", piece)
         flags = ["--tokenizer=byte", f"--out={tmp_path / 'out'}"]
         with pytest.raises(UserError, match=r"a.txt: not UTF-8 at byte 43; .*--errors=replace"):
@@ -290,19 +261,19 @@ def test_invalid_utf8(tmp_path, monkeypatch):
         _, train, val = prepare(tmp_path / "a.txt", *flags, "--errors=replace")
         assert bytes([*train, *val]) == raw.decode("utf-8", "replace").encode()
         shutil.rmtree(tmp_path / "out")
+    # JSON can escape half a character, which UTF-8 cannot hold
+    (tmp_path / "d.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
+    _, train, val = prepare(tmp_path / "d.jsonl", *flags, "--errors=replace")
+    assert bytes([*train, *val]).decode() == "a\ufffdb and more"
 
 
-NO_TEXT = "line 1 has no text in the field 'text'"
 # file name -> (content, message)
 BROKEN = {
     "empty.txt": (b"", "empty.txt: no text in there"),
     "short.txt": (b"ab", "leave 1 tokens for train"),
     "cut.txt.gz": (gzip.compress(bytes(1000))[:-9], "cut.txt.gz: broken gzip file"),
-    "not.txt.gz": (b"plain text", "not.txt.gz: broken gzip file"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl: line 2 is not JSON"),
-    "list.jsonl": (b"[1]\n", rf"list.jsonl: {NO_TEXT} \(it has: list\)"),
-    "field.jsonl": (b'{"body": "a"}\n', rf"{NO_TEXT} \(it has: body\); use --field"),
-    "number.jsonl": (b'{"text": 3}\n', NO_TEXT),
+    "field.jsonl": (b'{"body": "a"}\n', r"the field 'text' \(it has: body\); use --field"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', "line 1 escapes half a character; --errors=replace"),
 }
 
@@ -324,44 +295,16 @@ def test_input_that_cannot_be_used(name, tmp_path):
         (["nowhere.txt", "--name=x"], "nowhere.txt: no such file or folder"),
         (["{tmp}", "--name=x"], "no .txt, .md, .py, .jsonl file in this folder"),
         (["a.txt"], "say where to write"),
-        (["a.txt", "--name=x", "--out=y"], "say where to write"),
-        (["a.txt", "--name=../x"], "not a folder's name"),
         (["a.txt", "--name=shakespeare_char"], "belongs to the prepare.py in it"),
-        (["a.txt", "--name=x", "--val_fraction=0"], "must be .* above 0 and below 1, not 0"),
-        (["a.txt", "--name=x", "--val_fraction=1.5"], "must be .* above 0 and below 1, not 1.5"),
-        (["a.txt", "--name=x", "--tokenizer=gpt4"], "tokenizer must be one of gpt2"),
-        (["a.txt", "--name=x", "--tokenizer={tmp}"], "or a folder with a tokenizer.json"),
+        (["{tmp}/a", "--name=x", "--tokenizer=gpt4"], "tokenizer must be one of gpt2"),
+        ([str(ROOT / "config" / "train_mla.py"), "--name=x"], "is a config file"),
     ],
 )
 def test_wrong_arguments(args, message, tmp_path):
     """UsageError, before anything is read."""
+    (tmp_path / "a").touch()
     with pytest.raises(UsageError, match=message):
         text_prepare.main([arg.format(tmp=tmp_path) for arg in args])
-
-
-def test_a_config_file_is_no_text(tmp_path):
-    """A .py that only assigns to settings, or is one of config/, is refused in one line."""
-    out = ["--tokenizer=byte", f"--out={tmp_path / 'out'}"]
-    configs = [ROOT / "config" / "train_mla.py", tmp_path / "mine.py", tmp_path / "nano.py"]
-    configs[1].write_text("name = 'mine'\nmuch = 3 * 1024\n")
-    configs[2].write_text('"""Mine."""\nmax_iters = 1 / 0  # not run\nx = 2\n')
-    for path in configs:
-        done = run(SCRIPT, path, *out)
-        assert fails_with_one_line(done, 2, f"{path} is a config file", ".txt is read as text")
-    texts = ["import os\nname = 'x'\n", "name.y = 3\n", "width = 3\n", "name = (\n", "\0"]
-    for number, text in enumerate([*texts, configs[1].read_text()]):
-        path = tmp_path / (f"{number}.py" if text in texts else "mine.txt")
-        path.write_text(text * 30)
-        prepare(path, *out)
-
-
-def test_flags_may_stand_apart_from_their_values(tmp_path):
-    """`--key value` is a flag and no file; --help says how to give files."""
-    (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
-    text_prepare.main([str(tmp_path / "a.txt"), "--tokenizer", "byte", "--out", f"{tmp_path}/out"])
-    assert read(tmp_path / "out")[0]["source"] == str(tmp_path / "a.txt")
-    usage = "data/text/prepare.py FILE_OR_FOLDER ... [--key=value ...]"
-    assert usage in run(SCRIPT, "--help").stdout.splitlines()[0]
 
 
 def test_name_makes_a_dataset_of_the_repository(tmp_path):
@@ -379,57 +322,28 @@ def test_name_makes_a_dataset_of_the_repository(tmp_path):
     assert "MB/s" in done.stdout and sorted(contents(repository / "data" / "mine")) == files
 
 
-def test_messages_on_the_command_line():
-    """An error is one line; --help explains the arguments."""
-    assert fails_with_one_line(run(SCRIPT, "nowhere.txt", "--name=x"), 2, "nowhere.txt")
-    assert fails_with_one_line(run(SCRIPT, "--name"), 2, "--name")
-    assert "text files of any name, or folders" in run(SCRIPT, "--help").stdout
-
-
-def test_half_a_character_in_json_is_replaced(tmp_path):
-    """JSON can escape what UTF-8 cannot hold."""
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
-    flags = ["--tokenizer=byte", "--errors=replace", f"--out={tmp_path / 'out'}"]
-    _, train, val = prepare(tmp_path / "a.jsonl", *flags)
-    assert bytes([*train, *val]).decode() == "a\ufffdb and more"
-
-
-def test_two_runs_are_bit_identical(tmp_path):
-    """All three files, byte for byte, also over a dataset that is there."""
-    encoding("gpt2")
-    (tmp_path / "a.txt").write_text(words(20000), encoding="utf-8", newline="")
-    for out in ("one", "two", "two"):
-        prepare(tmp_path / "a.txt", f"--out={tmp_path / out}")
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_and_run_again(how, tmp_path):
-    """No half dataset: what was there stays, and the next run ends as if none had been killed."""
-    encoding("gpt2")
+    """No half dataset: what was there stays, and the next run clears up."""
     text, out = write_megabytes(tmp_path / "a.txt", 12), tmp_path / "out"
-    command = [sys.executable, ROOT / SCRIPT, text, f"--out={out}"]
+    command = [sys.executable, ROOT / SCRIPT, text, f"--out={out}", "--tokenizer=char"]
     out.mkdir()
     (out / "train.bin").write_bytes(b"what was there")
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     process = subprocess.Popen(command, text=True, **pipes)
-    while not any(path.stat().st_size for path in out.glob(".prepare-*/train.bin")):
+    while not any(path.stat().st_size for path in out.glob(".unfinished/train.bin")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(how)
     stderr = process.communicate(timeout=20)[1]
     assert (out / "train.bin").read_bytes() == b"what was there"
-    if how == signal.SIGKILL:
-        assert process.returncode == -how
-    else:
-        word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[how]
-        assert process.returncode == 128 + how and stderr.strip() == f"prepare.py: {word}"
+    if how == signal.SIGTERM:
+        assert process.returncode == 143 and stderr.strip() == "prepare.py: terminated"
         assert list(contents(out)) == ["train.bin"]
-    (out / "train.bin").unlink()
-    if how == signal.SIGKILL:
-        prepare(text, f"--out={out}")
-        prepare(text, f"--out={tmp_path / 'unstopped'}")
-        assert contents(out) == contents(tmp_path / "unstopped")
+    else:
+        (tmp_path / "b.txt").write_text(words(300), encoding="utf-8")
+        prepare(tmp_path / "b.txt", f"--out={out}", "--tokenizer=char")
+        assert sorted(contents(out)) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_two_runs_at_once(tmp_path):
@@ -449,37 +363,18 @@ def test_checksum_is_enforced(tmp_path):
         download_url(url, "00", "do that")
 
 
-def test_files_that_change_meanwhile(tmp_path, monkeypatch):
-    """What the second reading finds must be what the first found."""
-    (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
-    survey = text_prepare.survey
-
-    def then_grow(*args):
-        found = survey(*args)
-        (tmp_path / "a.txt").write_text(words(310), encoding="utf-8")
-        return found
-
-    monkeypatch.setattr(text_prepare, "survey", then_grow)
-    with pytest.raises(UserError, match="changed while they were read"):
-        prepare(tmp_path / "a.txt", f"--out={tmp_path / 'out'}", "--tokenizer=byte")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("kind", ["gpt2", "char"])
-def test_memory_is_bounded(kind, tmp_path, capsys):
+def test_memory_is_bounded(tmp_path):
     """200 MB of text need far less than 1 GB of memory in the one process that there is."""
     encoding("gpt2")
     text = write_megabytes(tmp_path / "a.txt", 200)
     code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
     code += "; print(*(line for line in open('/proc/self/status') if 'VmHWM' in line))"
-    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
+    flags = [f"--out={tmp_path / 'out'}", "--tokenizer=gpt2"]
     command = [sys.executable, "-c", code, SCRIPT, text, *flags]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    *_, speed, peak = done.stdout.strip().splitlines()
-    with capsys.disabled():
-        print(f"\n{kind}: {speed}; peak memory {' '.join(peak.split()[1:])}")
+    peak = done.stdout.strip().splitlines()[-1]
     assert int(peak.split()[1]) < 400_000
 
 
@@ -490,11 +385,13 @@ def script(name, folder, monkeypatch):
     return module
 
 
-def test_shakespeare_char_from_input_txt(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
+def test_shakespeare_from_input_txt(name, tmp_path, monkeypatch):
     """A text beside the script is taken, and split at nine tenths of its characters."""
+    encoding("gpt2")
     text = words(500)
     (tmp_path / "input.txt").write_text(text, encoding="utf-8", newline="")
-    script("shakespeare_char", tmp_path, monkeypatch).main([f"--out={tmp_path / 'out'}"])
+    script(name, tmp_path, monkeypatch).main([f"--out={tmp_path / 'out'}"])
     meta, train, val = read(tmp_path / "out")
     tokenizer = Tokenizer(meta["tokenizer"])
     train, val = tokenizer.decode(train), tokenizer.decode(val)
@@ -502,22 +399,9 @@ def test_shakespeare_char_from_input_txt(tmp_path, monkeypatch):
     assert meta["split_bytes"] == {"train": len(train.encode()), "val": len(val.encode())}
 
 
-def test_shakespeare_has_the_same_split(tmp_path, monkeypatch):
-    """As GPT-2 tokens, the same train and val text as one token per character."""
-    enc = encoding("gpt2")
-    text = words(500)
-    (tmp_path / "input.txt").write_text(text, encoding="utf-8", newline="")
-    script("shakespeare", tmp_path, monkeypatch).main([f"--out={tmp_path / 'out'}"])
-    meta, train, val = read(tmp_path / "out")
-    assert train.tolist() == enc.encode_ordinary(text[: int(0.9 * len(text))])
-    assert val.tolist() == enc.encode_ordinary(text[int(0.9 * len(text)) :])
-    assert sum(meta["split_bytes"].values()) == meta["bytes"] == len(text.encode())
-
-
-@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
-def test_shakespeare_errors(name, tmp_path, monkeypatch):
+def test_shakespeare_errors(tmp_path, monkeypatch):
     """No network, invalid UTF-8, too little text, another text with --tiny: each one message."""
-    module = script(name, tmp_path, monkeypatch)
+    module = script("shakespeare_char", tmp_path, monkeypatch)
     nowhere = "http://127.0.0.1:9"
     monkeypatch.setenv("PIP_INDEX_URL", nowhere)
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
@@ -535,7 +419,6 @@ def test_shakespeare_errors(name, tmp_path, monkeypatch):
     for raw, flag, message in (
         (b"ab\xff", [], "input.txt: not UTF-8 at byte 2"),
         (b"abc", [], "3 characters are too few"),
-        (b"", [], "0 characters are too few"),
         (b"some text", ["--tiny"], "is not tiny Shakespeare"),
     ):
         (tmp_path / "input.txt").write_bytes(raw)
@@ -567,8 +450,7 @@ def test_openwebtext_from_local_files(openwebtext, tmp_path):
     for i, text in enumerate(texts):
         (tmp_path / f"{i:02}.txt").write_text(text, encoding="utf-8")
     for pattern, flags, count in (
-        ("a.jsonl", ["--num_proc=1", "--shards=7"], 40),
-        ("*.parquet", ["--num_proc=2", "--val_fraction=0.2"], 40),
+        ("*.parquet", ["--num_proc=2", "--val_fraction=0.2", "--shards=7"], 40),
         ("??.txt", ["--num_proc=2"], 40),
         ("a.jsonl", ["--limit=13", "--num_proc=1"], 13),
     ):
@@ -583,24 +465,16 @@ def test_openwebtext_from_local_files(openwebtext, tmp_path):
         assert documents == []
         length = sum(len(text.encode()) for text in texts[:count])
         assert sum(meta["split_bytes"].values()) == meta["bytes"] == length
-        assert len(meta["sha256"]) == 64
-    assert Dataset(str(tmp_path / "out"), block_size=4).vocab_size == 50257
 
 
 @pytest.mark.slow
 def test_openwebtext_errors(openwebtext, tmp_path):
-    """No network, no or mixed files, no such column, broken files, one document: one line each."""
+    """No network, no files, no such column: one line each."""
     (tmp_path / "a.jsonl").write_text('{"body": "a"}\n{"body": "b"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
-    (tmp_path / "one.txt").write_text("one document")
     for flags, status, message in (
         ([], 1, "cannot load Skylion007/openwebtext"),
         ([f"--data_files={tmp_path}/none*.json"], 2, "0 files"),
-        ([f"--data_files={tmp_path}/a.jsonl,{tmp_path}/one.txt"], 2, "not all of one kind"),
         ([f"--data_files={tmp_path}/a.jsonl"], 1, "'text' (there are: body); choose with --field"),
-        ([f"--data_files={tmp_path}/bad.jsonl"], 1, "cannot load"),
-        ([f"--data_files={tmp_path}/one.txt"], 1, "1 documents are too few"),
-        (["--limit=1"], 2, "--limit=1: limit must be None or a whole number of at least 2"),
     ):
         done = openwebtext(*flags)
         assert done.returncode == status and "Traceback" not in done.stderr, done.stderr

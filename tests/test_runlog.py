@@ -1,7 +1,6 @@
-"""log.jsonl, loss.png, wandb. Run: python -m pytest tests/test_runlog.py -m "slow or not slow" """
+"""log.jsonl, loss.png, wandb. Run: python -m pytest tests/test_runlog.py"""
 
 import sys
-import time
 import types
 
 import pytest
@@ -9,8 +8,7 @@ import pytest
 from nanomla import checkpoint
 from nanomla.runlog import RunLog
 from tests.conftest import QUICK, run
-from tests.test_survival import iterations, start
-from tests.test_train import entries
+from tests.test_train import entries, iterations
 
 
 def test_a_picture_is_drawn_from_any_working_directory(tmp_path, monkeypatch):
@@ -21,7 +19,6 @@ def test_a_picture_is_drawn_from_any_working_directory(tmp_path, monkeypatch):
     log = RunLog("o")
     log.write(iter=0, train_loss=4.0, val_loss=4.1)
     log.write(iter=0, loss=4.2)
-    log.write(iter=10, train_loss=3.0, val_loss=3.1)
     log.plot()
     log.plotter.communicate(timeout=60)
     log.close()
@@ -29,27 +26,15 @@ def test_a_picture_is_drawn_from_any_working_directory(tmp_path, monkeypatch):
 
 
 def test_no_picture_without_matplotlib(tmp_path, dataset, monkeypatch, capfd):
-    """
-    Not installed: nothing is drawn or printed. Broken: one warning. Training goes on in both cases.
-    """
-    args = [*QUICK, f"--dataset={dataset}", "--max_iters=10"]
-    with monkeypatch.context() as m:
-        m.setitem(sys.modules, "matplotlib", None)
-        done = run("train.py", *args, f"--out_dir={tmp_path}/none")
+    """Nothing is drawn or printed, and training goes on."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    args = [*QUICK, f"--dataset={dataset}", "--max_iters=10", f"--out_dir={tmp_path}/o"]
+    done = run("train.py", *args)
     assert done.returncode == 0 and "loss.png" not in done.stderr + capfd.readouterr().err
-    (tmp_path / "fake" / "matplotlib").mkdir(parents=True)
-    (tmp_path / "fake" / "matplotlib" / "__init__.py").write_text("raise OSError('no font')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
-    assert run("train.py", *args, f"--out_dir={tmp_path}/broken").returncode == 0
-    assert "loss.png from here on (OSError: no font)" in capfd.readouterr().err
-    assert not list(tmp_path.glob("*/*loss.png*")) and (tmp_path / "broken" / "best.pt").exists()
 
 
 def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path, dataset):
-    """
-    Lines cut by a kill, zeros left by a crash, bytes that are no text: a resume drops them and goes
-    on.
-    """
+    """Lines cut by a kill, zeros left by a crash: a resume drops them and goes on."""
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
     assert run("train.py", *args, "--max_iters=10").returncode == 0
     with open(tmp_path / "o" / "log.jsonl", "ab") as file:
@@ -59,29 +44,14 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path, dataset):
     assert iterations(tmp_path / "o") == (list(range(20)), [0, 10, 20])
 
 
-@pytest.mark.slow
-def test_wandb_offline_is_resumed_under_the_same_id(tmp_path, dataset):
-    """A run folder below out_dir; the second start goes on with the id that the checkpoint has."""
-    pytest.importorskip("wandb")
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--wandb_log=True"]
-    ids = []
-    for more in (["--max_iters=10"], ["--max_iters=20", "--init_from=resume"]):
-        process = start(*args, *more, WANDB_MODE="offline")
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and "wandb is off" not in err, err
-        ids.append(checkpoint.load(tmp_path / "o" / "ckpt.pt").wandb_run_id)
-        time.sleep(1)  # wandb names run folders by the second
-    assert ids[0] and ids[0] == ids[1]
-    folders = list((tmp_path / "o" / "wandb").glob(f"offline-run-*-{ids[0]}"))
-    assert len(folders) == 2 and all(list(f.glob("*.wandb")) for f in folders)
-
-
-@pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_a_failing_wandb_costs_nothing_but_a_warning(tmp_path, dataset, monkeypatch, where):
-    """Wherever it fails, the run goes on to its end and keeps its own log."""
+@pytest.mark.parametrize("where", [None, "init", "log", "finish"])
+def test_wandb_gets_the_numbers_and_its_failure_is_a_warning(tmp_path, dataset, monkeypatch, where):
+    """A resume goes on with wandb's run of the checkpoint; a run outlives a failing wandb."""
+    calls = []
 
     def method(name):
         def call(*args, **kwargs):
+            calls.append((name, kwargs))
             if name == where:
                 raise ConnectionError("wandb is down")
             return fake
@@ -91,10 +61,14 @@ def test_a_failing_wandb_costs_nothing_but_a_warning(tmp_path, dataset, monkeypa
     methods = {name: method(name) for name in ("init", "log", "finish")}
     fake = types.SimpleNamespace(id="abc123", **methods)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
-    done = run("train.py", *args, "--wandb_log=True", "--max_iters=10")
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--wandb_log=True"]
+    done = run("train.py", *args, "--max_iters=10")
     warning = "wandb is off from here on (ConnectionError: wandb is down)"
-    assert done.returncode == 0 and done.stderr.count(warning) == 1
+    assert done.returncode == 0 and done.stderr.count(warning) == (where is not None)
     assert len(entries(tmp_path / "o")) == 12
     run_id = checkpoint.load(tmp_path / "o" / "ckpt.pt").wandb_run_id
     assert run_id == (None if where == "init" else "abc123")
+    if where is None:
+        assert [options["step"] for name, options in calls if name == "log"] == [0, *range(10), 10]
+        assert run("train.py", *args, "--max_iters=11", "--init_from=resume").returncode == 0
+        assert [options["id"] for name, options in calls if name == "init"] == [None, "abc123"]

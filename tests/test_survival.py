@@ -1,13 +1,13 @@
 """
-A run outlives kills and full disks.
+A run outlives kills, signals and full disks.
 Run: python -m pytest tests/test_survival.py -m "slow or not slow"
 """
 
 import os
+import pty
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,27 +16,20 @@ import time
 import pytest
 import torch
 
+import train
 from nanomla import checkpoint
+from nanomla.dataset import locked
+from nanomla.distributed import StopSignals
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
-from tests.test_train import entries, same, weights
+from tests.test_train import entries, iterations, same, weights
 
 
-def start(*args, **env):
+def start(*args, **options):
     """train.py in a process of its own, on one thread, so that two runs agree to the last bit."""
-    return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, args)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def iterations(folder):
-    """The iterations of the log's step lines and of its evaluations, in order."""
-    log = entries(folder)
-    return [e["iter"] for e in log if "loss" in e], [e["iter"] for e in log if "val_loss" in e]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
 
 @pytest.mark.slow
@@ -47,35 +40,30 @@ def test_kill_at_ten_random_moments(tmp_path, dataset):
     """
     args = [*QUICK, "--use_mla=True", "--pos_emb=rope", "--dropout=0.1", f"--dataset={dataset}"]
     args += ["--checkpoint_interval=1", "--max_iters=150", "--eval_interval=25"]
-    full = start(*args, f"--out_dir={tmp_path}/full")
-    assert full.wait(120) == 0, full.stderr.read()
-    folder, draw, kills = tmp_path / "parts", random.Random(7), 0
-    for moment in [*sorted(draw.sample(range(1, 145), 10)), None]:
+    assert run("train.py", *args, f"--out_dir={tmp_path}/full").returncode == 0
+    folder = tmp_path / "parts"
+    draw = random.Random(7)
+    for moment in sorted(draw.sample(range(1, 145), 10)):
         begin = "resume" if (folder / "ckpt.pt").exists() else "scratch"
         process = start(*args, f"--out_dir={folder}", f"--init_from={begin}")
         try:
-            if moment is None:
-                out, err = process.communicate(timeout=120)
-                assert process.returncode == 0 and "done: " in out, err
-                break
             for line in process.stdout:
-                if (found := re.match(r"iter (\d+):", line)) and int(found[1]) >= moment:
+                iteration = re.match(r"iter (\d+):", line)
+                if iteration and int(iteration[1]) >= moment:
                     break
-            else:
-                raise AssertionError(process.stderr.read())
             time.sleep(draw.uniform(0, 0.03))  # an iteration and its save take about as long
-            kills += process.poll() is None
+            assert process.poll() is None, process.stderr.read()
         finally:
             process.kill()
             process.communicate()
         for path in folder.glob("*.pt"):
             checkpoint.build(checkpoint.load(path))
-    assert kills == 10
+    resume = [f"--out_dir={folder}", "--init_from=resume"]
+    assert run("train.py", *args, *resume).returncode == 0
     a, b = checkpoint.load(tmp_path / "full" / "ckpt.pt"), checkpoint.load(folder / "ckpt.pt")
     assert same(a.model, b.model) and a.best_val_loss == b.best_val_loss
     assert same(weights(tmp_path / "full", "best.pt"), weights(folder, "best.pt"))
     assert iterations(folder) == iterations(tmp_path / "full")
-    assert iterations(folder) == (list(range(150)), [0, 25, 50, 75, 100, 125, 150])
     assert not (folder / "old-1").exists()
 
 
@@ -86,49 +74,78 @@ def test_a_disk_that_fills_up_during_a_run_loses_nothing(tmp_path, dataset):
     bit-identical.
     """
     args = [*QUICK, f"--dataset={dataset}", "--lr_decay_iters=30", "--checkpoint_interval=5"]
-    assert start(*args, f"--out_dir={tmp_path}/full", "--max_iters=30").wait(60) == 0
+    assert run("train.py", *args, f"--out_dir={tmp_path}/full", "--max_iters=30").returncode == 0
     here = [*args, f"--out_dir={tmp_path}/o"]
-    assert start(*here, "--max_iters=10").wait(60) == 0
+    assert run("train.py", *here, "--max_iters=10").returncode == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "o").glob("*.pt")}
     limit = (tmp_path / "o" / "log.jsonl").stat().st_size + 300
-    done = subprocess.run(
-        [sys.executable, "train.py", *here, "--max_iters=30", "--init_from=resume"],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0 and "done: " in done.stdout, done.stderr
-    assert "warning: no checkpoint written" in done.stderr and "training goes on" in done.stderr
-    assert done.stderr.count("log.jsonl cannot be written") == 1 and "Traceback" not in done.stderr
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    process = start(*here, "--max_iters=30", "--init_from=resume", preexec_fn=full)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "done: " in out, err
+    assert "warning: no checkpoint written" in err and "File too large; training goes on" in err
+    assert err.count("log.jsonl cannot be written") == 1 and "Traceback" not in err
     assert {p.name: p.read_bytes() for p in (tmp_path / "o").glob("*.pt")} == before
-    assert not list((tmp_path / "o").glob(".*pt.*tmp"))
-    assert start(*here, "--max_iters=30", "--init_from=resume").wait(60) == 0
+    assert not list((tmp_path / "o").glob(".*.tmp"))
+    assert run("train.py", *here, "--max_iters=30", "--init_from=resume").returncode == 0
     assert same(weights(tmp_path / "full"), weights(tmp_path / "o"))
     assert iterations(tmp_path / "o") == iterations(tmp_path / "full")
 
 
-def test_a_second_signal_stops_at_once(tmp_path, dataset):
-    """In the middle of an iteration that would take minutes; the first one is announced."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
-    process = start(*args, "--gradient_accumulation_steps=100000")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_iteration_with_a_checkpoint(
+    tmp_path, dataset, monkeypatch, number
+):
+    """The run ends by itself, resumable; the exit status says which signal it was."""
+    gradients = train.Trainer.gradients
+
+    def stopped(self, it):
+        if it == 5:
+            os.kill(os.getpid(), number)
+        return gradients(self, it)
+
+    monkeypatch.setattr(train.Trainer, "gradients", stopped)
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=100000"]
+    done = run("train.py", *args)
+    assert done.returncode == 128 + number and "Traceback" not in done.stderr
+    assert "stopped before iteration 6; go on with --init_from=resume" in done.stdout
+    assert checkpoint.load(tmp_path / "o" / "ckpt.pt").iter_num == 6
+
+
+def test_a_second_signal_stops_at_once(capfd):
+    """The first one is announced."""
+    with pytest.raises(KeyboardInterrupt), StopSignals(announce=True) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+    assert "stopping after this iteration; once more stops at once" in capfd.readouterr().err
+
+
+def test_a_run_outlives_its_terminal(tmp_path, dataset):
+    """Its terminal is closed, so nothing can be printed any more: the run saves and stops."""
+    master, terminal = pty.openpty()
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=10000000"]
+    process = start(*args, stdout=terminal, stderr=terminal, start_new_session=True)
     try:
-        while "iteration 0:" not in (line := process.stdout.readline()):
-            assert line, process.stderr.read()
-        process.send_signal(signal.SIGINT)
-        lines = process.stderr.readline() + process.stderr.readline()
-        assert "stopping after this iteration" in lines
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        out, err = process.communicate(timeout=60)
+        os.close(terminal)
+        text = b""
+        while b"iter 5:" not in text:
+            text += os.read(master, 1024)
+        process.send_signal(signal.SIGHUP)
+        os.close(master)
+        assert process.wait(60) == 129
     finally:
         process.kill()
-    assert process.returncode == 130 and time.monotonic() - began < 10
-    assert "stopped before" not in out and err.strip() == "train.py: interrupted"
+    assert checkpoint.load(tmp_path / "o" / "ckpt.pt").iter_num > 5
+
+
+@pytest.mark.slow
+def test_a_full_screen_does_not_end_a_run(tmp_path, dataset):
+    """What cannot be printed is lost."""
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=10"]
+    with open("/dev/full", "w") as full:
+        assert start(*args, stdout=full).wait(60) == 0
+    assert checkpoint.load(tmp_path / "o" / "ckpt.pt").iter_num == 10
 
 
 def test_best_weights_of_a_run_stopped_just_before_its_evaluation(tmp_path, dataset):
@@ -144,11 +161,15 @@ def test_best_weights_of_a_run_stopped_just_before_its_evaluation(tmp_path, data
 
 
 def test_no_checkpoint_of_weights_whose_loss_is_no_number(tmp_path, dataset):
-    """Saving at every iteration, a run that diverges leaves no checkpoint it cannot go on from."""
+    """
+    One line with iteration, learning rate and the last good checkpoint. Saving at every iteration,
+    a run that diverges leaves no checkpoint that it cannot go on from.
+    """
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--checkpoint_interval=1"]
     args += ["--grad_clip=0", "--learning_rate=1e30", "--decay_lr=False", "--max_iters=50"]
     done = run("train.py", *args, "--eval_interval=40")
-    assert fails_with_one_line(done, 1, "iteration 1: loss nan", "last good checkpoint: none yet")
+    words = ("iteration 1: loss nan", "learning rate 1e+30", "last good checkpoint: none yet")
+    assert fails_with_one_line(done, 1, *words)
     assert not (tmp_path / "o" / "ckpt.pt").exists()
 
 
@@ -179,21 +200,15 @@ def test_float16_skips_steps_that_overflow(tmp_path, dataset):
 
 
 def test_one_folder_trains_one_run(tmp_path, dataset):
-    """The second is refused in one line, and its end does not disturb the first."""
+    """The second is refused in one line, and nothing in the folder changes."""
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
-    first = start(*args, "--max_iters=10000000")
-    try:
-        while "iter 15:" not in (line := first.stdout.readline()):  # saved at 10
-            assert line, first.stderr.read()
+    assert run("train.py", *args, "--max_iters=10").returncode == 0
+    before = sorted((tmp_path / "o").iterdir())
+    with locked(tmp_path / "o", "training in it"):
         for more in ([], ["--init_from=resume"]):
-            second = run("train.py", *args, "--max_iters=10000000", *more)
+            second = run("train.py", *args, "--max_iters=20", *more)
             assert fails_with_one_line(second, 1, "another run is training in it")
-    finally:
-        first.terminate()
-        out, err = first.communicate(timeout=60)
-    assert first.returncode == 143 and "stopped before" in out, err
-    checkpoint.build(checkpoint.load(tmp_path / "o" / "ckpt.pt"))
-    assert not list((tmp_path / "o").glob("old-*"))
+    assert sorted((tmp_path / "o").iterdir()) == before
 
 
 def test_the_best_loss_is_that_of_weights_on_the_disk(tmp_path, dataset, monkeypatch):
@@ -201,13 +216,9 @@ def test_the_best_loss_is_that_of_weights_on_the_disk(tmp_path, dataset, monkeyp
     The evaluation with the lowest loss cannot be saved: a later, higher one becomes the best, which
     the closing line and both files name.
     """
-    import train
-
-    measures = iter((3.0, 2.0, 1.0, 1.5, 1.7))
-    monkeypatch.setattr(
-        train.Trainer, "evaluate", lambda self: {"train_loss": 1.0, "val_loss": next(measures),
-                                             "perplexity": 1.0}
-    )  # fmt: skip
+    losses = iter((3.0, 2.0, 1.0, 1.5, 1.7))
+    measures = lambda self: {"train_loss": 1.0, "val_loss": next(losses), "perplexity": 1.0}
+    monkeypatch.setattr(train.Trainer, "evaluate", measures)
     save = checkpoint.save
 
     def full_disk(folder, state, best):
@@ -222,21 +233,3 @@ def test_the_best_loss_is_that_of_weights_on_the_disk(tmp_path, dataset, monkeyp
     best, last = (checkpoint.load(tmp_path / "o" / name) for name in ("best.pt", "ckpt.pt"))
     assert (best.best_val_loss, best.iter_num) == (1.5, 30)
     assert (last.best_val_loss, last.iter_num) == (1.5, 40)
-
-
-def test_a_folder_that_is_gone_at_the_end(tmp_path, dataset, monkeypatch):
-    """The run says that nothing is there, and fails; a signal does not promise a resume."""
-    import train
-
-    gradients = train.Trainer.gradients
-
-    def removing(self, it):
-        shutil.rmtree(tmp_path / "o", ignore_errors=True)
-        return gradients(self, it)
-
-    monkeypatch.setattr(train.Trainer, "gradients", removing)
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=10"]
-    done = run("train.py", *args)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "done: " not in done.stdout
-    assert last.startswith("train.py: error: iteration 10 is done, but there is no checkpoint in")

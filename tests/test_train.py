@@ -1,10 +1,8 @@
 """The training loop, as a user runs it. Run: python -m pytest tests/test_train.py"""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from nanomla import checkpoint
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
 MLA = ["--use_mla=True", "--pos_emb=rope"]
+LATENT = [*MLA, "--mla_rope=latent"]
 
 
 def weights(folder, name="ckpt.pt"):
@@ -27,20 +26,27 @@ def entries(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def iterations(folder):
+    """The iterations of the log's step lines and of its evaluations, in order."""
+    log = entries(folder)
+    return [e["iter"] for e in log if "loss" in e], [e["iter"] for e in log if "val_loss" in e]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, optimizer):
     """
     Weights, optimizer, best loss and log of a run in two parts are bit-identical to those of one in
-    one part.
+    one part. The folder and a later end are enough to resume; what is given besides wins.
     """
     args = [*QUICK, *MLA, f"--dataset={dataset}", f"--optimizer={optimizer}", "--dropout=0.1"]
     args += ["--log_interval=2", "--gradient_accumulation_steps=2", "--lr_decay_iters=25"]
-    full, parts = tmp_path / "full", tmp_path / "parts"
+    full = tmp_path / "full"
+    parts = tmp_path / "parts"
     assert run("train.py", *args, f"--out_dir={full}", "--max_iters=25").returncode == 0
     assert run("train.py", *args, f"--out_dir={parts}", "--max_iters=13").returncode == 0
-    more = [f"--out_dir={parts}", "--max_iters=25", "--init_from=resume"]
-    done = run("train.py", *args, *more)
-    assert done.returncode == 0, done.stderr
+    resume = ["train.py", f"--out_dir={parts}", "--init_from=resume"]
+    done = run(*resume, "--max_iters=25")
+    assert done.returncode == 0 and not done.stderr, done.stderr
     a, b = checkpoint.load(full / "ckpt.pt"), checkpoint.load(parts / "ckpt.pt")
     assert same(a.model, b.model) and a.iter_num == b.iter_num == 25
     assert a.best_val_loss == b.best_val_loss and a.scaler == b.scaler
@@ -52,12 +58,15 @@ def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, optimizer):
         for folder in (full, parts)
     ]
     assert logs[0] == logs[1] and len(entries(parts)) == len(logs[1])  # no iteration twice
+    done = run(*resume, "--max_iters=30", "--beta2=0.9")
+    assert "another run than the one it continues: beta2 0.95, now 0.9\n" in done.stderr
+    assert checkpoint.load(parts / "ckpt.pt").config["beta2"] == 0.9
 
 
 def test_log_and_checkpoints_say_what_happened(tmp_path, dataset):
     """
     log.jsonl has every step and evaluation, best.pt the best weights, stdout the settings and where
-    they came from.
+    they came from. A checkpoint's settings are flat, as nanoGPT's.
     """
     args = ["config/train_mla.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
     args += ["--max_iters=20", "--mla_latent_dim=4", "--mla_rope_dim=2", "--log_interval=5"]
@@ -74,23 +83,14 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, dataset):
         "done: best validation loss",
     ):
         assert text in done.stdout, (text, done.stdout)
-    log = entries(tmp_path / "o")
-    assert [e["iter"] for e in log if "loss" in e] == [0, 5, 10, 15]
-    assert [e["iter"] for e in log if "val_loss" in e] == [0, 10, 20]
+    assert iterations(tmp_path / "o") == ([0, 5, 10, 15], [0, 10, 20])
     best = checkpoint.load(tmp_path / "o" / "best.pt")
+    log = entries(tmp_path / "o")
     assert best.best_val_loss == min(e["val_loss"] for e in log if "val_loss" in e)
-    stored = torch.load(tmp_path / "o" / "best.pt", weights_only=True)
-    assert best.tokenizer["kind"] == "char" and stored["format"] == 1
+    assert best.tokenizer["kind"] == "char"
+    assert best.config["n_layer"] == 2 and best.config["batch_size"] == 4
+    assert best.config["vocab_size"] is None and "model" not in best.config
     assert (tmp_path / "o" / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_settings_of_a_checkpoint_are_flat(tmp_path, dataset):
-    """nanoGPT's format: one dictionary with the model's settings and the loop's, by their names."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=10"]
-    assert run("train.py", *args).returncode == 0
-    config = checkpoint.load(tmp_path / "o" / "ckpt.pt").config
-    assert config["n_layer"] == 2 and config["batch_size"] == 4 and config["bias"] is False
-    assert config["vocab_size"] is None and "model" not in config
 
 
 def test_a_new_run_moves_the_earlier_one_to_another_folder(tmp_path, dataset):
@@ -108,13 +108,19 @@ def test_a_new_run_moves_the_earlier_one_to_another_folder(tmp_path, dataset):
     assert not same(weights(tmp_path / "o"), weights(tmp_path / "o" / "old-1"))
 
 
-def test_settings_without_effect_are_named(tmp_path, dataset):
-    """One warning line, not an error, so that --use_mla=False turns any config back into MHA."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=1"]
-    done = run("train.py", *args, "--use_mla=False", "--mla_latent_dim=8", "--svd_rank=2")
-    assert done.returncode == 0
-    warning = "warning: without effect in this model: mla_latent_dim=8, svd_rank=2"
-    assert warning in done.stderr
+def test_settings_without_effect_are_named_once(tmp_path, dataset):
+    """
+    One warning line, not an error, so that --use_mla=False turns any config back into MHA. A resume
+    does not repeat what its checkpoint stores.
+    """
+    (tmp_path / "c.py").write_text("attention = 'mla'\npos_emb = 'rope'\nmla_latent_dim = 8\n")
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    done = run("train.py", tmp_path / "c.py", *args, "--use_mla=False", "--max_iters=10")
+    assert done.returncode == 0, done.stderr
+    assert "transformer.h.0.attn.c_attn.weight" in weights(tmp_path / "o")  # ordinary attention
+    assert "warning: without effect in this model: mla_latent_dim=8\n" in done.stderr
+    done = run("train.py", f"--out_dir={tmp_path}/o", "--init_from=resume", "--max_iters=11")
+    assert done.returncode == 0 and "without effect" not in done.stderr
 
 
 def not_used(done):
@@ -123,20 +129,11 @@ def not_used(done):
     return [line for line in done.stderr.splitlines() if " is not used: the model in " in line]
 
 
-LATENT = [*MLA, "--mla_rope=latent"]
-
-
 @pytest.mark.parametrize(
     ("trained", "asked", "names"),
     [
-        (LATENT, ["--n_head=3"], ["n_head"]),  # no divisor of n_embd
-        (LATENT, ["--mla_latent_dim=32"], ["mla_latent_dim"]),  # more than MHA's cache
-        (LATENT, ["--mla_latent_dim=2,6"], ["mla_latent_dim"]),
+        (LATENT, ["--n_head=3", "--mla_latent_dim=32"], ["n_head", "mla_latent_dim"]),
         (LATENT, ["--mla_latent_dim=8,8", "--n_head=2", "--mla_rope_dim=None"], []),  # the same
-        (LATENT, ["--pos_emb=learned"], ["pos_emb"]),  # impossible with mla_rope=latent
-        (LATENT, ["--use_mla=False", "--block_size=8"], ["block_size", "use_mla"]),
-        (LATENT, ["--vocab_size=99", "--bias"], ["vocab_size", "bias"]),
-        ([], LATENT, ["pos_emb", "use_mla", "mla_rope"]),
         ([], ["--use_latent_tokens", "--n_kv_head=5"], ["n_kv_head", "use_latent_tokens"]),
         ([], ["--svd_rank=2", "--dropout=0.2", "--grad_checkpoint"], ["svd_rank"]),
         (["--use_svd=True", "--svd_rank=3"], ["--use_svd=False"], ["use_svd"]),
@@ -158,56 +155,21 @@ def test_a_resumed_model_is_the_checkpoints(tmp_path, dataset, trained, asked, n
     if "--dropout=0.2" in asked:
         before.model_args["dropout"] = 0.2
     assert after.model_args == before.model_args
-    unused = {name: after.config[name] for name in names}
-    assert unused == {name: before.config[name] for name in names}
-
-
-def test_the_config_file_of_a_run_resumes_it(tmp_path, dataset):
-    """Also where a flag had made another model of it."""
-    args = ["config/train_mla.py", *QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
-    assert run("train.py", *args, "--mla_latent_dim=4", "--max_iters=10").returncode == 0
-    done = run("train.py", *args, "--init_from=resume", "--max_iters=12")
-    line = "warning: mla_latent_dim=32 (config/train_mla.py) is not used: the model in "
-    assert not_used(done) == [f"{line}{tmp_path}/o/ckpt.pt has mla_latent_dim=4"]
-
-
-def test_a_short_dataset_is_held_against_the_models_context(tmp_path, dataset):
-    """Not against the default's 1,024 tokens, for a new run from other weights and for a resume."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=5"]
-    assert run("train.py", *args).returncode == 0
-    for size in (17, 16):  # block_size + 1 tokens are one window
-        short = tmp_path / f"short{size}"
-        short.mkdir()
-        meta = json.loads((dataset / "meta.json").read_text())
-        meta["tokens"] = {"train": size, "val": size}
-        meta["split_bytes"] = {}
-        (short / "meta.json").write_text(json.dumps(meta))
-        for split in ("train.bin", "val.bin"):
-            (short / split).write_bytes((dataset / split).read_bytes()[: 2 * size])
-    new = [f"--init_from={tmp_path}/o", f"--out_dir={tmp_path}/new", "--device=cpu"]
-    resume = ["--init_from=resume", f"--out_dir={tmp_path}/o"]
-    for flags in (new, resume):
-        flags = [*flags, "--eval_iters=2", "--eval_only"]
-        done = run("train.py", *flags, f"--dataset={tmp_path}/short17")
-        assert done.returncode == 0 and "val loss" in done.stdout, done.stderr
-        done = run("train.py", *flags, f"--dataset={tmp_path}/short16")
-        assert fails_with_one_line(done, 1, "16 tokens are too few for block_size=16")
+    assert all(after.config[name] == before.config[name] for name in names)
 
 
 def test_resume_names_what_it_does_not_use(tmp_path, dataset):
     """The setting, where it is from, and what the model has; also what makes it another run."""
     args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
     assert run("train.py", *args, "--max_iters=10").returncode == 0
-    args += ["--max_iters=12", "--init_from=resume"]
-    done = run("train.py", *args, "--n_layer=5")
+    (tmp_path / "c.py").write_text("n_layer = 5\n")
+    args += [tmp_path / "c.py", "--max_iters=12", "--init_from=resume"]
+    done = run("train.py", *args)
     path = tmp_path / "o" / "ckpt.pt"
-    line = f"warning: n_layer=5 (--n_layer=5) is not used: the model in {path} has n_layer=2"
-    assert not_used(done) == [line]
+    line = f"n_layer=5 ({tmp_path}/c.py) is not used: the model in {path} has n_layer=2"
+    assert not_used(done) == [f"warning: {line}"]
     assert f"{path}: n_layer=2" in done.stdout and "n_layer=5" not in done.stdout
-    assert checkpoint.load(path).config["n_layer"] == 2
     assert "another run than the one it continues: lr_decay_iters 10, now 12\n" in done.stderr
-    done = run("train.py", *args, "--seed=4", "--lr_decay_iters=12", "--eval_only")
-    assert "continues: seed 1337, now 4\n" in done.stderr
     done = run("train.py", *args, "--optimizer=muon")
     assert fails_with_one_line(done, 1, "trained with adamw", "adamw + muon")
 
@@ -224,10 +186,7 @@ def test_dense_checkpoint_opened_with_svd(tmp_path, dataset):
     done = run("train.py", *args, "--init_from=resume", *svd, "--max_iters=20")
     assert done.returncode == 0 and "values kept" in done.stderr
     assert any(k.endswith("v_up") for k in weights(folder))
-    other = ["--use_svd=True", "--svd_rank=4"]
-    done = run("sample.py", f"--out_dir={folder}", "--ckpt", *other)
-    assert done.returncode == 2
-    done = run("sample.py", f"--ckpt={folder}/ckpt.pt", *other)
+    done = run("sample.py", f"--ckpt={folder}/ckpt.pt", "--use_svd=True", "--svd_rank=4")
     assert fails_with_one_line(done, 1, "svd_rank=4", "holds rank 2")
 
 
@@ -236,88 +195,13 @@ def test_new_run_from_another_runs_weights(tmp_path, dataset):
     args = [*QUICK, f"--dataset={dataset}"]
     assert run("train.py", *args, f"--out_dir={tmp_path}/a", "--max_iters=10").returncode == 0
     resume = [f"--out_dir={tmp_path}/a", "--init_from=resume", "--eval_only"]
+    lines = run("train.py", *args, *resume).stdout.splitlines()
+    before = [line for line in lines if "val loss" in line]
     for source in ("a", "a/ckpt.pt"):
         new = [f"--out_dir={tmp_path}/b", f"--init_from={tmp_path}/{source}", "--max_iters=0"]
         done = run("train.py", *args, *new)
         assert "iterations 0 to 0" in done.stdout, done.stderr
-        lines = run("train.py", *args, *resume).stdout.splitlines()
-        before = [line for line in lines if "val loss" in line]
         assert before[-1].split(":")[1] in done.stdout
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_iteration_with_a_checkpoint(tmp_path, dataset, number):
-    """The run ends by itself, resumable; the exit status says which signal it was."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=100000"]
-    command = [sys.executable, "train.py", *args]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, **pipes)
-    try:
-        assert any("iter 20:" in line for line in process.stdout)  # reads as far as that line
-        process.send_signal(number)
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number and "Traceback" not in err
-    assert "go on with --init_from=resume" in out
-    stopped = checkpoint.load(tmp_path / "o" / "ckpt.pt").iter_num
-    assert f"stopped before iteration {stopped}" in out and stopped > 20
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, dataset):
-    """One line with iteration, learning rate and the last good checkpoint, which is finite."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--grad_clip=0"]
-    args += ["--decay_lr=False"]
-    assert run("train.py", *args, "--max_iters=10").returncode == 0
-    more = ["--max_iters=500", "--init_from=resume", "--learning_rate=1e30", "--eval_interval=400"]
-    done = run("train.py", *args, *more)
-    assert fails_with_one_line(done, 1, "iteration 1", "learning rate 1e+30", "ckpt.pt")
-    assert all(t.isfinite().all() for t in weights(tmp_path / "o").values())
-
-
-@pytest.mark.parametrize(
-    ("args", "status", "words"),
-    [
-        (["--dataset=nowhere"], 1, ["nowhere is not prepared"]),
-        (["--block_size=9000"], 1, ["too few for block_size=9000"]),
-        (["--vocab_size=5"], 1, ["only vocab_size=5"]),
-        (["--out_dir=/proc/nowhere"], 1, ["/proc/nowhere cannot be written"]),
-        (["--init_from=resume"], 1, ["no checkpoint in"]),
-        (["--init_from=no/such/run"], 1, ["no/such/run"]),
-        (["--n_head=3"], 2, ["n_head=3"]),
-        (["--lr_find"], 2, ["--lr_find: ", "lr_find, which is gone", "--lr_factors=0.5,1,2"]),
-        (["--lr_find_iters=50"], 2, ["lr_find_iters, which is gone", "python -m tools.compare"]),
-        (["--tensorboard=True"], 2, ["tensorboard, which is gone", "log.jsonl", "--wandb_log"]),
-        (["--device=cuda:77"], 2, ["--device=cuda:77: not on this machine"]),
-        (["--dtype=int8"], 2, ["float32, bfloat16, float16"]),
-        (["--batch_size=0"], 2, ["batch_size=0", "at least 1"]),
-        (["--dropout=x"], 2, ["--dropout=x", "finite number"]),
-        (["config/no_such.py"], 2, ["config/no_such.py"]),
-        (["LICENSE"], 2, ["LICENSE", "not a Python config file"]),
-    ],
-)
-def test_bad_input_is_one_line(tmp_path, dataset, args, status, words):
-    """What a user can get wrong: one line on stderr, the right exit status, nothing written."""
-    base = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", "--max_iters=1"]
-    assert fails_with_one_line(run("train.py", *base, *args), status, *words)
-    assert not (tmp_path / "o" / "ckpt.pt").exists()
-
-
-def test_settings_that_are_gone(tmp_path, dataset):
-    """In a config file one line says what to use instead; in an old checkpoint they are ignored."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
-    (tmp_path / "old.py").write_text("lr_find = True\n")
-    done = run("train.py", tmp_path / "old.py", *args)
-    assert fails_with_one_line(done, 2, "old.py: ", "lr_find, which is gone", "--lr_factors")
-    done = run("tools.compare", tmp_path / "old.py", *args)
-    assert fails_with_one_line(done, 2, "old.py: ", "lr_find, which is gone", "--lr_factors")
-    assert run("train.py", *args, "--max_iters=10").returncode == 0
-    path = tmp_path / "o" / "ckpt.pt"
-    stored = torch.load(path, weights_only=True)
-    stored["config"] |= {"lr_find": False, "lr_find_iters": 100, "tensorboard": True}
-    torch.save(stored, path)
-    done = run("train.py", f"--out_dir={tmp_path}/o", "--init_from=resume", "--max_iters=12")
-    assert done.returncode == 0 and "tensorboard" not in checkpoint.load(path).config
 
 
 def test_a_wsd_run_is_made_longer(tmp_path, dataset):
@@ -337,10 +221,6 @@ def test_a_wsd_run_is_made_longer(tmp_path, dataset):
     assert "another run than the one it continues: lr_decay_iters 20, now 40\n" in done.stderr
 
 
-def files_in(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def test_bfloat16_and_grad_checkpoint_train(tmp_path, dataset):
     """AMP on the CPU and recomputed activations reach about the same loss as plain float32."""
     losses = []
@@ -352,16 +232,11 @@ def test_bfloat16_and_grad_checkpoint_train(tmp_path, dataset):
     assert losses[0] == losses[2] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
-def test_import_and_help_are_quick():
-    """
-    --help of both scripts takes a few seconds and no packages that only a dataset or logger needs.
-    """
-    began = time.perf_counter()
+def test_import_brings_no_package_that_only_a_dataset_or_logger_needs():
+    """So that the scripts' --help is quick."""
     code = "import sys, train, sample; "
     code += "sys.exit(bool({'wandb', 'datasets', 'tiktoken', 'matplotlib'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60)
-    assert done.returncode == 0
-    assert time.perf_counter() - began < 30  # an import gone wrong, not a benchmark
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.slow
@@ -378,59 +253,12 @@ def test_compiled_model_trains_and_samples_alike(tmp_path, dataset):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and texts[0] == texts[1] != ""
 
 
-RECIPE = ["--optimizer=muon", "--dropout=0.1", "--use_mla=True", "--mla_latent_dim=4", "--seed=5"]
-
-
-def test_a_resume_needs_no_settings(tmp_path, dataset):
-    """
-    The folder and a later end are enough: recipe, data and shape are the checkpoint's, and the run
-    ends as the uninterrupted one. What is given wins.
-    """
-    args = [*QUICK, *RECIPE, f"--dataset={dataset}", "--lr_decay_iters=20", "--beta2=0.99"]
-    assert run("train.py", *args, f"--out_dir={tmp_path}/full", "--max_iters=20").returncode == 0
-    here = f"--out_dir={tmp_path}/parts"
-    assert run("train.py", *args, here, "--max_iters=10").returncode == 0
-    done = run("train.py", here, "--init_from=resume", "--max_iters=20")
-    assert done.returncode == 0 and "another run" not in done.stderr, done.stderr
-    assert same(weights(tmp_path / "full"), weights(tmp_path / "parts"))
-    done = run("train.py", here, "--init_from=resume", "--max_iters=30", "--beta2=0.9")
-    assert "another run than the one it continues: beta2 0.99, now 0.9\n" in done.stderr
-    assert checkpoint.load(tmp_path / "parts" / "ckpt.pt").config["beta2"] == 0.9
-
-
 def test_a_run_at_its_end_says_so(tmp_path, dataset):
     """Nothing is written, and the line names the flag that goes on."""
     here = f"--out_dir={tmp_path}/o"
     assert run("train.py", *QUICK, f"--dataset={dataset}", here, "--max_iters=10").returncode == 0
-    before = files_in(tmp_path / "o")
-    for more, end in (([], 10), (["--max_iters=5"], 5)):
-        done = run("train.py", here, "--init_from=resume", *more)
-        line = f"nothing to do: iteration 10 of {end}; raise --max_iters"
-        assert done.returncode == 0 and done.stdout.splitlines()[-1] == line, done.stderr
-    assert files_in(tmp_path / "o") == before
-
-
-def test_a_stored_setting_that_cannot_be_is_one_line(tmp_path, dataset):
-    """It names the file and the setting; giving the setting goes on."""
-    here = f"--out_dir={tmp_path}/o"
-    assert run("train.py", *QUICK, f"--dataset={dataset}", here, "--max_iters=10").returncode == 0
-    stored = torch.load(tmp_path / "o" / "ckpt.pt", weights_only=True)
-    stored["config"]["batch_size"] = "many"
-    torch.save(stored, tmp_path / "o" / "ckpt.pt")
-    resume = ["train.py", here, "--init_from=resume", "--max_iters=12"]
-    words = ("ckpt.pt: batch_size='many' does not work: ", "a whole number of at least 1",)
-    assert fails_with_one_line(run(*resume), 1, *words)
-    assert run(*resume, "--batch_size=4").returncode == 0
-
-
-def test_at_most_eight_lines_of_settings(tmp_path, dataset):
-    """What does not fit is in the log's first entry."""
-    names = {"weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "grad_clip": 2.0, "min_lr": 0.001}
-    names |= {"wandb_project": "x" * 90, "wandb_run_name": "y" * 90, "norm": "rmsnorm"}
-    given = [f"--{name}={value}" for name, value in names.items()]
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o", *given, "--max_iters=1"]
-    done = run("train.py", "config/train_llama_style.py", *args)
-    lines = done.stdout.split("settings:\n")[1].split("model: ")[0].splitlines()
-    assert done.returncode == 0 and len(lines) == 8 and "more" in lines[-1]
-    text = " ".join(entries(tmp_path / "o")[0]["settings"])
-    assert all(f"{name}=" in text for name in names)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()}
+    done = run("train.py", here, "--init_from=resume")
+    line = "nothing to do: iteration 10 of 10; raise --max_iters"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == line, done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "o").iterdir()} == before

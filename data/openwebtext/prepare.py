@@ -114,18 +114,24 @@ def load_documents(cfg: PrepareConfig) -> "Dataset":
         raise UserError(
             "this dataset comes through Hugging Face datasets: pip install datasets"
         ) from None
-    name, files = HUB, None
+    name = HUB
+    options: dict[str, Any] = {"split": "train"}
+    remedy = "check the network, or read local copies with --data_files"
+    processes = cfg.num_proc
     if cfg.data_files is not None:
-        patterns = cfg.data_files.split(",")
-        files = sorted(f for pattern in patterns for f in glob.glob(pattern, recursive=True))
-        kinds = {READERS.get(Path(f.removesuffix(".gz")).suffix) for f in files}
+        files = []
+        for pattern in cfg.data_files.split(","):
+            files += glob.glob(pattern, recursive=True)
+        kinds = {READERS.get(Path(file.removesuffix(".gz")).suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise UsageError(
                 f"--data_files={cfg.data_files}: {len(files)} files, "
                 f"not all of one kind of {[*READERS]}"
             )
         name = kinds.pop()
-    options = {"data_files": files, "split": "train"}
+        options["data_files"] = sorted(files)
+        remedy = "check the files"
+        processes = min(processes, len(files))
     if name == "text":
         options["sample_by"] = "document"
     try:
@@ -133,23 +139,15 @@ def load_documents(cfg: PrepareConfig) -> "Dataset":
             stream = datasets.load_dataset(name, streaming=True, **options)
             documents = datasets.Dataset.from_list(list(stream.take(cfg.limit)))
         else:
-            processes = min(cfg.num_proc, len(files) if files else cfg.num_proc)
-            options["num_proc"] = processes if processes > 1 else None
+            if processes > 1:
+                options["num_proc"] = processes
             documents = datasets.load_dataset(name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        remedy = "check the network, or read local copies with --data_files"
-        if files:
-            remedy = "check the files"
         raise UserError(f"cannot load {cfg.data_files or HUB} ({cause}); {remedy}") from None
     if cfg.field not in documents.column_names:
         columns = ", ".join(documents.column_names)
         raise UserError(f"no column {cfg.field!r} (there are: {columns}); choose with --field")
-    missing = documents.data.column(cfg.field).null_count
-    if missing or "string" not in str(documents.features[cfg.field]):
-        raise UserError(
-            f"the column {cfg.field!r} does not hold a text in every document; choose with --field"
-        )
     return documents.select_columns(cfg.field)
 
 
@@ -177,7 +175,8 @@ def encode_split(
             meta.split_bytes[split] += len(raw)
             bar.update(len(raw))
             yield ids
-    meta.sha256, meta.bytes = digest.hexdigest(), sum(meta.split_bytes.values())
+    meta.sha256 = digest.hexdigest()
+    meta.bytes = sum(meta.split_bytes.values())
 
 
 def encode_documents(bpe: "tiktoken.Encoding", texts: list[str]) -> tuple[bytes, np.ndarray]:
