@@ -40,19 +40,15 @@ def test_report_counts_a_config(tmp_path):
     assert rows["cache bytes per token, bfloat16"]["MHA / this"] == "8.00"
 
 
-@pytest.mark.parametrize(
-    ("flags", "nbytes", "ratio"),
-    [
-        (["--n_kv_head=1"], 2 * 2 * 32 * 4, "4.00"),
-        (["--use_latent_tokens=True", "--n_latent_tokens=8"], 0, "constant state"),
-    ],
-)
-def test_report_stands_beside_plain_mha(flags, nbytes, ratio, tmp_path):
+def test_report_stands_beside_plain_mha(tmp_path):
     """Whatever the config has, the other column is MHA with as many key/value heads as heads."""
     shape = ["--n_layer=2", "--n_head=4", "--n_embd=128", "--vocab_size=65", "--block_size=64"]
-    row = report(tmp_path, *shape, *flags)[0]["cache bytes per token, float32"]
-    assert row["this config"] == f"{nbytes:,}" and row["MHA"] == "2,048"
-    assert row["MHA / this"] == ratio
+    for flags, figures in (
+        (["--n_kv_head=1"], ["512", "2,048", "4.00"]),
+        (["--use_latent_tokens", "--n_latent_tokens=8"], ["0", "2,048", "constant state"]),
+    ):
+        row = report(tmp_path, *shape, *flags)[0]["cache bytes per token, float32"]
+        assert [row["this config"], row["MHA"], row["MHA / this"]] == figures
 
 
 def test_report_takes_what_the_config_names(tmp_path, dataset):
@@ -245,13 +241,6 @@ def test_attentions_of_the_kernel_are_one_function(monkeypatch):
     torch.testing.assert_close(results["expanding"], want, atol=1e-5, rtol=1e-4)
 
 
-def test_kernel_takes_what_fits(monkeypatch):
-    """Half of a GPU's free memory, for the cached rows alone."""
-    for free, count in ((80 * 10**9, 3 * 2 * 5 * 3), (0, 0)):
-        monkeypatch.setattr(kernel, "free_memory", lambda device, free=free: free)
-        assert len(kernel.cases("cuda")) == count
-
-
 def test_kernel_table(monkeypatch, tmp_path):
     """Time, GB/s, its share of a copy's, and ratios, "no" for what torch refuses."""
     case = kernel.Case(3, 24, 8, 50, 2, torch.bfloat16)
@@ -269,7 +258,7 @@ def test_kernel_table(monkeypatch, tmp_path):
     assert "with torch" in row["table"]
     sizes = [row[name] for name in ("heads", "L + r", "tokens", "batch")]
     assert sizes == ["3", "24 + 8", "50", "2"]
-    rate = case.nbytes / float(row["us"]) / 1e3
+    rate = case.nbytes / float(row["us"].replace(",", "")) / 1e3
     assert float(row["GB/s"]) == pytest.approx(rate, abs=0.06)
     assert float(row["of a copy's"].rstrip("%")) == pytest.approx(100 * rate, abs=1)
     assert float(row["SDPA / this"]) > 0 < float(row["expanding / this"])

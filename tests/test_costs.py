@@ -31,16 +31,6 @@ def test_analysis_counts_real_tensors():
     assert svd.get_cache_size_ratio() == pytest.approx((6 + 2) / 12)
 
 
-def test_flops_by_hand():
-    """Two per weight of every matrix, and two per key, head and number in scores and average."""
-    model = GPT(tiny_config(**{**TINY_MLA, "bias": False}))
-    matrices = 24 * 24 * 2 + 24 * 9 + 7 * 16 + 7 * 24 + 2 * 24 * 96
-    weights = 2 * (23 * 24 + 2 * matrices)
-    assert costs.flops_per_token(model, 10) == weights + 2 * 2 * 4 * 10 * (6 + 6)
-    absorbed = costs.flops_per_token(model, 10, absorbed=True)
-    assert absorbed == weights + 2 * 2 * 4 * 10 * (2 * 7 + 2)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
