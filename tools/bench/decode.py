@@ -148,6 +148,24 @@ def decoding(name: str, model: GPT, B: int, context: int, max_len: int, n: int) 
     return Timed(name, run, cache=cache, nbytes=nbytes, flops=flops, steps=n)
 
 
+def beside_mha(
+    entries: list[Timed], unit: str, limits: Limits, dtype: torch.dtype, others: dict[str, Timed]
+) -> Rows:
+    """Rows of whole models, the first of which is MHA; others: what each is compared with, too."""
+    rows = []
+    for e in entries:
+        sequences = 1 if e.cache is None else e.cache.batch_size
+        row = {"model": e.name, f"ms/{unit}": in_ms(e.seconds)}
+        row["tokens/s"] = f"{sequences / e.seconds:.1f}"
+        for name, other in ({"MHA": entries[0]} | others).items():
+            row[f"{name} / this"] = f"{other.seconds / e.seconds:.2f}"
+        if e.cache is not None:
+            row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
+            row["x roofline"] = limits.beside(e, dtype)
+        rows.append(row)
+    return rows
+
+
 def gpt(
     device: str, rounds: int, dtype: torch.dtype, limits: Limits, vs_hf: bool, vs_compiled: bool
 ) -> Rows:
@@ -180,16 +198,7 @@ def gpt(
         others["compiled MHA"] = Timed(name, run, steps=n)
     entries += others.values()
     alternate(entries, rounds, device)
-    rows = []
-    for e in entries:
-        row = {"model": e.name, "ms/token": in_ms(e.seconds), "tokens/s": f"{1 / e.seconds:.1f}"}
-        row["MHA / this"] = f"{entries[0].seconds / e.seconds:.2f}"
-        for name, other in others.items():
-            row[f"{name} / this"] = f"{other.seconds / e.seconds:.2f}"
-        if e.cache is not None:
-            row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
-            row["x roofline"] = limits.beside(e, dtype)
-        rows.append(row)
+    rows = beside_mha(entries, "token", limits, dtype, others)
     return table(f"A 124M GPT, context 1,000, batch 1, greedy, {name_of(dtype)}", rows)
 
 
@@ -205,13 +214,7 @@ def long_context(
         model = GPT(config).to(device, dtype).eval()
         entries.append(decoding(name, model, B, S, S, n))
     alternate(entries, rounds, device)
-    rows = []
-    for e in entries:
-        row = {"model": e.name, "ms/step": in_ms(e.seconds), "tokens/s": f"{B / e.seconds:.1f}"}
-        row["MHA / this"] = f"{entries[0].seconds / e.seconds:.2f}"
-        row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
-        row["x roofline"] = limits.beside(e, dtype)
-        rows.append(row)
+    rows = beside_mha(entries, "step", limits, dtype, {})
     shape = f"The same at {S:,} tokens of context, batch {B}, rotary"
     return table(f"{shape}, {name_of(dtype)}", rows)
 
