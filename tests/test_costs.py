@@ -1,7 +1,5 @@
 """What a model costs, by hand. Run: python -m pytest tests/test_costs.py"""
 
-import time
-import types
 
 import pytest
 import torch
@@ -19,49 +17,27 @@ def test_analysis_counts_real_tensors():
     configuration."""
     model = GPT(tiny_config(**{**TINY_MLA, "bias": True, "n_layer": 3}))
     attn = model.transformer.h[0].attn
-    mine = (
-        24 * 9 + 9 + 7 + 7 * 4 * 4 + 7 * 24
-    )  # kv_latent_proj and its bias, norm, k_expand, v_expand
-    assert attn.get_compression_ratio() == pytest.approx(2 * 24 * 25 / mine)
-    assert model.get_compression_ratio() == pytest.approx(2 * 24 * 25 / mine)
+    # kv_latent_proj and its bias, norm, k_expand, v_expand
+    mla = 24 * 9 + 9 + 7 + 7 * 4 * 4 + 7 * 24
+    assert attn.get_compression_ratio() == pytest.approx(2 * 24 * 25 / mla)
+    assert model.get_compression_ratio() == pytest.approx(2 * 24 * 25 / mla)
     assert model.get_memory_savings(100) == pytest.approx(48 / 9) == attn.get_memory_savings(5000)
     assert model.get_cache_size_ratio() == pytest.approx(9 / 48)
     dense = GPT(tiny_config())
-    assert (
-        dense.get_compression_ratio()
-        == dense.get_memory_savings(7)
-        == dense.get_cache_size_ratio()
-        == 1
-    )
+    assert dense.get_compression_ratio() == dense.get_memory_savings(7) == 1
     shared = GPT(tiny_config(**{**TINY_MLA, "bias": True, "n_layer": 3, "mla_share_latent": True}))
-    assert shared.get_compression_ratio() == pytest.approx(3 * 1200 / (3 * mine - 2 * 225))
+    assert shared.get_compression_ratio() == pytest.approx(3 * 1200 / (3 * mla - 2 * 225))
     svd = GPT(tiny_config(use_svd=True, svd_rank=2))
     assert svd.get_cache_size_ratio() == pytest.approx((6 + 2) / 12)
-
-
-def test_flops_by_hand():
-    """Two per weight of every matrix, and two per key, head and number in scores and average."""
-    model = GPT(tiny_config(**{**TINY_MLA, "bias": False}))
-    matrices = 24 * 24 * 2 + 24 * 9 + 7 * 16 + 7 * 24 + 2 * 24 * 96
-    weights = 2 * (23 * 24 + 2 * matrices)
-    assert costs.flops_per_token(model, 10) == weights + 2 * 2 * 4 * 10 * (6 + 6)
-    absorbed = costs.flops_per_token(model, 10, absorbed=True)
-    assert absorbed == weights + 2 * 2 * 4 * 10 * (2 * 7 + 2)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"n_kv_head": 2, "pos_emb": "rope"},
-        {"use_svd": True, "svd_rank": 3},
         {"use_svd": True, "svd_rank": 3, "n_kv_head": 2},
-        TINY_MLA,
-        {**TINY_MLA, "mla_groups": 2, "mla_q_latent_dim": 5},
-        {**TINY_MLA, "mla_nope_dim": 9},
-        {**TINY_MLA, "mla_nope_dim": 1},
-        {**TINY_MLA, "use_svd": True, "svd_rank": 2},
-        {**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 4},
+        {**TINY_MLA, "mla_groups": 2, "mla_q_latent_dim": 5, "mla_nope_dim": 9},
+        {**TINY_MLA, "mla_nope_dim": 1, "use_svd": True, "svd_rank": 2},
         {**TINY_MLA, "mla_rope": "latent", "mla_rope_dim": 4, "use_svd": True, "svd_rank": 2},
     ],
 )
@@ -100,40 +76,21 @@ def test_use_of_a_gpu(monkeypatch):
     assert costs.mfu(model, 16, 1e6, "cuda", "bfloat16") is None
 
 
-SHAPES = [
-    *KINDS.values(),
-    {**TINY_MLA, "mla_share_latent": True, "mla_q_latent_dim": 5},
-    {"norm": "rmsnorm", "mlp": "swiglu", "pos_emb": "rope", "tie_weights": False, "bias": False},
-]
-
-
-@pytest.mark.parametrize("settings", SHAPES)
-def test_parameters_without_memory(settings):
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_without_memory(kind):
     """As many as the built model has, for every attention and what else changes their number."""
-    by_layer = isinstance(settings.get("mla_latent_dim"), tuple)
-    for n_layer in [2] if by_layer else [1, 2, 5]:
-        config = tiny_config(**{**settings, "n_layer": n_layer})
-        assert costs.parameters(config) == GPT(config).get_num_params(False), n_layer
+    extra = {"mla_share_latent": kind == "MLA", "norm": "rmsnorm", "mlp": "swiglu"}
+    for changes in ({}, {**extra, "n_layer": 2, "tie_weights": False, "bias": False}):
+        config = tiny_config(**{**KINDS[kind], **changes})
+        assert costs.parameters(config) == GPT(config).get_num_params(False), changes
 
 
 def test_parameters_of_what_cannot_be_built():
-    """They take no time, either; what torch cannot count is one line."""
-    one = costs.parameters(GPTConfig(n_layer=1))  # the first count imports parts of torch
-    began = time.perf_counter()
+    """What no machine holds takes no time; what torch cannot count is one line."""
+    one = costs.parameters(GPTConfig(n_layer=1))
     assert costs.parameters(GPTConfig(n_layer=100_000)) == one + 99_999 * 7_087_872
-    wide = costs.parameters(GPTConfig(n_embd=12 * 10**7, use_mla=True, mla_share_latent=True))
-    assert wide > 12 * 8 * (12 * 10**7) ** 2
     with pytest.raises(UserError, match="^a model of this size has .*; make it smaller$"):
         costs.parameters(GPTConfig(n_embd=12 * 10**12, use_mla=True, mla_share_latent=True))
-    assert time.perf_counter() - began < 0.5
-
-
-def test_free_memory(monkeypatch):
-    """What the system calls available on a CPU; None where torch has no count."""
-    available = types.SimpleNamespace(available=50 * 1024)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
-    assert memory.free_memory("cpu") == 50 * 1024
-    assert memory.free_memory("meta") is None
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch):
@@ -142,13 +99,8 @@ def test_what_does_not_fit_is_one_line(monkeypatch):
     memory.require_memory(22_100_000_000, "the model", "cpu", "try less")
     with pytest.raises(UserError, match="^a run needs 4.0 TB, 22.1 GB are free; try less$"):
         memory.require_memory(4 * 10**12, "a run", "cpu", "try less")
-    assert memory.in_units(999) == "999 bytes" and memory.in_units(10**400) == "over 1,000 EB"
-    for settings in ({}, TINY_MLA, {"use_latent_tokens": True, "n_latent_tokens": 5}):
-        model = GPT(tiny_config(**settings))
-        with pytest.raises(UserError, match=r"the cache needs .* [TP]B, 22.1 GB are free; "):
-            model.make_cache(10**12, 16)
-    monkeypatch.setattr(memory, "free_memory", lambda device: None)
-    memory.require_memory(10**30, "the model", "tpu", "try less")
+    with pytest.raises(UserError, match=r"the cache needs .* [TP]B, 22.1 GB are free; "):
+        GPT(tiny_config(**TINY_MLA)).make_cache(10**12, 16)
 
 
 def test_training_bytes_by_hand():
@@ -169,21 +121,20 @@ def test_flops_of_low_rank_values():
     rest = 23 * C + C * C + 2 * C * 4 * C  # lm_head, c_proj and the MLP
 
     def flops(absorbed=False, **settings):
-        return costs.flops_per_token(GPT(tiny_config(**settings, **svd)), n, absorbed)
+        return costs.flops_per_token(GPT(tiny_config(**{**settings, **svd})), n, absorbed)
 
-    for nkv in (1, 2, 4):
-        keys = rest + C * C + C * nkv * hs
-        factors = C * nkv * rank + nh * hs * rank
-        assert flops(n_kv_head=nkv) == 2 * (keys + C * nkv * hs + nh * n * 2 * hs)
-        assert flops(True, n_kv_head=nkv) == 2 * (keys + factors + nh * n * (hs + rank))
-    latent, factors = {**TINY_MLA, "mla_latent_dim": L}, L * nh * rank + nh * hs * rank
-    latent = {k: v for k, v in latent.items() if k != "n_layer"}
+    keys = rest + C * C + C * 2 * hs  # of two key/value heads
+    factors = C * 2 * rank + nh * hs * rank
+    assert flops(n_kv_head=2) == 2 * (keys + C * 2 * hs + nh * n * 2 * hs)
+    assert flops(True, n_kv_head=2) == 2 * (keys + factors + nh * n * (hs + rank))
+    latent = {**TINY_MLA, "mla_latent_dim": L}
     keys = rest + C * C + C * (L + 2) + L * nh * 4
+    factors = L * nh * rank + nh * hs * rank
     assert flops(**latent) == 2 * (keys + L * nh * hs + nh * n * 2 * hs)
     assert flops(True, **latent) == 2 * (keys + factors + nh * n * (2 * L + 2))
-    turning = {**latent, "mla_rope": "latent", "mla_rope_dim": 4}
+    rotary = {**latent, "mla_rope": "latent", "mla_rope_dim": 4}
     both = 2 * (rest + C * nh * L + C * L + factors + nh * n * 2 * L)
-    assert flops(**turning) == flops(True, **turning) == both
+    assert flops(**rotary) == flops(True, **rotary) == both
 
 
 def test_caches_in_words():

@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 from tests.conftest import QUICK, run
-from tools.bench.load import server
+from tools.bench.serve import server
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs playwright: make test-browser installs it"

@@ -7,7 +7,6 @@ compiles the kernel for a GPU that need not be there.
 
 import json
 import os
-import random
 import subprocess
 import sys
 
@@ -26,10 +25,10 @@ from nanomla.kernels import triton
 DEVICE = "cuda" if GPU else "cpu"
 # Weights and results are rounded to q's dtype; the interpreter cuts bfloat16's bits off instead.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3 if GPU else 8e-3}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FP32, BF16, HALF, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 
 
-def compare(B, X, T, m, S, D, W, r, dtype, kept, lengths=None, cut=None):
+def distance(B, X, T, m, S, D, W, r, dtype, stored, lengths=None, cut=None):
     """
     How far the kernel's result on random rows is from the reference's on the same, over what its
     dtype, which is q's, allows: below 1.
@@ -37,12 +36,14 @@ def compare(B, X, T, m, S, D, W, r, dtype, kept, lengths=None, cut=None):
     shapes = (X, T * m, D + r), (X, S, D), (X, S, W), (1, S, r)
     q, k, v, beside = (torch.randn(B, *shape, device=DEVICE) for shape in shapes)
     q = q.to(dtype)
-    keep = quantise if kept == torch.int8 else lambda t: t.to(kept)
-    rows = [keep(k), keep(v) if W else None, keep(beside) if r else None]
+    store = quantise if stored == torch.int8 else lambda t: t.to(stored)
+    rows = [store(k), store(v) if W else None, store(beside) if r else None]
     scale = 1.5 / (D + r) ** 0.5
+    if lengths is not None:
+        lengths = torch.tensor(lengths, device=DEVICE)
     assert triton.supports(q, *rows)
     if GPU and cut:  # whose memory is smaller than an interpreter's
-        nbytes = triton.row_bytes(dtype, kept, [D, W, r])
+        nbytes = triton.row_bytes(dtype, stored, [D, W, r])
         best = triton.plan(q.device, 1, T * m, S, nbytes)
         cut = best._replace(block=min(cut.block, best.block), splits=cut.splits)
     got = triton.attend(q, *rows[:2], T, scale, rows[2], lengths, cut)
@@ -52,89 +53,47 @@ def compare(B, X, T, m, S, D, W, r, dtype, kept, lengths=None, cut=None):
     return float((got.double() - want).norm() / want.norm()) / LIMITS[dtype]
 
 
-def drawn(n):
-    """n cases in which every size is drawn anew, as keywords of compare."""
-    draw = random.Random(1)
-    cases = []
-    while len(cases) < n:
-        heads = draw.choice([1, 2, 3, 7, 12, 16, 24, 40, 64, 128])
-        X = draw.choice([g for g in (1, 1, 1, 2, 4) if heads % g == 0])
-        m = heads // X
-        S = draw.choice([1, 2, 17, 63, 130, 511, 777, 1023, 2049, 3001, 4999])
-        B = draw.choice([1, 1, 2, 3])
-        T = min(draw.choice([1, 1, 2, 3, 5, 8]), S)
-        splits = draw.choice([1, 2, 3, 5, 8, 13, 32, 64])
-        rows = draw.choice([16, 16, 32, 64])
-        block = draw.choice([16, 64, 128, 128])
-        programs = B * X * -(-T * m // rows)
-        if programs * (splits + S / block) + B * T * heads > 90:
-            continue  # which would take the interpreter seconds
-        case = {"B": B, "X": X, "T": T, "m": m, "S": S, "cut": triton.Plan(block, splits, rows)}
-        case["D"] = draw.choice([16, 20, 33, 64, 96, 100, 160, 192, 225, 256, 384, 512, 576])
-        case["W"] = draw.choice([0, 0, 16, 40, 64, min(case["D"], 160)])
-        case["r"] = draw.choice([0, 2, 8, 16, 50, 64])
-        case["dtype"] = draw.choice(DTYPES)  # in which the rows' numbers have a place
-        narrow = DTYPES if case["dtype"] == torch.float32 else [case["dtype"]]
-        case["kept"] = draw.choice([*narrow, torch.int8])
-        if draw.random() < 0.5:
-            case["lengths"] = [draw.randint(0, S - T) for _ in range(B)]
-        cases.append(case)
-    return cases
-
-
-def slowly(*cases):
-    """Cases that take the interpreter long, for make test-slow; a GPU takes them all."""
-    return [pytest.param(*case, marks=[] if GPU else pytest.mark.slow) for case in cases]
-
-
-CASES = drawn(44)
-FEW = CASES[7::4]  # enough for a quick run
-
-
 @pytest.mark.parametrize(
-    "case",
-    [*FEW, *slowly(*((case,) for case in CASES if case not in FEW))],
-    ids=lambda case: "-".join(map(str, case.values())),
-)
-def test_drawn_sizes_are_the_reference(case):
-    """Latents and own values, keys in two parts, groups, several new tokens, rows of unequal
-    lengths, every dtype that rows are kept in, any number of parts."""
-    lengths = case.get("lengths")
-    if lengths is not None:
-        lengths = torch.tensor(lengths, device=DEVICE)
-    assert compare(**{**case, "lengths": lengths}) < 1
-
-
-@pytest.mark.parametrize(
-    ("L", "r", "heads", "S"),
-    [
-        (16, 0, 1, 1),
-        (192, 32, 12, 3333),
-        *slowly((512, 64, 128, 5000), (576, 64, 12, 5000), (16, 64, 24, 4999)),
+    ("sizes", "dtype", "stored", "lengths", "cut"),
+    [  # B, X, T, m, S, D, W, r
+        ((1, 1, 1, 12, 500, 96, 0, 0), FP32, FP32, None, None),  # the plan that is made
+        ((1, 1, 1, 12, 1111, 192, 0, 32), HALF, HALF, None, (128, 2)),  # latents, a rotary key
+        ((1, 2, 2, 3, 70, 24, 8, 6), FP32, INT8, None, (16, 8)),  # more parts than blocks
+        ((3, 2, 3, 2, 130, 33, 40, 2), HALF, INT8, [0, 127, 50], (64, 3)),  # unequal lengths
+        ((2, 1, 2, 3, 63, 100, 16, 0), BF16, BF16, [60, 1], (16, 5, 32)),  # own values
+        ((1, 4, 1, 1, 17, 225, 0, 50), FP32, BF16, None, (16, 1)),  # groups, narrow rows
+        ((1, 1, 5, 7, 40, 20, 0, 0), BF16, INT8, [30], (128, 1, 64)),  # several new tokens
+        ((1, 1, 1, 1, 1, 16, 0, 0), HALF, HALF, None, (16, 1)),  # one key
     ],
 )
-def test_latents_of_every_size(L, r, heads, S):
-    """Latents with rotary numbers behind them, as in MLA's cache, to 128 heads."""
-    cut = triton.Plan(128, 2, rows=64 if heads > 16 else 16)
-    half = torch.float16
-    assert compare(1, 1, 1, heads, S, L + r, 0, 0, half, half, cut=cut) < 1
+def test_attention_is_the_reference(sizes, dtype, stored, lengths, cut):
+    """Latents and own values, keys in two parts, groups, several new tokens, rows of unequal
+    lengths, every dtype that rows are stored in, any number of parts."""
+    cut = None if cut is None else triton.Plan(*cut)
+    assert distance(*sizes, dtype, stored, lengths, cut) < 1
 
 
-def test_the_plan_that_is_made():
-    """Without a plan, too, and with more parts than blocks."""
-    assert compare(1, 1, 1, 12, 500, 96, 0, 0, torch.float32, torch.float32) < 1
-    cut = triton.Plan(16, 64)
-    assert compare(1, 2, 2, 3, 70, 24, 8, 6, torch.float32, torch.int8, cut=cut) < 1
+@pytest.mark.slow
+def test_large_attention_is_the_reference():
+    """Long contexts, wide rows and many heads, which take the interpreter seconds each."""
+    wide, long = triton.Plan(128, 2, rows=64), triton.Plan(64, 32)
+    for sizes, dtype, stored, cut in (
+        ((1, 1, 1, 128, 5000, 576, 0, 0), HALF, HALF, wide),  # DeepSeek's latents
+        ((1, 1, 2, 7, 3001, 225, 40, 50), FP32, INT8, long),
+        ((1, 1, 1, 24, 4999, 512, 0, 64), BF16, BF16, None),
+        ((3, 1, 1, 16, 2049, 384, 0, 8), FP32, HALF, None),
+        ((2, 4, 8, 3, 777, 96, 64, 16), HALF, INT8, None),
+    ):
+        assert distance(*sizes, dtype, stored, None, cut) < 1, sizes
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NaN, in the interpreter
-@pytest.mark.parametrize("splits", [1, 4])
-def test_what_follows_a_row_is_not_read(splits):
+def test_what_follows_a_row_is_not_read():
     """NaN behind a row's end, or in another row, changes nothing; NaN in a row makes it NaN."""
     q = torch.randn(3, 1, 4, 24, device=DEVICE)
-    k = torch.randn(3, 1, 90, 24, device=DEVICE)
-    lengths = torch.tensor([40, 3, 70], device=DEVICE)
-    cut = triton.Plan(16, splits)
+    k = torch.randn(3, 1, 60, 24, device=DEVICE)
+    lengths = torch.tensor([20, 3, 50], device=DEVICE)
+    cut = triton.Plan(16, 3)
     want = triton.attend(q, k, None, 2, 0.3, None, lengths, cut)
     for b, n in enumerate(lengths.tolist()):
         k[b, :, n + 2 :] = float("nan")
@@ -148,11 +107,11 @@ def test_equal_cuts_give_equal_numbers():
     """The length of a cache does not matter if lengths and the cut are the same: a step that is
     captured for the whole cache is the step without."""
     q = torch.randn(1, 1, 4, 24, device=DEVICE)
-    k = torch.randn(1, 1, 400, 24, device=DEVICE)
-    lengths = torch.tensor([100], device=DEVICE)
-    cut = triton.Plan(16, 5)
+    k = torch.randn(1, 1, 150, 24, device=DEVICE)
+    lengths = torch.tensor([60], device=DEVICE)
+    cut = triton.Plan(16, 3)
     long = triton.attend(q, k, None, 1, 0.3, None, lengths, cut)
-    short = triton.attend(q, k[:, :, :101], None, 1, 0.3, None, lengths, cut)
+    short = triton.attend(q, k[:, :, :61], None, 1, 0.3, None, lengths, cut)
     assert torch.equal(long, short)
 
 
@@ -161,8 +120,11 @@ def test_a_cache_is_read_where_it_lies():
     cache = torch.randn(5, 2, 50, 24, device=DEVICE)  # B, heads, max_len, width
     q = torch.randn(3, 2, 4, 24, device=DEVICE)
     k = cache[1:4, :, :37]
+    cut = triton.Plan(64, 1)
     want = reference.attend(q.double(), k.double(), None, 2, 0.3)
-    torch.testing.assert_close(triton.attend(q, k, None, 2, 0.3).double(), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        triton.attend(q, k, None, 2, 0.3, cut=cut).double(), want, atol=1e-5, rtol=0
+    )
 
 
 def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, capsys):
@@ -216,15 +178,13 @@ def test_heads_that_lie_far_apart():
 
 # q's and the rows' types, and D, W, r: MLA's latents, DeepSeek's, groups, MHA, and the widest.
 COMPILED = [
-    ("bf16", "bf16", 192, 0, 0), ("bf16", "bf16", 224, 0, 0), ("bf16", "bf16", 576, 0, 0),
-    ("bf16", "i8", 576, 0, 0), ("fp16", "fp16", 48, 0, 32), ("bf16", "i8", 64, 64, 0),
-    ("fp32", "fp32", 224, 0, 0), ("fp32", "bf16", 512, 0, 0), ("fp32", "i8", 128, 128, 0),
-    ("bf16", "bf16", 1024, 0, 0), ("bf16", "bf16", 512, 512, 64), ("fp32", "fp32", 768, 0, 0),
-    ("fp32", "bf16", 320, 0, 0), ("fp32", "i8", 384, 0, 64), ("fp32", "fp32", 320, 0, 0),
+    ("bf16", "bf16", 224, 0, 0), ("bf16", "bf16", 576, 0, 0), ("bf16", "i8", 576, 0, 0),
+    ("fp16", "fp16", 48, 0, 32), ("fp32", "i8", 128, 128, 0), ("fp32", "bf16", 512, 0, 0),
+    ("bf16", "bf16", 512, 512, 64), ("fp32", "fp32", 768, 0, 0),
 ]  # fmt: skip
 
 
-def compiled(function, architecture, types, values, options):
+def compiled(function, architecture, types, values, **options):
     """Triton's kernel for a GPU of this architecture; what has no type is None."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -239,36 +199,33 @@ def compiled(function, architecture, types, values, options):
     return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def compile_case(architecture, q, kept, D, W, r, splits):
-    """attend_part for rows of unequal lengths if they are split, else of equal ones; its plan."""
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    nbytes = triton.row_bytes(names[q], names.get(kept, torch.int8), [D, W, r])
-    plan = triton.plan(torch.device("cpu"), 1, 128, 4096, nbytes)
-    halves = [half for width in (D, W, r) for half in triton._halves(width)]
-    names = triton.attend_part.arg_names
-    values = dict(zip(names[-11:], [D, W, r, *halves, plan.rows, plan.block], strict=True))
-    rows = {"k": True, "v": W, "e": r}
-    types = {n: "i32" for n in names if n not in (*values, *rows) and "scale" not in n}
-    types |= {"q": f"*{q}", "scale": "fp32"} | {n: f"*{kept}" for n, there in rows.items() if there}
-    if kept == "i8":
-        types |= {f"{n}_scale": "*fp16" for n, there in rows.items() if there}
-    split = {"lengths": "*i64", "sums": "*fp32"}
-    types = {n: t for n, t in types.items() if n not in split} | {"out": f"*{q}"}
-    types |= split | {"out": "*fp32"} if splits else {}
-    options = {"num_warps": plan.warps, "num_stages": plan.stages}
-    return plan, compiled(triton.attend_part, architecture, types, values, options)
-
-
 def compile_all(architecture):
     """Print the shared memory, and what else is looked at, of COMPILED as JSON."""
-    for splits, case in [(False, COMPILED[0]), *((True, case) for case in COMPILED)]:
-        plan, kernel = compile_case(architecture, *case, splits)
-        row = {"case": case, "plan": plan, "shared": kernel.metadata.shared}
+    dtypes = {"fp32": FP32, "bf16": BF16, "fp16": HALF, "i8": INT8}
+    names = triton.attend_part.arg_names
+    for q, stored, D, W, r in COMPILED:
+        nbytes = triton.row_bytes(dtypes[q], dtypes[stored], [D, W, r])
+        plan = triton.plan(torch.device("cpu"), 1, 128, 4096, nbytes)
+        halves = [half for width in (D, W, r) for half in triton._halves(width)]
+        values = dict(zip(names[-11:], [D, W, r, *halves, plan.rows, plan.block], strict=True))
+        types = dict.fromkeys((name for name in names if name not in values), "i32")
+        types |= {"q": f"*{q}", "scale": "fp32", "lengths": "*i64", "sums": "*fp32", "out": "*fp32"}
+        for name, width in (("k", D), ("v", W), ("e", r)):
+            types[name] = f"*{stored}"
+            types[f"{name}_scale"] = "*fp16"
+            if stored != "i8" or not width:
+                del types[f"{name}_scale"]
+            if not width:
+                del types[name]
+        kernel = compiled(
+            triton.attend_part, architecture, types, values,
+            num_warps=plan.warps, num_stages=plan.stages,
+        )  # fmt: skip
+        row = {"q": q, "stored": stored, "plan": plan, "shared": kernel.metadata.shared}
         row |= {w: kernel.asm["ptx"].count(w) for w in ("mma", "cp.async.cg", "fma.rn.f32")}
         print(json.dumps(row), flush=True)
-    for parts, N in ((2, 256), (64, 64), (256, 16)):
-        types = {"averages": "*fp32", "sums": "*fp32", "out": "*bf16", "parts": "i32"}
-        compiled(triton.merge, architecture, types, {"WIDTH": 224, "PARTS": parts, "N": N}, {})
+    types = {"averages": "*fp32", "sums": "*fp32", "out": "*bf16", "parts": "i32"}
+    compiled(triton.merge, architecture, types, {"WIDTH": 224, "PARTS": 64, "N": 64})
 
 
 @pytest.mark.slow
@@ -283,12 +240,11 @@ def test_it_compiles_for_a_gpu(architecture):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == len(COMPILED) + 1
+    assert len(rows) == len(COMPILED)
     for row in rows:
-        q, kept, *_ = row["case"]
         assert row["shared"] <= 99 * 1024, row
-        assert kept == "i8" or row["cp.async.cg"] > 0, row
-        assert row["mma" if q != "fp32" else "fma.rn.f32"] > 0, row
+        assert row["stored"] == "i8" or row["cp.async.cg"] > 0, row
+        assert row["mma" if row["q"] != "fp32" else "fma.rn.f32"] > 0, row
 
 
 if __name__ == "__main__":

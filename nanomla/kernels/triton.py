@@ -60,28 +60,39 @@ def attend(
     multiplied by their scales: the scores and the weights are. What follows a row's last key is not
     read. The result is the same whatever S is, if lengths and cut are.
     """
-    (B, X, n, _), m, q = q.shape, q.size(2) // T, q.contiguous()
-    kept = [_tensors(rows) for rows in (k, v, beside)]
-    D, W, _ = widths = [0 if t is None else t.size(-1) for t, _ in kept]
-    keys = kept[0][0]
-    cut = cut or plan(q.device, B * X, n, keys.size(2), row_bytes(q.dtype, keys.dtype, widths))
-    out = averages = q.new_empty(B, X, n, W or D)
+    B, X, n, _ = q.shape
+    S = k.size(2)
+    q = q.contiguous()
+    keys, key_scales = _stored(k)
+    values, value_scales = _stored(v)
+    more, more_scales = _stored(beside)
+    widths = [_width(keys), _width(values), _width(more)]
+    width = widths[1] or widths[0]  # of an average
+    if cut is None:
+        cut = plan(q.device, B * X, n, S, row_bytes(q.dtype, keys.dtype, widths))
+    out = q.new_empty(B, X, n, width)
+    averages = out
     sums = None
     if cut.splits > 1:
-        averages = q.new_empty(B * X * n, cut.splits, W or D, dtype=torch.float32)
+        averages = q.new_empty(B * X * n, cut.splits, width, dtype=torch.float32)
         sums = q.new_empty(B * X * n, cut.splits, dtype=torch.float32)
-    args = [a for t, s in kept for a in (t, *_strides(t), s, *_strides(s))]
-    halves = [half for width in widths for half in _halves(width)]
+    rows = []
+    for tensor in (keys, key_scales, values, value_scales, more, more_scales):
+        rows.append(tensor)
+        rows.extend(_strides(tensor))
+    sizes = widths.copy()
+    for each in widths:
+        sizes.extend(_halves(each))
     with torch.cuda.device_of(q):
         attend_part[(B * X * triton.cdiv(n, cut.rows), cut.splits)](
-            q, *args, lengths, averages, sums, n, m, keys.size(2) - T, T, X, scale / math.log(2),
-            *widths, *halves, cut.rows, cut.block, num_warps=cut.warps, num_stages=cut.stages,
+            q, *rows, lengths, averages, sums, n, n // T, S - T, T, X, scale / math.log(2),
+            *sizes, cut.rows, cut.block, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
         if sums is not None:
-            padded = triton.next_power_of_2(cut.splits)
-            columns = min(MERGED // padded, triton.next_power_of_2(W or D))
-            grid = (B * X * n, triton.cdiv(W or D, columns))
-            merge[grid](averages, sums, out, cut.splits, W or D, padded, columns)
+            parts = triton.next_power_of_2(cut.splits)
+            columns = min(MERGED // parts, triton.next_power_of_2(width))
+            grid = (B * X * n, triton.cdiv(width, columns))
+            merge[grid](averages, sums, out, cut.splits, width, parts, columns)
     return out
 
 
@@ -92,7 +103,11 @@ def plan(device: torch.device, heads: int, n: int, S: int, nbytes: int) -> Plan:
     More queries in a program mean fewer that load the same keys. As many as here were found to fit
     registers and shared memory by compiling for sm_80 and sm_90; nothing was timed.
     """
-    most = 64 if nbytes <= 512 else 32 if nbytes <= 1280 else 16
+    most = 16
+    if nbytes <= 512:
+        most = 64
+    elif nbytes <= 1280:
+        most = 32
     rows = min(max(triton.next_power_of_2(n), 16), most)
     block = min(max(2 ** int(math.log2(BLOCK_BYTES / nbytes)), 16), 64)
     cores = 16  # in the interpreter
@@ -101,34 +116,49 @@ def plan(device: torch.device, heads: int, n: int, S: int, nbytes: int) -> Plan:
     programs = heads * triton.cdiv(n, rows)
     splits = max(min(2 * cores // programs, triton.cdiv(S, 2 * block), SPLITS), 1)
     splits = 1 << (splits.bit_length() - 1)  # the fewer there are, the less often merge is compiled
-    stages = 3 if block * nbytes <= BLOCK_BYTES // 2 else 2
-    return Plan(block, splits, rows, 8 if nbytes >= 1024 or rows == 64 else 4, stages)
+    warps = 4
+    if nbytes >= 1024 or rows == 64:
+        warps = 8
+    stages = 2
+    if block * nbytes <= BLOCK_BYTES // 2:
+        stages = 3
+    return Plan(block, splits, rows, warps, stages)
 
 
 def try_out(device: torch.device) -> None:
     """A first small call, on a GPU that may lack what Triton needs. Raises what goes wrong."""
-    q, k = (torch.sin(torch.arange(64 * n, device=device)).bfloat16() for n in (2, 40))
-    q, k = q.view(1, 1, 2, 64), k.view(1, 1, 40, 64)
-    got = attend(q, k, None, 1, 0.2, cut=Plan(block=16, splits=2)).float()
-    error = float((got - reference.attend(q.float(), k.float(), None, 1, 0.2)).abs().max())
+    q = torch.sin(torch.arange(64 * 2, device=device)).bfloat16().view(1, 1, 2, 64)
+    k = torch.sin(torch.arange(64 * 40, device=device)).bfloat16().view(1, 1, 40, 64)
+    out = attend(q, k, None, 1, 0.2, cut=Plan(block=16, splits=2)).float()
+    error = float((out - reference.attend(q.float(), k.float(), None, 1, 0.2)).abs().max())
     if not error < 0.02:
         raise ArithmeticError(f"its results are off by {error:.2g}")
 
 
 def supports(q: Tensor, *rows: Tensor | Quantized | None) -> bool:
     """Whether queries can attend to such keys, values and what is beside them."""
-    tensors = [t for t, _ in map(_tensors, rows) if t is not None]
-    known = q.dtype in DTYPES and all(t.dtype in (*DTYPES, torch.int8) for t in tensors)
-    widths = [t.size(3) for t in tensors]
-    fits = 16 * row_bytes(q.dtype, tensors[0].dtype, widths) <= BLOCK_BYTES
-    # Within a head, an offset is a number of 32 bits.
-    near = all(t.stride(3) == 1 and t.size(2) * t.stride(2) < 2**31 for t in tensors)
-    return known and fits and near
+    tensors = [_stored(one)[0] for one in rows if one is not None]
+    if q.dtype not in DTYPES:
+        return False
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES and tensor.dtype != torch.int8:
+            return False
+        # Within a head, an offset is a number of 32 bits.
+        if tensor.stride(3) != 1 or tensor.size(2) * tensor.stride(2) >= 2**31:
+            return False
+    widths = [tensor.size(3) for tensor in tensors]
+    return 16 * row_bytes(q.dtype, tensors[0].dtype, widths) <= BLOCK_BYTES
 
 
-def _tensors(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
-    """What rows are kept in, and their scales."""
-    return (rows.values, rows.scale) if isinstance(rows, Quantized) else (rows, None)
+def _stored(rows: Tensor | Quantized | None) -> tuple[Tensor | None, Tensor | None]:
+    """The numbers that rows are stored as, and their scales."""
+    if isinstance(rows, Quantized):
+        return rows.values, rows.scale
+    return rows, None
+
+
+def _width(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.size(-1)
 
 
 def _strides(rows: Tensor | None) -> tuple[int, int, int]:
@@ -141,59 +171,68 @@ def _halves(width: int) -> tuple[int, int]:
     The largest power of two in a width, and one that holds the rest, both at least 16, the least
     that a matrix product takes; 0 for what is empty.
     """
-    whole = max(2 ** (width.bit_length() - 1), 16) if width else 0
-    left = width - whole
-    return whole, max(triton.next_power_of_2(left), 16) if left > 0 else 0
+    if width == 0:
+        return 0, 0
+    first = max(2 ** (width.bit_length() - 1), 16)
+    if first >= width:
+        return first, 0
+    return first, max(triton.next_power_of_2(width - first), 16)
 
 
-def row_bytes(dtype: torch.dtype, kept: torch.dtype, widths: list[int]) -> int:
+def row_bytes(dtype: torch.dtype, stored: torch.dtype, widths: list[int]) -> int:
     """What a key, its value and what is beside it take in shared memory, with their conversion."""
-    size = dtype.itemsize + (2 if dtype.itemsize == 4 and kept.itemsize < 4 else 0)
+    size = dtype.itemsize
+    if dtype.itemsize == 4 and stored.itemsize < 4:
+        size += 2
     return size * sum(sum(_halves(width)) for width in widths)
 
 
+# ---- what runs on the GPU
 @triton.jit
 def load_rows(
-    at, stride, row, there, WIDTH: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    start, stride, row, present, WIDTH: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """
-    Rows (WIDTH,) in two halves, filled up with zeros to N1 and N2. Rows that are not there are
+    Rows (WIDTH,) in two halves, filled up with zeros to N1 and N2. Rows that are not present are
     zeros. With N2 = 0 there is one half, returned twice.
     """
-    at, there = at + row[:, None] * stride, there[:, None]
-    d = tl.arange(0, N1)[None, :]
-    first = tl.load(at + d, mask=there & (d < WIDTH), other=0)
-    second = first
+    at = start + row[:, None] * stride
+    present = present[:, None]
+    column = tl.arange(0, N1)[None, :]
+    half1 = tl.load(at + column, mask=present & (column < WIDTH), other=0)
+    half2 = half1
     if N2 > 0:
-        d = N1 + tl.arange(0, N2)[None, :]
-        second = tl.load(at + d, mask=there & (d < WIDTH), other=0)
+        column = N1 + tl.arange(0, N2)[None, :]
+        half2 = tl.load(at + column, mask=present & (column < WIDTH), other=0)
     if INTERPRETED:
-        first, second = first.to(tl.float32), second.to(tl.float32)
-    return first.to(DTYPE), second.to(DTYPE)
+        half1 = half1.to(tl.float32)
+        half2 = half2.to(tl.float32)
+    return half1.to(DTYPE), half2.to(DTYPE)
 
 
 @triton.jit
 def product(a, b, sums):
     """sums + a b: products as exact as their dtype's are, sums in float32."""
     if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
     return tl.dot(a, b, acc=sums, input_precision="ieee")
 
 
 @triton.jit
-def scores(q1, q2, rows1, rows2, N2: tl.constexpr):
+def scores(q1, q2, keys1, keys2, N2: tl.constexpr):
     """Queries times keys, each in two halves."""
-    s = product(q1, tl.trans(rows1), tl.full([q1.shape[0], rows1.shape[0]], 0.0, tl.float32))
+    s = product(q1, tl.trans(keys1), tl.full([q1.shape[0], keys1.shape[0]], 0.0, tl.float32))
     if N2 > 0:
-        s = product(q2, tl.trans(rows2), s)
+        s = product(q2, tl.trans(keys2), s)
     return s
 
 
 @triton.jit
-def load_scales(at, stride, key, there):
+def load_scales(start, stride, key, present):
     """The scales of a block of keys, as one row."""
-    return tl.load(at + key * stride, mask=there, other=0).to(tl.float32)[None, :]
+    return tl.load(start + key * stride, mask=present, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -211,29 +250,32 @@ def weigh(s, top, total):
     """
     higher = tl.maximum(top, tl.max(s, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)  # where no key is seen yet
-    left, p = tl.exp2(top - shift), tl.exp2(s - shift[:, None])
+    left = tl.exp2(top - shift)
+    p = tl.exp2(s - shift[:, None])
     return p, left[:, None], higher, total * left + tl.sum(p, 1)
 
 
 @triton.jit
-def weighted(p, rows1, rows2, sums1, sums2, N2: tl.constexpr):
-    """sums + p rows, each in two halves."""
-    sums1 = product(p, rows1, sums1)
+def weighted(p, values1, values2, sums1, sums2, N2: tl.constexpr):
+    """sums + p values, each in two halves."""
+    sums1 = product(p, values1, sums1)
     if N2 > 0:
-        sums2 = product(p, rows2, sums2)
+        sums2 = product(p, values2, sums2)
     return sums1, sums2
 
 
 @triton.jit
 def store_rows(
-    at, rows1, rows2, there, WIDTH: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
+    start, half1, half2, present, WIDTH: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
 ):  # fmt: skip
-    """Rows (WIDTH,) in two halves to where they begin, `at` (rows,)."""
-    at, there, d = at[:, None], there[:, None], tl.arange(0, N1)[None, :]
-    tl.store(at + d, rows1.to(at.dtype.element_ty), mask=there & (d < WIDTH))
+    """Rows (WIDTH,) in two halves to where they begin, `start` (rows,)."""
+    at = start[:, None]
+    present = present[:, None]
+    column = tl.arange(0, N1)[None, :]
+    tl.store(at + column, half1.to(at.dtype.element_ty), mask=present & (column < WIDTH))
     if N2 > 0:
-        d = N1 + tl.arange(0, N2)[None, :]
-        tl.store(at + d, rows2.to(at.dtype.element_ty), mask=there & (d < WIDTH))
+        column = N1 + tl.arange(0, N2)[None, :]
+        tl.store(at + column, half2.to(at.dtype.element_ty), mask=present & (column < WIDTH))
 
 
 @triton.jit(do_not_specialize=["n", "m", "before", "T", "X"])
@@ -249,10 +291,23 @@ def attend_part(
     sums (B * X * n, parts), log2 of the sums of their weights, -inf for no key; None: of one part.
     e is what is beside the keys. _b, _x, _s: strides of sequences, heads, tokens. scale: for log2.
     """
-    part, blocks = tl.program_id(1), tl.cdiv(n, ROWS)
     DTYPE: tl.constexpr = q.dtype.element_ty
-    head, row = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    head, b, x = head.to(tl.int64), (head // X).to(tl.int64), (head % X).to(tl.int64)
+    if W > 0:
+        WIDTH: tl.constexpr = W
+        N1: tl.constexpr = W1
+        N2: tl.constexpr = W2
+    else:
+        WIDTH: tl.constexpr = D
+        N1: tl.constexpr = D1
+        N2: tl.constexpr = D2
+    # Which queries, and which keys.
+    part = tl.program_id(1)
+    blocks = tl.cdiv(n, ROWS)
+    head = tl.program_id(0) // blocks
+    b = (head // X).to(tl.int64)
+    x = (head % X).to(tl.int64)
+    head = head.to(tl.int64)
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     if lengths is not None:
         before = tl.load(lengths + b).to(tl.int32)
     begin, end = keys_of_part(part, before + T, BLOCK)
@@ -261,42 +316,45 @@ def attend_part(
     q1, q2 = load_rows(q, D + R, row, row < n, D, D1, D2, DTYPE)
     if R > 0:
         q3, q4 = load_rows(q + D, D + R, row, row < n, R, R1, R2, DTYPE)
-    WIDTH: tl.constexpr = W if W > 0 else D
-    N1: tl.constexpr = W1 if W > 0 else D1
-    N2: tl.constexpr = W2 if W > 0 else D2
-    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.full([ROWS], 0.0, tl.float32)
+    # The keys, block by block: their scores, their weights, and the weighted sum of their values.
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
     out1 = tl.full([ROWS, N1], 0.0, tl.float32)
     out2 = tl.full([ROWS, N2 if N2 > 0 else N1], 0.0, tl.float32)
     for start in range(begin, end, BLOCK):
         key = start + tl.arange(0, BLOCK)
-        there = key < end
-        rows1, rows2 = load_rows(k + b * k_b + x * k_x, k_s, key, there, D, D1, D2, DTYPE)
-        s = scores(q1, q2, rows1, rows2, D2)
+        present = key < end
+        keys1, keys2 = load_rows(k + b * k_b + x * k_x, k_s, key, present, D, D1, D2, DTYPE)
+        s = scores(q1, q2, keys1, keys2, D2)
         if k_scale is not None:
-            scales = load_scales(k_scale + b * ks_b + x * ks_x, ks_s, key, there)
-            s *= scales
+            key_scales = load_scales(k_scale + b * ks_b + x * ks_x, ks_s, key, present)
+            s *= key_scales
         if R > 0:
-            more1, more2 = load_rows(e + b * e_b, e_s, key, there, R, R1, R2, DTYPE)
+            more1, more2 = load_rows(e + b * e_b, e_s, key, present, R, R1, R2, DTYPE)
             more = scores(q3, q4, more1, more2, R2)
             if e_scale is not None:
-                more *= load_scales(e_scale + b * es_b, es_s, key, there)
+                more *= load_scales(e_scale + b * es_b, es_s, key, present)
             s += more
-        s = tl.where(there[None, :] & (key[None, :] <= newest), s * scale, float("-inf"))
+        s = tl.where(present[None, :] & (key[None, :] <= newest), s * scale, float("-inf"))
         p, left, top, total = weigh(s, top, total)
         if W > 0:
-            rows1, rows2 = load_rows(v + b * v_b + x * v_x, v_s, key, there, W, W1, W2, DTYPE)
+            values1, values2 = load_rows(v + b * v_b + x * v_x, v_s, key, present, W, W1, W2, DTYPE)
             if v_scale is not None:
-                scales = load_scales(v_scale + b * vs_b + x * vs_x, vs_s, key, there)
-        if k_scale is not None:
-            p *= scales
-        out1, out2 = weighted(p.to(DTYPE), rows1, rows2, out1 * left, out2 * left, N2)
+                p *= load_scales(v_scale + b * vs_b + x * vs_x, vs_s, key, present)
+        else:
+            values1 = keys1
+            values2 = keys2
+            if k_scale is not None:
+                p *= key_scales
+        out1, out2 = weighted(p.to(DTYPE), values1, values2, out1 * left, out2 * left, N2)
 
     at = (head * n + row) * tl.num_programs(1) + part
     total = tl.where(total == 0, 1.0, total)
     if sums is not None:
         tl.store(sums + at, top + tl.log2(total), mask=row < n)
-    there, total = row < tl.where(begin < end, n, 0), total[:, None]
-    store_rows(out + at * WIDTH, out1 / total, out2 / total, there, WIDTH, N1, N2)
+    total = total[:, None]
+    present = row < tl.where(begin < end, n, 0)
+    store_rows(out + at * WIDTH, out1 / total, out2 / total, present, WIDTH, N1, N2)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -304,7 +362,8 @@ def merge(
     averages, sums, out, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
     """N columns of out (WIDTH,), a row's average, from those of its parts (parts, WIDTH)."""
-    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, PARTS)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
     column = (tl.program_id(1) * N + tl.arange(0, N))[None, :]
     s = tl.load(sums + row * parts + part, mask=part < parts, other=float("-inf"))
     share = tl.exp2(s - tl.max(s, 0))[:, None]  # NaN, which makes all NaN, where s is

@@ -1,4 +1,7 @@
-"""The timing that tools.bench and the other tools share: what is compared runs in turn."""
+"""
+Timing, for tools.bench and other tools: what is compared runs in turn, round after round, and the
+median of each is taken. Also what figures are printed and written as.
+"""
 
 import itertools
 import json
@@ -19,14 +22,14 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class Timed:
-    """One thing that is timed, and what its row in the table needs besides the time."""
+    """One thing that is timed, and what its row in a table needs besides the time."""
 
     name: str
     run: Callable[[], Any]
     slow: bool = False  # runs in 3 rounds only
     cache: Cache | None = None
-    nbytes: float = 0.0  # that have to be read, for the roofline
-    flops: float = 0.0  # that have to be computed; 0: no roofline
+    nbytes: float = 0.0  # bytes that a step has to read, for the roofline
+    flops: float = 0.0  # operations that a step has to compute; 0 stands for no roofline
     baseline: str = ""  # the name of what its time is divided by
     parameters: int = 0
     steps: int = 1  # tokens or iterations in one run
@@ -62,36 +65,56 @@ class Limits:
         """The roofline: no less time than the bytes take to move or the operations to compute."""
         return max(nbytes / self.bandwidth, flops / self.rate[dtype])
 
+    def beside(self, entry: Timed, dtype: torch.dtype) -> str:
+        """An entry's time over that of the roofline."""
+        return f"{entry.seconds / self.seconds(entry.nbytes, entry.flops, dtype):.2f}"
+
 
 def measure_bandwidth(device: str) -> float:
     """Bytes per second of a copy of 256 MB, which is beyond any cache: those read and written."""
-    a, n = torch.ones(2**26, device=device), 20 if device.startswith("cuda") else 1
-    b = torch.empty_like(a)
-    copy = Timed("copy", lambda: [b.copy_(a) for _ in range(n)], steps=n)
-    return 2 * a.nbytes / alternate([copy], 7, device)["copy"].seconds
+    copies = 20 if device.startswith("cuda") else 1
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    took = alternate([Timed("copy", copy, steps=copies)], 7, device)
+    return 2 * source.nbytes / took["copy"].seconds
 
 
 def measure_limits(device: str) -> Limits:
-    n, k = (4096, 20) if device.startswith("cuda") else (1024, 1)
-    dtypes = (torch.float32, torch.bfloat16)
-    square = {dtype: torch.randn(n, n, device=device).to(dtype) for dtype in dtypes}
-    products = {dtype: lambda m=m: [m @ m for _ in range(k)] for dtype, m in square.items()}
-    entries = [Timed(str(dtype), run, steps=k) for dtype, run in products.items()]
+    """Measure and print this machine's limits: a large copy, and products of square matrices."""
+    n = 1024
+    products = 1
+    if device.startswith("cuda"):
+        n = 4096
+        products = 20
+    entries = []
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.randn(n, n, device=device).to(dtype)
+        square = lambda matrix=matrix: [matrix @ matrix for _ in range(products)]
+        entries.append(Timed(name_of(dtype), square, steps=products))
     took = alternate(entries, 7, device)
-    rate = {dtype: 2 * n**3 / took[str(dtype)].seconds for dtype in dtypes}
-    limits = Limits(measure_bandwidth(device), rate)
-    fp32, bf16 = (f"{rate[dtype] / 1e9:.0f}" for dtype in dtypes)
-    products = f"matrix products {fp32} GFLOP/s in float32, {bf16} in bfloat16"
-    print(f"limits: copy {limits.bandwidth / 1e9:.1f} GB/s, {products}")
-    return limits
+    fp32 = 2 * n**3 / took["float32"].seconds
+    bf16 = 2 * n**3 / took["bfloat16"].seconds
+    bandwidth = measure_bandwidth(device)
+    print(
+        f"limits: copy {bandwidth / 1e9:.1f} GB/s, matrix products {fp32 / 1e9:.0f} GFLOP/s in "
+        f"float32, {bf16 / 1e9:.0f} in bfloat16"
+    )
+    return Limits(bandwidth, {torch.float32: fp32, torch.bfloat16: bf16})
 
 
 def machine(device: str) -> str:
     """What this runs on, in words."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    name = f"{device} {has.get('cpu_name', '')}".strip()
+    processor = ""
+    if hasattr(torch.cpu, "get_capabilities"):  # not in every torch that works here
+        processor = torch.cpu.get_capabilities().get("cpu_name", "")
+    name = f"{device} {processor}".strip()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -104,12 +127,14 @@ def table(title: str, rows: Rows) -> Rows:
 def markdown(rows: Rows) -> list[str]:
     """The lines of a Markdown table of rows, whose keys are the columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns] + [[str(row.get(c, "")) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    head, *body = [f"| {line} |" for line in lines]
-    return [head, rule, *body]
+    table_rows = [{column: column for column in columns}, *rows]
+    widths = {c: max(len(str(row.get(c, ""))) for row in table_rows) for c in columns}
+    lines = []
+    for row in table_rows:
+        cells = [str(row.get(c, "")).ljust(widths[c]) for c in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = "|" + "|".join("-" * (widths[c] + 2) for c in columns) + "|"
+    return [lines[0], rule, *lines[1:]]
 
 
 def in_ms(seconds: float) -> str:
