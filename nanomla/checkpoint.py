@@ -45,7 +45,7 @@ class Checkpoint:
     Weights and what belongs to them.
 
     All fields but `source` are the keys on disk. Weights that do not come from a run
-    (nanomla/formats.py) have model, model_args and tokenizer; the other fields keep their defaults.
+    (nanomla/formats/) have model, model_args and tokenizer; the other fields keep their defaults.
     Raises ValueError for a value of another type.
     """
 

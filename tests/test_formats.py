@@ -496,7 +496,7 @@ CONFIGS = [  # changes to a config.json (...: the setting is not there), and wha
     ("deepseek_v3", {"q_lora_rank": 9, "attention_bias": True}, ["attention_bias=True"]),
     ("nanomla", {"experts": 8}, ["settings this version does not know: experts"]),
     ("nanomla", {"mla_latent_dim": [7]}, ["mla_latent_dim"]),
-    ("nanomla", {"head_dim": WIDE, "mla_rope_dim": WIDE // 2}, ["a rotary width of"]),
+    ("nanomla", {"head_dim": WIDE, "mla_rope_dim": WIDE // 2}, ["sizes that no tensor can have"]),
 ]
 
 
