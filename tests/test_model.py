@@ -381,7 +381,7 @@ INVALID = [  # settings, and what the error has to name
     ({**TINY_MLA, "mla_rope_dim": 6}, ["mla_rope_dim=6", "below the head size 6"]),
     ({**TINY_MLA, "pos_emb": "learned"}, ["mla_rope_dim=2", "pos_emb='rope'"]),
     ({**TINY_MLA, "rope_freqs": (1.0, 0.5)}, ["rope_freqs=(1.0, 0.5)", "None or 1 numbers"]),
-    ({"use_mla": True, "mla_rope": "latent"}, ["mla_rope='latent'", "pos_emb='rope'"]),
+    ({"use_mla": True, "mla_rope": "latent"}, ["mla_rope='latent'", "pos_emb must be 'rope'"]),
     ({**ROTARY_LATENT, "mla_rope_dim": 10}, ["mla_rope_dim=10", "latent's 8"]),
     ({**ROTARY_LATENT, "mla_nope_dim": 4}, ["mla_nope_dim=4", "None"]),
     ({"use_latent_tokens": True}, ["n_latent_tokens=None", "a number, such as 16"]),
