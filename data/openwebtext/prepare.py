@@ -8,14 +8,14 @@ tokens.
 
 Local files are .json, .jsonl, .parquet or .txt; a .txt file is one document. As in nanoGPT, the
 documents are shuffled, 0.05% of them (drawn with seed 2357) are val, and every document ends with
-the end-of-text token. Hugging Face datasets keeps the text in its own cache. The tokens are written
-once, a shard of documents at a time. The sha256 in meta.json is that of the text in the order of
-writing.
+the end-of-text token. Hugging Face datasets keeps the text in its own cache. The sha256 in
+meta.json is that of the text in the order of writing.
 """
 
 import functools
 import glob
 import hashlib
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -34,11 +34,10 @@ from nanomla.bpe import load_encoding
 from nanomla.checks import Count, Positive, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
-from nanomla.prepare import cores, in_order, report
+from nanomla.prepare import cores, encode_split, report
 from nanomla.settings import configure
 
 if TYPE_CHECKING:
-    import tiktoken
     from datasets import Dataset
 
 CORES = cores()
@@ -65,11 +64,7 @@ class PrepareConfig:
     val_fraction: Annotated[
         Positive, Field(lt=1), "The share of the documents that is val, which has at least one."
     ] = 0.0005
-    num_proc: Annotated[Count, "The number of cores that download, unpack and tokenize."] = CORES
-    shards: Annotated[
-        Count,
-        "The number of parts in which each split is tokenized. More parts take less memory.",
-    ] = 8192
+    num_proc: Annotated[Count, "The number of processes that download and unpack."] = CORES
     out: Annotated[str, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
 
     def __post_init__(self) -> None:
@@ -79,41 +74,50 @@ class PrepareConfig:
 def main(argv: list[str] | None = None) -> None:
     cfg, _ = configure(PrepareConfig, sys.argv[1:] if argv is None else argv)
     bpe = load_encoding("gpt2")
-    documents = load_documents(cfg)
+    encode = functools.partial(bpe.encode_to_numpy, disallowed_special=())
+    end = np.array([bpe.eot_token], dtype=np.uint32)
+    source = cfg.data_files or HUB
+    documents = load_documents(cfg, source)
     if math.ceil(cfg.val_fraction * len(documents)) >= len(documents):
-        raise UserError(
-            f"{cfg.data_files or HUB}: {len(documents)} documents are too few to split "
-            "into train and val"
-        )
-    parts = documents.train_test_split(test_size=cfg.val_fraction, seed=SEED, shuffle=True)
+        raise UserError(f"{source}: {len(documents)} documents are too few for train and val")
+    halves = documents.train_test_split(test_size=cfg.val_fraction, seed=SEED, shuffle=True)
+    parts = {"train": halves["train"], "val": halves["test"]}
     meta = Meta(
         vocab_size=bpe.n_vocab,
         tokenizer={"kind": "tiktoken", "name": "gpt2"},
-        source=cfg.data_files or HUB,
+        source=source,
+        bytes=0,
         documents=len(documents),
         split={"by": "document", "val_fraction": cfg.val_fraction, "seed": SEED},
     )
     digest = hashlib.sha256()
-    splits = {
-        "train": encode_split("train", parts["train"], cfg, bpe, digest, meta),
-        "val": encode_split("val", parts["test"], cfg, bpe, digest, meta),
-    }
-    meta = write_dataset(Path(cfg.out), splits, meta)
+
+    def texts(documents: "Dataset") -> Iterator[str]:
+        for batch in documents.iter(batch_size=1000):
+            for text in batch[cfg.field]:
+                raw = text.encode("utf-8")
+                digest.update(raw)
+                meta.bytes += len(raw)
+                yield text
+        meta.sha256 = digest.hexdigest()
+
+    with tqdm(unit="B", unit_scale=True, desc="gpt2", disable=None) as bar:
+        splits = {}
+        for split, part in parts.items():
+            ids = encode_split(split, texts(part), encode, end, meta, bar)
+            splits[split] = itertools.chain(ids, [end])
+        meta = write_dataset(Path(cfg.out), splits, meta)
     report(Path(cfg.out), meta)
 
 
-def load_documents(cfg: PrepareConfig) -> "Dataset":
+def load_documents(cfg: PrepareConfig, source: str) -> "Dataset":
     """
     The documents, one per row.
 
     Raises UserError if they cannot be loaded, UsageError for files of no known kind.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            "this dataset comes through Hugging Face datasets: pip install datasets"
-        ) from None
+    import datasets
+
     name = HUB
     options: dict[str, Any] = {"split": "train"}
     remedy = "check the network, or read local copies with --data_files"
@@ -125,8 +129,7 @@ def load_documents(cfg: PrepareConfig) -> "Dataset":
         kinds = {READERS.get(Path(file.removesuffix(".gz")).suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise UsageError(
-                f"--data_files={cfg.data_files}: {len(files)} files, "
-                f"not all of one kind of {[*READERS]}"
+                f"--data_files={source}: {len(files)} files, not all of one kind of {[*READERS]}"
             )
         name = kinds.pop()
         options["data_files"] = sorted(files)
@@ -139,51 +142,14 @@ def load_documents(cfg: PrepareConfig) -> "Dataset":
             stream = datasets.load_dataset(name, streaming=True, **options)
             documents = datasets.Dataset.from_list(list(stream.take(cfg.limit)))
         else:
-            if processes > 1:
-                options["num_proc"] = processes
-            documents = datasets.load_dataset(name, **options)
+            documents = datasets.load_dataset(name, num_proc=processes, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         cause = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"cannot load {cfg.data_files or HUB} ({cause}); {remedy}") from None
+        raise UserError(f"cannot load {source} ({cause}); {remedy}") from None
     if cfg.field not in documents.column_names:
         columns = ", ".join(documents.column_names)
         raise UserError(f"no column {cfg.field!r} (there are: {columns}); choose with --field")
     return documents.select_columns(cfg.field)
-
-
-def encode_split(
-    split: str,
-    documents: "Dataset",
-    cfg: PrepareConfig,
-    bpe: "tiktoken.Encoding",
-    digest: Any,
-    meta: Meta,
-) -> Iterator[np.ndarray]:
-    """
-    The ids of one split in order, tokenized a shard at a time on all cores.
-
-    Adds the text to the digest, and sets meta's sha256, bytes and the split's split_bytes.
-    """
-    count = min(cfg.shards, len(documents))
-    shards = (documents.shard(count, index, contiguous=True) for index in range(count))
-    texts = (shard[:][cfg.field] for shard in shards)
-    encode = functools.partial(encode_documents, bpe)
-    meta.split_bytes[split] = 0
-    with tqdm(unit="B", unit_scale=True, desc=f"gpt2 {split}", disable=None) as bar:
-        for raw, ids in in_order(encode, texts, cfg.num_proc):
-            digest.update(raw)
-            meta.split_bytes[split] += len(raw)
-            bar.update(len(raw))
-            yield ids
-    meta.sha256 = digest.hexdigest()
-    meta.bytes = sum(meta.split_bytes.values())
-
-
-def encode_documents(bpe: "tiktoken.Encoding", texts: list[str]) -> tuple[bytes, np.ndarray]:
-    """The text's bytes, and its tokens with the end-of-text token after each document."""
-    end = np.uint32(bpe.eot_token)
-    ids = [np.append(bpe.encode_to_numpy(text, disallowed_special=()), end) for text in texts]
-    return "".join(texts).encode("utf-8"), np.concatenate(ids).astype(np.uint16)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from nanomla.bpe import load_encoding
 from nanomla.checks import check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import run_script
-from nanomla.prepare import read_shakespeare, report, split_text
+from nanomla.prepare import read_shakespeare, report
 from nanomla.settings import configure
 
 
@@ -38,13 +38,11 @@ class PrepareConfig:
 
 def main(argv: list[str] | None = None) -> None:
     cfg, _ = configure(PrepareConfig, sys.argv[1:] if argv is None else argv)
-    text, about = read_shakespeare(HERE, cfg.tiny)
-    parts = split_text(text, about["source"])
+    parts, about = read_shakespeare(HERE, cfg.tiny)
     bpe = load_encoding("gpt2")
     meta = Meta(
         vocab_size=bpe.n_vocab,
         tokenizer={"kind": "tiktoken", "name": "gpt2"},
-        split_bytes={split: len(part.encode("utf-8")) for split, part in parts.items()},
         **about,
     )
     splits = {s: [bpe.encode_to_numpy(part, disallowed_special=())] for s, part in parts.items()}

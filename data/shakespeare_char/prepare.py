@@ -19,7 +19,7 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 from nanomla.checks import check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import run_script
-from nanomla.prepare import encode_chars, read_shakespeare, report, split_text
+from nanomla.prepare import encode_chars, read_shakespeare, report
 from nanomla.settings import configure
 
 
@@ -36,13 +36,11 @@ class PrepareConfig:
 
 def main(argv: list[str] | None = None) -> None:
     cfg, _ = configure(PrepareConfig, sys.argv[1:] if argv is None else argv)
-    text, about = read_shakespeare(HERE, cfg.tiny)
-    parts = split_text(text, about["source"])
-    chars = "".join(sorted(set(text)))
+    parts, about = read_shakespeare(HERE, cfg.tiny)
+    chars = "".join(sorted(set(parts["train"] + parts["val"])))
     meta = Meta(
         vocab_size=len(chars),
         tokenizer={"kind": "char", "chars": chars},
-        split_bytes={split: len(part.encode("utf-8")) for split, part in parts.items()},
         **about,
     )
     splits = {split: [encode_chars(part, chars)] for split, part in parts.items()}

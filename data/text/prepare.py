@@ -21,25 +21,22 @@ without such a place it begins exactly there. --split=document: a document is in
 hash of --seed and its number is below --val_fraction. Both depend on the text alone, so every
 tokenizer gets the same val text, and bits per byte can be compared.
 
-The text is read once to check and measure it, and once more for each split. It is tokenized in
-pieces of at most 524,288 characters, so memory does not grow with the input, except that a line of
-.jsonl must fit in memory. A piece ends where BPE tokenizers begin a new token whatever comes before
-and after, so the ids are those of the uncut documents.
+The text is read once to check and measure it, and once more for each split. Documents are
+tokenized on all cores, each whole by one of them, so memory grows with the largest document only.
 """
 
-import codecs
+import functools
 import gzip
 import hashlib
-import itertools
 import json
 import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -52,22 +49,17 @@ from nanomla.checks import Positive, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.files import read_json
-from nanomla.prepare import cores, encode_chars, in_order, report
+from nanomla.prepare import encode_chars, encode_split, report
 from nanomla.settings import configure
 from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf
 
 TOKENIZERS = ("gpt2", "cl100k_base", "o200k_base", "char", "byte")  # all others are files
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files that are read in a folder
-PIECE = 1 << 19  # characters tokenized at a time; tiktoken fails at a million blanks in a row
-NEAR = 4096  # characters in which a place to cut is looked for first
+NEAR = 4096  # characters after the share of train in which val may begin
 # Where text may be cut, as BPE begins a new token here: before a space that follows anything but
 # white space, and after a line end between two characters that are no white space, the second of
 # them no "/".
 CUT = re.compile(r"(?<=\S)(?= )|(?<=\S\n)(?=[^\s/])")
-
-Piece = tuple[int, str]  # the number of a document, and the next part of its text
-# Texts, each with what is before it: nothing, another document, or the rest of its own.
-Batch = list[tuple[Literal["nothing", "other", "rest"], str]]
 
 
 @dataclass
@@ -101,23 +93,9 @@ class PrepareConfig:
             raise ValueError("say where to write: --name=NAME for data/NAME, or --out=FOLDER")
 
 
-@dataclass
-class Survey:
-    """What the first reading finds."""
-
-    files: list[Path]
-    documents: int = 0
-    characters: int = 0
-    bytes: int = 0  # of the documents' UTF-8 text
-    sha256: str = ""  # of the documents' UTF-8 text, joined; for one plain file, that of the file
-    chars: set[str] = field(default_factory=set)  # the alphabet, only for the char tokenizer
-
-
 def main(argv: list[str] | None = None) -> None:
-    if argv is None:
-        argv = sys.argv[1:]
     paths: list[str] = []
-    cfg, _ = configure(PrepareConfig, argv, files=paths)
+    cfg, _ = configure(PrepareConfig, sys.argv[1:] if argv is None else argv, files=paths)
     if cfg.name:
         folder = HERE.parent / cfg.name
     else:
@@ -128,142 +106,93 @@ def main(argv: list[str] | None = None) -> None:
         )
     files = find_files(paths)
     tokenizer = None
-    if cfg.tokenizer not in TOKENIZERS:
-        tokenizer = read_tokenizer(cfg.tokenizer)
-    found = survey(files, cfg)
+    if cfg.tokenizer != "char":
+        tokenizer = make_tokenizer(cfg.tokenizer)
+    meta = Meta(source=", ".join(paths[:3]))
+    if len(paths) > 3:
+        meta.source += f", and {len(paths) - 3} more"
+    characters, chars = survey(files, cfg, meta)
     if tokenizer is None:
-        tokenizer = make_tokenizer(cfg.tokenizer, found)
-    meta = Meta(
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.spec,
-        source=_abridged(paths),
-        sha256=found.sha256,
-        bytes=found.bytes,
-        documents=found.documents,
-        split={"by": cfg.split, "val_fraction": cfg.val_fraction},
-    )
-    if cfg.split == "document":
-        meta.split["seed"] = cfg.seed
+        tokenizer = Tokenizer({"kind": "char", "chars": chars})
+    meta.vocab_size = tokenizer.vocab_size
+    meta.tokenizer = tokenizer.spec
+    encode = encoder(tokenizer)
+    between = separator(tokenizer)
     start = time.perf_counter()
     name = Path(cfg.tokenizer).name
-    with tqdm(total=found.bytes, unit="B", unit_scale=True, desc=name, disable=None) as bar:
-        encoding = (cfg, found, tokenizer, meta.split_bytes, bar)
-        splits = {split: encode_split(split, *encoding) for split in ("train", "val")}
+    with tqdm(total=meta.bytes, unit="B", unit_scale=True, desc=name, disable=None) as bar:
+        splits = {}
+        for split in ("train", "val"):
+            documents = select_split(split, read_documents(files, cfg), cfg, characters)
+            splits[split] = encode_split(split, documents, encode, between, meta, bar)
         meta = write_dataset(folder, splits, meta)
-    speed = found.bytes / 1e6 / (time.perf_counter() - start)
+    speed = meta.bytes / 1e6 / (time.perf_counter() - start)
     report(folder, meta)
-    size = f"{found.documents:,} documents, {found.bytes / 1e6:,.1f} MB"
+    size = f"{meta.documents:,} documents, {meta.bytes / 1e6:,.1f} MB"
     print(f"{size}, tokenized at {speed:.1f} MB/s")
-
-
-def read_tokenizer(name: str) -> Tokenizer:
-    """
-    The tokenizer of a folder of weights, with the spec that a checkpoint read from there has.
-
-    name: the folder, or the tokenizer.json in it.
-    Raises UserError if tokenizer.json or the config.json beside it cannot be used.
-    """
-    path = Path(name)
-    if path.is_dir():
-        path = path / HF_TOKENIZER
-    if not path.is_file():
-        raise UsageError(
-            f"--tokenizer={name}: tokenizer must be one of {', '.join(TOKENIZERS)}, "
-            f"or a folder with a {HF_TOKENIZER}"
-        )
-    config = path.with_name("config.json")
-    settings = {}
-    if config.exists():
-        settings = read_json(config)
-    return Tokenizer(read_hf(path, settings), str(path))
-
-
-def make_tokenizer(name: str, found: Survey) -> Tokenizer:
-    """The --tokenizer; char's vocabulary is the text's characters and, if needed, the separator."""
-    if name == "byte":
-        return Tokenizer({"kind": "byte"})
-    if name != "char":
-        return Tokenizer({"kind": "tiktoken", "name": name})
-    chars = found.chars
-    if found.documents > 1:
-        chars = chars | {"\n"}
-    return Tokenizer({"kind": "char", "chars": "".join(sorted(chars))})
 
 
 # ---- Reading
 
 
-def find_files(paths: Iterable[str]) -> list[Path]:
-    """
-    The given files, and the text files in the given folders.
-
-    Raises UsageError if there are none, for a path that does not exist, a folder without any, or
-    one of the files in config/.
-    """
+def find_files(paths: list[str]) -> list[Path]:
+    """The given files, and the text files in the given folders. Raises UsageError without any."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            texts = [inner for inner in sorted(path.rglob("*")) if _is_text(inner, path)]
-            if not texts:
-                suffixes = ", ".join(SUFFIXES)
-                raise UsageError(f"{path}: no {suffixes} file in this folder, gzipped or not")
-            files += texts
-        elif not path.is_file():
-            raise UsageError(f"{path}: no such file or folder")
-        elif path.suffix == ".py" and HERE.parents[1] / "config" in path.resolve().parents:
-            raise UsageError(
-                f"{path} is a config file, which is not read here; give settings as --key=value"
-            )
-        else:
+        if not path.is_dir():
             files.append(path)
+            continue
+        for inner in sorted(path.rglob("*")):
+            hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
+            if inner.name.removesuffix(".gz").endswith(SUFFIXES) and not hidden:
+                files.append(inner)
     if not files:
         raise UsageError(
-            "say what to read: text files or folders, as in prepare.py my/*.txt --name=mine"
+            f"say what to read: text files, or folders with {', '.join(SUFFIXES)} files, "
+            "as in prepare.py my/*.txt --name=mine"
         )
     return files
 
 
-def _is_text(path: Path, folder: Path) -> bool:
-    """Whether this is a file that is read in a folder."""
-    if any(part.startswith(".") for part in path.relative_to(folder).parts):
-        return False
-    return path.name.removesuffix(".gz").endswith(SUFFIXES) and path.is_file()
+def survey(files: list[Path], cfg: PrepareConfig, meta: Meta) -> tuple[int, str]:
+    """
+    Read everything once, to find errors before anything is written and to measure the text.
 
-
-def _abridged(names: list[str] | list[Path]) -> str:
-    text = ", ".join(str(name) for name in names[:3])
-    if len(names) > 3:
-        text += f", and {len(names) - 3} more"
-    return text
-
-
-def survey(files: list[Path], cfg: PrepareConfig) -> Survey:
-    """Read everything once, to find errors before anything is written and to measure the text."""
-    found = Survey(files)
+    Fills in what meta tells of the text and its split. Returns the number of characters, and the
+    vocabulary of the char tokenizer: these characters and, if needed, the separator.
+    """
+    meta.split = {"by": cfg.split, "val_fraction": cfg.val_fraction}
+    if cfg.split == "document":
+        meta.split["seed"] = cfg.seed
+    meta.bytes = 0
+    meta.documents = 0
     digest = hashlib.sha256()
+    characters = 0
+    chars = set()
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for index, text in read_documents(files, cfg):
+        for text in read_documents(files, cfg):
             raw = text.encode("utf-8")
             digest.update(raw)
-            found.bytes += len(raw)
-            found.characters += len(text)
-            found.documents = index + 1
+            meta.bytes += len(raw)
+            meta.documents += 1
+            characters += len(text)
             if cfg.tokenizer == "char":
-                found.chars.update(text)
+                chars.update(text)
             bar.update(len(raw))
-    if not found.characters:
-        raise UserError(f"{_abridged(files)}: no text in there")
-    found.sha256 = digest.hexdigest()
-    return found
+    if not characters:
+        raise UserError(f"{meta.source}: no text in there")
+    if meta.documents > 1:
+        chars.add("\n")
+    meta.sha256 = digest.hexdigest()
+    return characters, "".join(sorted(chars))
 
 
-def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[Piece]:
+def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[str]:
     """
-    The documents in blocks of text, none of them empty. A document's blocks follow each other.
+    The documents that are not empty.
 
     Raises UserError naming the file, and the byte or line, for what cannot be read.
     """
-    index = 0
     for path in files:
         opened = open
         if path.suffix == ".gz":
@@ -271,113 +200,64 @@ def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[Piece]:
         try:
             with opened(path, "rb") as file:
                 if path.name.removesuffix(".gz").endswith(".jsonl"):
-                    for text in read_jsonl(path, file, cfg):
-                        yield index, text
-                        index += 1
+                    for number, line in enumerate(file, start=1):
+                        if line.strip():
+                            text = read_line(line, f"{path}: line {number}", cfg)
+                            if text:
+                                yield text
                 else:
-                    text = ""
-                    for text in read_text(path, file, cfg.errors):
-                        yield index, text
+                    text = decode(file.read(), str(path), cfg)
                     if text:
-                        index += 1
+                        yield text
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}: broken gzip file ({error})") from None
 
 
-def read_text(path: Path, file: IO[bytes], errors: str) -> Iterator[str]:
-    """A plain text in blocks. The decoder keeps an unfinished character at the end of a block."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    done = 0  # bytes of the file before `block`
-    while True:
-        block = file.read(PIECE)
-        pending = len(decoder.getstate()[0])  # bytes of an unfinished character from before
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, done - pending + error.start) from None
-        if text:
-            yield text
-        if not block:
-            return
-        done += len(block)
-
-
-def read_jsonl(path: Path, file: IO[bytes], cfg: PrepareConfig) -> Iterator[str]:
-    """The texts that are not empty. Blank lines count only in the line numbers of errors."""
-    done = 0  # bytes of the file before `line`
-    for number, line in enumerate(file, start=1):
-        try:
-            decoded = line.decode("utf-8", cfg.errors)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, done + error.start) from None
-        done += len(line)
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(decoded)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from None
-        if not isinstance(entry, dict):
-            entry = {}
-        text = entry.get(cfg.field)
-        if not isinstance(text, str):
+def read_line(line: bytes, where: str, cfg: PrepareConfig) -> str:
+    """The text in a line of a .jsonl file."""
+    try:
+        entry = json.loads(decode(line, where, cfg))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg})") from None
+    if not isinstance(entry, dict):
+        entry = {}
+    text = entry.get(cfg.field)
+    if not isinstance(text, str):
+        raise UserError(
+            f"{where} has no text in the field {cfg.field!r} "
+            f"(it has: {', '.join(entry) or 'none'}); use --field"
+        )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, UTF-8 cannot hold it
+        if cfg.errors == "strict":
             raise UserError(
-                f"{path}: line {number} has no text in the field {cfg.field!r} "
-                f"(it has: {', '.join(entry) or 'none'}); use --field"
-            )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, UTF-8 cannot hold it
-            if cfg.errors == "strict":
-                raise UserError(
-                    f"{path}: line {number} escapes half a character; --errors=replace goes on"
-                ) from None
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if text:
-            yield text
+                f"{where} escapes half a character; --errors=replace goes on"
+            ) from None
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
-def _not_utf8(path: Path, offset: int) -> UserError:
-    where = f"byte {offset}"
-    if path.suffix == ".gz":
-        where += " of what it unpacks to"
-    return UserError(
-        f"{path}: not UTF-8 at {where}; convert the file, or go on with --errors=replace"
-    )
+def decode(raw: bytes, where: str, cfg: PrepareConfig) -> str:
+    try:
+        return raw.decode("utf-8", cfg.errors)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: not UTF-8 at byte {error.start}; "
+            "convert the file, or go on with --errors=replace"
+        ) from None
 
 
-# ---- Cutting
-
-
-def cut_pieces(blocks: Iterable[Piece]) -> Iterator[Piece]:
-    """The same documents in pieces of at most PIECE characters, cut between tokens if possible."""
-    for index, document in itertools.groupby(blocks, key=lambda block: block[0]):
-        rest = ""
-        for _, text in document:
-            rest += text
-            while len(rest) > PIECE:
-                cut = _last_cut(rest)
-                yield index, rest[:cut]
-                rest = rest[cut:]
-        yield index, rest
-
-
-def _last_cut(text: str) -> int:
-    """The last place to cut in the first PIECE characters, or their end if there is none."""
-    for start in (PIECE - NEAR, 1):  # the last place is nearly always close to the end
-        places = [match.start() for match in CUT.finditer(text, start, PIECE + 1)]
-        if places:
-            return places[-1]
-    return PIECE
+# ---- Splitting
 
 
 def select_split(
-    split: str, pieces: Iterable[Piece], cfg: PrepareConfig, characters: int
-) -> Iterator[Piece]:
-    """The pieces, or parts of pieces, in this split. characters: the length of all the text."""
+    split: str, documents: Iterator[str], cfg: PrepareConfig, characters: int
+) -> Iterator[str]:
+    """The documents, or parts of documents, in this split. characters: those of all the text."""
     boundary = int((1 - cfg.val_fraction) * characters)
-    start = 0  # characters before this piece
-    for index, text in pieces:
+    start = 0  # characters before this document
+    for index, text in enumerate(documents):
         end = start + len(text)
         if cfg.split == "tail":
             cut = _tail_cut(text, boundary - start, is_last=end >= characters)
@@ -390,11 +270,11 @@ def select_split(
         if split == "train":
             part = text[:cut]
         if part:
-            yield index, part
+            yield part
 
 
 def _tail_cut(text: str, boundary: int, is_last: bool) -> int:
-    """Where val begins in a piece: at its boundary, or soon after it where no token is cut."""
+    """Where val begins in a document: at its boundary, or soon after it where no token is cut."""
     if boundary <= 0:
         return 0
     if boundary >= len(text):
@@ -403,7 +283,7 @@ def _tail_cut(text: str, boundary: int, is_last: bool) -> int:
     if place:
         return place.start()
     if len(text) - boundary <= NEAR and not is_last:
-        return len(text)  # where the next piece begins
+        return len(text)  # where the next document begins
     return boundary
 
 
@@ -415,127 +295,64 @@ def _in_val(index: int, cfg: PrepareConfig) -> bool:
 # ---- Encoding
 
 
-def encode_split(
-    split: str,
-    cfg: PrepareConfig,
-    found: Survey,
-    tokenizer: Tokenizer,
-    split_bytes: dict[str, int],
-    bar: tqdm,
-) -> Iterator[np.ndarray]:
+def make_tokenizer(name: str) -> Tokenizer:
     """
-    The ids of one split in order, tokenized on all cores.
+    The tokenizer of this name, or of a folder of weights or the tokenizer.json in it, with the spec
+    that a checkpoint read from there has.
 
-    Moves the bar, and sets the split's entry of split_bytes.
-    Raises UserError if the split has fewer than two tokens.
+    Raises UserError if tokenizer.json or the config.json beside it cannot be used.
     """
-    pieces = cut_pieces(read_documents(found.files, cfg))
-    batches = _batches(select_split(split, pieces, cfg, found.characters))
-    tokens = 0
-    split_bytes[split] = 0
-    for ids, size in in_order(batch_encoder(tokenizer), batches, cores()):
-        tokens += len(ids)
-        split_bytes[split] += size
-        bar.update(size)
-        yield ids
-    if tokens < 2:
-        raise UserError(
-            f"{found.documents} documents of {found.characters} characters leave {tokens} tokens "
-            f"for {split}; use more text, another --val_fraction, or another --split"
+    if name == "byte":
+        return Tokenizer({"kind": "byte"})
+    if name in TOKENIZERS:
+        return Tokenizer({"kind": "tiktoken", "name": name})
+    path = Path(name)
+    if path.is_dir():
+        path = path / HF_TOKENIZER
+    if not path.is_file():
+        raise UsageError(
+            f"--tokenizer={name}: tokenizer must be one of {', '.join(TOKENIZERS)}, "
+            f"or a folder with a {HF_TOKENIZER}"
         )
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[Batch]:
-    """
-    Batches of pieces, up to PIECE characters together, as a thread for each small one costs time.
-
-    A batch's items are (what is before the text in this split, text).
-    """
-    batch = []
-    size = 0
-    last = None
-    for index, text in pieces:
-        if size and size + len(text) > PIECE:
-            yield batch
-            batch = []
-            size = 0
-        before = "other"
-        if last is None:
-            before = "nothing"
-        elif index == last:
-            before = "rest"
-        batch.append((before, text))
-        size += len(text)
-        last = index
-    if batch:
-        yield batch
-
-
-def batch_encoder(tokenizer: Tokenizer) -> Callable[[Batch], tuple[np.ndarray, int]]:
-    """A function from a batch to its ids, separators included, and its text's number of bytes."""
+    config = path.with_name("config.json")
+    settings = {}
+    if config.exists():
+        settings = read_json(config)
+    tokenizer = Tokenizer(read_hf(path, settings), str(path))
     if tokenizer.kind == "hf":
-        encode_hf = hf_encoder(tokenizer)
+        tokenizer.hf.encode_special_tokens = True  # as ordinary text
+    return tokenizer
+
+
+def encoder(tokenizer: Tokenizer) -> Callable[[str], np.ndarray]:
+    """A function from a text to its ids; special tokens are neither added nor seen in the text."""
+    if tokenizer.kind == "byte":
+        return lambda text: np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    if tokenizer.kind == "char":
+        return lambda text: encode_chars(text, tokenizer.chars)
+    if tokenizer.kind == "hf":
+        return lambda text: np.array(
+            tokenizer.hf.encode(text, add_special_tokens=False).ids, dtype=np.uint32
+        )
+    # This method releases the GIL, so that threads help, and makes no Python list.
+    return functools.partial(tokenizer.bpe.encode_to_numpy, disallowed_special=())
+
+
+def separator(tokenizer: Tokenizer) -> np.ndarray:
+    """The ids between two documents."""
     end = end_of_text(tokenizer.spec)
     if end is not None:
-        ids_between = [end]
-    elif tokenizer.kind == "hf":
-        ids_between = encode_hf("\n", True)
-    elif tokenizer.kind == "byte":
-        ids_between = [ord("\n")]
-    else:  # a vocabulary without newline is that of a single document
-        ids_between = [tokenizer.ids[c] for c in "\n" if c in tokenizer.ids]
-    separator = np.array(ids_between, dtype=np.uint32)
-
-    def ids_of(text: str, inside: bool) -> np.ndarray:
-        if tokenizer.kind == "byte":
-            return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-        if tokenizer.kind == "char":
-            return encode_chars(text, tokenizer.chars)
-        if tokenizer.kind == "hf":
-            return np.array(encode_hf(text, inside), dtype=np.uint32)
-        # This method releases the GIL, so that threads help, and makes no Python list.
-        return tokenizer.bpe.encode_to_numpy(text, disallowed_special=())
-
-    def encode(batch: Batch) -> tuple[np.ndarray, int]:
-        parts = []
-        size = 0
-        for before, text in batch:
-            if before == "other":
-                parts.append(separator)
-            parts.append(ids_of(text, inside=before == "rest"))
-            size += len(text.encode("utf-8"))
-        return np.concatenate(parts), size
-
-    return encode
-
-
-def hf_encoder(tokenizer: Tokenizer) -> Callable[[str, bool], list[int]]:
-    """
-    A function from (text, whether it goes on within a document) to ids, for a tokenizer.json.
-
-    Special tokens are neither added nor seen in the text.
-    """
-    tokenizer.hf.encode_special_tokens = True  # as ordinary text
-
-    def ids_of(text: str) -> list[int]:
-        return tokenizer.hf.encode(text, add_special_tokens=False).ids
-
-    # Some tokenizers put a space before the first word of a text. So a text that goes on is encoded
-    # after a character, whose own ids are then dropped.
-    ids_of_fronts = {front: ids_of(front) for front in "a\n"}
-
-    def encode(text: str, inside: bool) -> list[int]:
-        if inside:
-            front = "\n"
-            if text[:1].isspace():
-                front = "a"
-            ids = ids_of(front + text)
-            front_ids = ids_of_fronts[front]
-            if ids[: len(front_ids)] == front_ids:
-                return ids[len(front_ids) :]
-        return ids_of(text)
-
-    return encode
+        return np.array([end], dtype=np.uint32)
+    encode = encoder(tokenizer)
+    if tokenizer.kind == "char" and "\n" not in tokenizer.chars:  # there is a single document
+        return encode("")
+    if tokenizer.kind == "hf":
+        # Some tokenizers put a space before the first word of a text, so not at its beginning.
+        before = encode("a")
+        ids = encode("a\n")
+        if np.array_equal(ids[: len(before)], before):
+            return ids[len(before) :]
+    return encode("\n")
 
 
 if __name__ == "__main__":
