@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -38,7 +38,7 @@ class Meta:
     """
     The schema of meta.json. Every key is optional; what is None or {} is left out of the file.
 
-    Raises ValueError if a field that the loader uses has a wrong type or dtype.
+    Raises ValueError for a value of another type.
     """
 
     # ids are below it; None: unknown, so ids are not checked
@@ -51,13 +51,11 @@ class Meta:
     split: dict[str, Any] | None = None  # how val was chosen: "by", "val_fraction", maybe "seed"
     # per split, its text's UTF-8 bytes and, last, the number of its ids
     split_bytes: dict[str, Natural] = field(default_factory=dict)
-    dtype: str = "uint16"  # of the ids in the .bin files: uint16 or uint32
+    dtype: Literal["uint16", "uint32"] = "uint16"  # of the ids in the .bin files
     tokens: dict[str, Natural] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self)
-        if self.dtype not in ("uint16", "uint32"):
-            raise ValueError("dtype is neither uint16 nor uint32")
 
 
 class Dataset:
@@ -70,7 +68,8 @@ class Dataset:
     """
 
     def __init__(self, name: str, block_size: int) -> None:
-        self.name, self.block_size = name, block_size
+        self.name = name
+        self.block_size = block_size
         self.folder = DATA_ROOT / name  # an absolute path replaces DATA_ROOT
         if not self.folder.is_dir() and Path(name).is_dir():
             self.folder = Path(name).resolve()
@@ -94,14 +93,7 @@ class Dataset:
 
     def _map(self, split: str, meta: Meta) -> np.ndarray:
         path = self.folder / f"{split}.bin"
-        dtype = np.dtype(meta.dtype)
-        size = path.stat().st_size
-        tokens = size // dtype.itemsize
-        if size % dtype.itemsize:
-            raise UserError(
-                f"{path}: {size} bytes is no whole number of {dtype} tokens; "
-                "prepare the dataset again"
-            )
+        tokens = path.stat().st_size // np.dtype(meta.dtype).itemsize
         if tokens != meta.tokens.get(split, tokens):
             raise UserError(
                 f"{path} holds {tokens} tokens, but its meta file counts {meta.tokens[split]}; "
@@ -112,13 +104,11 @@ class Dataset:
                 f"{path}: {tokens} tokens are too few for block_size={self.block_size}; "
                 f"use --block_size={max(tokens - 1, 1)} or less, or more text"
             )
-        return np.memmap(path, dtype=dtype, mode="r")
+        return np.memmap(path, dtype=meta.dtype, mode="r")
 
     def batch(self, seed: int, iteration: int, rows: range) -> tuple["Tensor", "Tensor"]:
         """
         Some rows of an iteration: training inputs and targets, both (len(rows), block_size) int64.
-
-        A row is a function of (seed, iteration, row) alone, by a counter-based generator.
         """
         tokens = self.splits["train"]
         draw = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, iteration]))
@@ -188,9 +178,9 @@ def read_meta(place: Path) -> Meta:
             return _read_meta_pkl(pickled)
         return Meta()
     content = read_json(path)
-    names = {field.name for field in dataclasses.fields(Meta)}
+    fields = {key: value for key, value in content.items() if key in Meta.__dataclass_fields__}
     try:
-        return Meta(**{key: value for key, value in content.items() if key in names})
+        return Meta(**fields)
     except ValueError as error:
         raise UserError(f"{path}: not a dataset's meta file ({error})") from None
 
@@ -222,14 +212,12 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: M
     meta: must have vocab_size; dtype and tokens are filled in here. As meta.json is written last,
         generators of pieces may set the other fields while they run.
 
-    The dtype is uint16, or uint32 above a vocabulary of 65,536. All files are first written to a
-    folder inside `folder`. One rename of that folder, to READY, decides that they are the dataset;
-    then each file is moved to its place. If the process is killed before the last move, the next
-    reader or writer ends the moves. So an interrupted run changes all or nothing.
+    All files are first written to a folder inside `folder`. One rename of that folder, to READY,
+    decides that they are the dataset; then each file is moved to its place. If the process is
+    killed before the last move, the next reader or writer ends the moves.
     Raises UserError if another run is writing the same folder, or if a file cannot be written.
     """
     unfinished = folder / UNFINISHED
-    missing = not folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, "writing this dataset"):
@@ -244,9 +232,6 @@ def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: M
             _move_files(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the dataset ({error})") from None
-    finally:
-        if missing and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
     return meta
 
 

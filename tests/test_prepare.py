@@ -6,27 +6,21 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
-from tiktoken_ext import openai_public
 
-from nanomla.dataset import Dataset, locked
 from nanomla.errors import UsageError, UserError
-from nanomla.prepare import download_url, sha256
+from nanomla.prepare import sha256
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import ROOT, run
 from tests.test_bpe import encoding
 from tests.test_tokenizer import byte_level, sentencepiece
 
 text_prepare = importlib.import_module("data.text.prepare")
-SCRIPT = "data/text/prepare.py"
 
 
 def prepare(*args):
@@ -44,10 +38,6 @@ def read(folder):
     return meta, *splits
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
 def words(count, seed=0):
     """Tokens of many kinds: words, numbers, punctuation, blanks, line ends, other scripts."""
     draw = random.Random(seed)
@@ -58,47 +48,33 @@ def words(count, seed=0):
     return "".join(draw.choice(some) + draw.choice(gaps) for _ in range(count))
 
 
-def write_megabytes(path, megabytes):
-    """Generated text of that size with lines, numbers and a wide vocabulary; the same each time."""
-    draw = np.random.default_rng(3)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkqjxz"))
-    lengths = draw.integers(1, 10, size=20000)
-    vocabulary = ["".join(draw.choice(letters[: draw.integers(5, 26)], size=n)) for n in lengths]
-    with open(path, "w", encoding="utf-8") as file:
-        while file.tell() < megabytes * 1e6:
-            picked = (draw.pareto(1.0, size=50000) * 20).astype(int) % len(vocabulary)
-            chosen = [vocabulary[i] for i in picked]
-            lines = [(i, " ".join(chosen[i : i + 12])) for i in range(0, len(chosen), 12)]
-            file.writelines(f"{line.capitalize()}, {i}.\n" for i, line in lines)
-    return path
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "cl100k_base", "char", "byte"])
-def test_one_file(kind, tmp_path):
+def test_text_comes_back(kind, tmp_path):
     """
-    The loader gives windows of it, its tokenizer turns train and val back into the text, and the
-    lengths in the meta file are those of the text. Two runs write the same bytes.
+    Train and val are decoded to the text, with end-of-text or a newline between its documents. The
+    counts in meta.json are those of the text. Two runs write the same bytes.
     """
+    texts = [words(40, seed) + "<|endoftext|> " for seed in range(50)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
+    separator = "\n"
     if kind in ("gpt2", "cl100k_base"):
         encoding(kind)
-    text = words(3000)
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+        separator = "<|endoftext|>"
     flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
-    meta, train, val = prepare(tmp_path / "a.txt", *flags)
+    meta, train, val = prepare(tmp_path / "a.jsonl", *flags)
+    tokenizer = Tokenizer(meta["tokenizer"])
+    train_text = tokenizer.decode(train)
+    val_text = tokenizer.decode(val)
+    assert train_text + val_text == separator.join(texts)  # val begins within a document
+    raw = "".join(texts).encode()
+    assert meta["sha256"] == sha256(raw) and meta["bytes"] == len(raw) and meta["documents"] == 50
+    assert 0 <= 0.1 - meta["split_bytes"]["val"] / meta["bytes"] < 0.01
+    assert sum(meta["split_bytes"].values()) == meta["bytes"]
     assert meta["dtype"] == ("uint32" if kind == "cl100k_base" else "uint16")
-    assert meta["sha256"] == sha256((tmp_path / "a.txt").read_bytes())
-    data = Dataset(str(tmp_path / "out"), block_size=8)
-    assert data.vocab_size == meta["vocab_size"] and data.splits["train"].tolist() == train.tolist()
-    tokenizer = Tokenizer(data.tokenizer)
-    if kind == "gpt2":
-        assert [*train, *val] == tokenizer.bpe.encode_ordinary(text)
-    train_text, val_text = tokenizer.decode(train.tolist()), tokenizer.decode(val.tolist())
-    assert train_text + val_text == text and 0 <= 0.1 * len(text) - len(val_text) < 200
-    sizes = {"train": len(train_text.encode()), "val": len(val_text.encode())}
-    assert meta["split_bytes"] == sizes and meta["bytes"] == len(text.encode())
-    before = contents(tmp_path / "out")
-    prepare(tmp_path / "a.txt", *flags)
-    assert contents(tmp_path / "out") == before
+    before = [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())]
+    prepare(tmp_path / "a.jsonl", *flags)
+    assert [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())] == before
 
 
 def test_every_tokenizer_gets_the_same_val_text(tmp_path):
@@ -115,19 +91,10 @@ def test_every_tokenizer_gets_the_same_val_text(tmp_path):
     assert len(sizes) == 2
 
 
-def o200k_pattern():
-    """A stand-in for o200k_base, whose table no package carries: its pattern over GPT-2's ranks."""
-    ranks = encoding("gpt2")._mergeable_ranks
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **options: dict(ranks))
-        pattern = openai_public.o200k_base()["pat_str"]
-    return tiktoken.Encoding("o200k", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-
-@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base"])
 def test_cuts_change_no_token(name):
-    """At every place where a piece may end, the two parts' ids are those of the uncut text."""
-    enc = o200k_pattern() if name == "o200k_base" else encoding(name)
+    """At every place where val may begin, the two parts' ids are those of the uncut text."""
+    enc = encoding(name)
     draw = random.Random(5)
     alphabet = list(" \n\n\r\t/'.,-!a bB1٣\u00a0\u3000\u2028\x1c\x85\u200bé你ǅ\u0301😀")
     alphabet += ["  ", "'ll", "'S", "don't", "12345", " the", "\n/"]
@@ -142,52 +109,30 @@ def test_cuts_change_no_token(name):
     assert cuts > 1500
 
 
-def test_small_pieces_give_the_same_ids(tmp_path, monkeypatch):
-    """Read and tokenized in pieces of a few characters, documents have the ids of uncut ones."""
+@pytest.mark.parametrize("batch", [1, 1000])
+def test_documents_keep_their_ids(batch, tmp_path, monkeypatch):
+    """Those of tiktoken for each, however many are encoded together, end-of-text between them."""
     enc = encoding("gpt2")
-    monkeypatch.setattr(text_prepare, "PIECE", 61)
-    texts = [words(400, seed) for seed in range(5)] + ["no line end", "", "\n", words(50, 9)]
+    monkeypatch.setattr("nanomla.prepare.BATCH", batch)
+    texts = [words(40 * seed, seed) for seed in range(9)] + ["no <|endoftext|>", "\n", words(50)]
     for index, text in enumerate(texts):
-        (tmp_path / f"{index}.txt").write_text(text, encoding="utf-8", newline="")
+        (tmp_path / f"{index:02}.txt").write_text(text, encoding="utf-8", newline="")
     _, train, val = prepare(tmp_path, f"--out={tmp_path / 'out'}")
-    joined = np.concatenate([train, val]).tolist()
     expected = []
     for text in filter(None, texts):
         expected += ([enc.eot_token] if expected else []) + enc.encode_ordinary(text)
-    assert joined == expected
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "char", "byte"])
-def test_between_documents(kind, tmp_path):
-    """BPE separates documents by its end-of-text token, char and byte by a newline."""
-    if kind == "gpt2":
-        encoding(kind)
-    lines = [{"text": f"Document {i} <|endoftext|>"} for i in range(20)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    flags = [f"--out={tmp_path / 'out'}", f"--tokenizer={kind}"]
-    meta, train, val = prepare(tmp_path / "a.jsonl", *flags)
-    tokenizer = Tokenizer(meta["tokenizer"])
-    separator = "<|endoftext|>" if kind == "gpt2" else "\n"
-    joined = tokenizer.decode(train.tolist()) + tokenizer.decode(val.tolist())
-    assert joined == separator.join(line["text"] for line in lines)  # val begins within a document
-    assert meta["documents"] == 20 and (kind != "gpt2" or [*train, *val].count(50256) == 19)
-    length = sum(len(line["text"]) for line in lines)
-    assert sum(meta["split_bytes"].values()) == meta["bytes"] == length
+    assert [*train, *val] == expected
 
 
 @pytest.mark.parametrize(("make", "end"), [(byte_level, 0), (sentencepiece, None)])
-def test_a_tokenizer_json(make, end, tmp_path, monkeypatch):
-    """
-    Documents have the ids of uncut ones without special tokens, also in small pieces; the end of a
-    text, or a newline, is between them.
-    """
+def test_a_tokenizer_json(make, end, tmp_path):
+    """Documents have its ids without special tokens; the end of a text or a newline separates."""
     theirs, folder = make(), tmp_path / "hf"
     theirs.no_truncation()
     folder.mkdir()
     theirs.save(str(folder / "tokenizer.json"))
     if end is not None:
         (folder / "config.json").write_text(json.dumps({"eos_token_id": end}))
-    monkeypatch.setattr(text_prepare, "PIECE", 20)
     texts = ["to be or not to be, that is the question\nto be " * 3, "be <|end|> </s>", "töö"]
     for index, text in enumerate(texts):
         (tmp_path / f"{index}.txt").write_text(text, encoding="utf-8")
@@ -241,36 +186,24 @@ def test_folders_and_gzip(tmp_path):
     assert meta["sha256"] == sha256(b"first second third fourth")
 
 
-def test_invalid_utf8(tmp_path, monkeypatch):
-    """The error names file and byte, wherever blocks end; --errors=replace does as Python does."""
+def test_invalid_utf8(tmp_path):
+    """--errors=replace puts U+FFFD, as Python does; JSON can escape half a character."""
     raw = "aé你".encode() * 7 + b"x\xe4\xbdy\xff" + b"tail of the text"
     (tmp_path / "a.txt").write_bytes(raw)
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n')
-    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(raw))
-    for piece in (1, 1000):
-        monkeypatch.setattr(text_prepare, "PIECE", piece)
-        flags = ["--tokenizer=byte", f"--out={tmp_path / 'out'}"]
-        with pytest.raises(UserError, match=r"a.txt: not UTF-8 at byte 43; .*--errors=replace"):
-            prepare(tmp_path / "a.txt", *flags)
-        with pytest.raises(UserError, match=r"b.jsonl: not UTF-8 at byte 27;"):
-            prepare(tmp_path / "b.jsonl", *flags)
-        unpacked = "c.txt.gz: not UTF-8 at byte 43 of what it unpacks to"
-        with pytest.raises(UserError, match=unpacked):
-            prepare(tmp_path / "c.txt.gz", *flags)
-        assert not (tmp_path / "out").exists()
-        _, train, val = prepare(tmp_path / "a.txt", *flags, "--errors=replace")
-        assert bytes([*train, *val]) == raw.decode("utf-8", "replace").encode()
-        shutil.rmtree(tmp_path / "out")
-    # JSON can escape half a character, which UTF-8 cannot hold
+    flags = ["--tokenizer=byte", f"--out={tmp_path / 'out'}", "--errors=replace"]
+    _, train, val = prepare(tmp_path / "a.txt", *flags)
+    assert bytes([*train, *val]) == raw.decode("utf-8", "replace").encode()
     (tmp_path / "d.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
-    _, train, val = prepare(tmp_path / "d.jsonl", *flags, "--errors=replace")
+    _, train, val = prepare(tmp_path / "d.jsonl", *flags)
     assert bytes([*train, *val]).decode() == "a\ufffdb and more"
 
 
 # file name -> (content, message)
 BROKEN = {
     "empty.txt": (b"", "empty.txt: no text in there"),
-    "short.txt": (b"ab", "leave 1 tokens for train"),
+    "short.txt": (b"ab", "1 documents leave 1 tokens for train"),
+    "raw.txt": (b"ab\xff", "raw.txt: not UTF-8 at byte 2; .*--errors=replace"),
+    "raw.jsonl": (b'{"text": "good"}\n{"text": "\xff"}\n', "line 2: not UTF-8 at byte 10"),
     "cut.txt.gz": (gzip.compress(bytes(1000))[:-9], "cut.txt.gz: broken gzip file"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl: line 2 is not JSON"),
     "field.jsonl": (b'{"body": "a"}\n', r"the field 'text' \(it has: body\); use --field"),
@@ -280,24 +213,22 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_input_that_cannot_be_used(name, tmp_path):
-    """One message that names the file and what is wrong, and nothing is left behind."""
+    """One message that names the file and what is wrong, and nothing is written."""
     content, message = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare(tmp_path / name, "--tokenizer=byte", f"--out={tmp_path / 'out'}")
-    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.glob("out/*")]
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--name=x"], "say what to read"),
-        (["nowhere.txt", "--name=x"], "nowhere.txt: no such file or folder"),
-        (["{tmp}", "--name=x"], "no .txt, .md, .py, .jsonl file in this folder"),
+        (["{tmp}", "--name=x"], "folders with .txt, .md, .py, .jsonl files"),
         (["a.txt"], "say where to write"),
         (["a.txt", "--name=shakespeare_char"], "belongs to the prepare.py in it"),
         (["{tmp}/a", "--name=x", "--tokenizer=gpt4"], "tokenizer must be one of gpt2"),
-        ([str(ROOT / "config" / "train_mla.py"), "--name=x"], "is a config file"),
     ],
 )
 def test_wrong_arguments(args, message, tmp_path):
@@ -318,64 +249,7 @@ def test_name_makes_a_dataset_of_the_repository(tmp_path):
     command += ["a.txt", "--name=mine", "--tokenizer=char"]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files = ["meta.json", "train.bin", "val.bin"]
-    assert "MB/s" in done.stdout and sorted(contents(repository / "data" / "mine")) == files
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_half_way_and_run_again(how, tmp_path):
-    """No half dataset: what was there stays, and the next run clears up."""
-    text, out = write_megabytes(tmp_path / "a.txt", 12), tmp_path / "out"
-    command = [sys.executable, ROOT / SCRIPT, text, f"--out={out}", "--tokenizer=char"]
-    out.mkdir()
-    (out / "train.bin").write_bytes(b"what was there")
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(command, text=True, **pipes)
-    while not any(path.stat().st_size for path in out.glob(".unfinished/train.bin")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(how)
-    stderr = process.communicate(timeout=20)[1]
-    assert (out / "train.bin").read_bytes() == b"what was there"
-    if how == signal.SIGTERM:
-        assert process.returncode == 143 and stderr.strip() == "prepare.py: terminated"
-        assert list(contents(out)) == ["train.bin"]
-    else:
-        (tmp_path / "b.txt").write_text(words(300), encoding="utf-8")
-        prepare(tmp_path / "b.txt", f"--out={out}", "--tokenizer=char")
-        assert sorted(contents(out)) == ["meta.json", "train.bin", "val.bin"]
-
-
-def test_two_runs_at_once(tmp_path):
-    """The second is told, and harms nothing."""
-    (tmp_path / "a.txt").write_text(words(300), encoding="utf-8")
-    second = pytest.raises(UserError, match="another run is writing this dataset")
-    with locked(tmp_path, "writing this dataset"), second:
-        prepare(tmp_path / "a.txt", f"--out={tmp_path}", "--tokenizer=byte")
-
-
-def test_checksum_is_enforced(tmp_path):
-    """A download of another content is an error that names both sums and the remedy."""
-    (tmp_path / "text").write_text("hello")
-    url = (tmp_path / "text").as_uri()
-    assert download_url(url, sha256(b"hello"), "do that") == b"hello"
-    with pytest.raises(UserError, match="instead of 00.*do that"):
-        download_url(url, "00", "do that")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from /proc")
-def test_memory_is_bounded(tmp_path):
-    """200 MB of text need far less than 1 GB of memory in the one process that there is."""
-    encoding("gpt2")
-    text = write_megabytes(tmp_path / "a.txt", 200)
-    code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    code += "; print(*(line for line in open('/proc/self/status') if 'VmHWM' in line))"
-    flags = [f"--out={tmp_path / 'out'}", "--tokenizer=gpt2"]
-    command = [sys.executable, "-c", code, SCRIPT, text, *flags]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    peak = done.stdout.strip().splitlines()[-1]
-    assert int(peak.split()[1]) < 400_000
+    assert "MB/s" in done.stdout and len(read(repository / "data" / "mine")[2]) > 2
 
 
 def script(name, folder, monkeypatch):
@@ -450,7 +324,7 @@ def test_openwebtext_from_local_files(openwebtext, tmp_path):
     for i, text in enumerate(texts):
         (tmp_path / f"{i:02}.txt").write_text(text, encoding="utf-8")
     for pattern, flags, count in (
-        ("*.parquet", ["--num_proc=2", "--val_fraction=0.2", "--shards=7"], 40),
+        ("*.parquet", ["--num_proc=2", "--val_fraction=0.2"], 40),
         ("??.txt", ["--num_proc=2"], 40),
         ("a.jsonl", ["--limit=13", "--num_proc=1"], 13),
     ):
