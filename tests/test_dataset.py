@@ -168,22 +168,6 @@ def test_dataset_errors_say_what_to_do(tmp_path, dataset):
         Dataset(str(tmp_path), 4)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "cannot be read"),
-        ('{"dtype": "int8"}', "dtype='int8' does not work: dtype must be one of uint16, uint32"),
-        ('{"tokens": {"train": "9"}}', r"tokens\['train'\]='9' does not work: .* whole number .*"),
-    ],
-)
-def test_a_wrong_meta_file(content, message, tmp_path):
-    """One line that names file and field."""
-    (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(UserError, match=rf"meta.json: .*{message}") as caught:
-        read_meta(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
 def test_nanogpt_meta_pkl(tmp_path):
     """nanoGPT's meta.pkl is understood; one that would run code is refused without running it."""
     chars = "\n ab"
