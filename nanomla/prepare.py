@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,7 +27,14 @@ TINY_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-BATCH = 1 << 17  # characters after which a batch of documents is full
+BATCH = 1 << 17  # characters after which a batch of texts is full
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one."""
+
+    text: str
+    begins: bool = True  # False: it goes on with the document of the piece before
 
 
 def sha256(data: bytes) -> str:
@@ -142,7 +149,7 @@ def cores() -> int:
 
 def encode_split(
     split: str,
-    documents: Iterable[str],
+    pieces: Iterable[Piece],
     encode: Callable[[str], np.ndarray],
     separator: np.ndarray,
     meta: Meta,
@@ -150,38 +157,52 @@ def encode_split(
 ) -> Iterator[np.ndarray]:
     """
     The ids of a split's documents in order, the separator between them, encoded on all cores.
+    The first piece begins a document, or goes on with one of another split.
 
     encode must release the GIL for threads to help. The bar moves by the text's bytes, which are
     counted in meta.split_bytes. Raises UserError if there are fewer than two tokens.
     """
 
-    def encode_batch(batch: list[str]) -> tuple[np.ndarray, int]:
+    def encode_batch(batch: list[Piece]) -> tuple[np.ndarray, int]:
         parts = []
-        for text in batch:
-            parts += [separator, encode(text)]
-        return np.concatenate(parts), sum(len(text.encode("utf-8")) for text in batch)
+        size = 0
+        for piece in batch:
+            if piece.begins:
+                parts.append(separator)
+            parts.append(encode(piece.text))
+            size += len(piece.text.encode("utf-8"))
+        return np.concatenate(parts), size
 
     meta.split_bytes[split] = 0
-    tokens = -len(separator)  # the one before the first document is left out
-    for ids, size in _in_order(encode_batch, _batches(documents)):
+    tokens = 0
+    for ids, size in _in_order(encode_batch, _batches(_without_first_separator(pieces))):
         meta.split_bytes[split] += size
         bar.update(size)
-        yield ids[max(-tokens, 0) :]
         tokens += len(ids)
+        yield ids
     if tokens < 2:
         raise UserError(
-            f"{meta.documents} documents leave {max(tokens, 0)} tokens for {split}; "
+            f"{meta.documents} documents leave {tokens} tokens for {split}; "
             "use more text, another --val_fraction, or another --split"
         )
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of documents, because a call on a thread for each small one takes longer than it."""
+def _without_first_separator(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces, of which the first needs no separator before it."""
+    pieces = iter(pieces)
+    for first in pieces:
+        yield Piece(first.text, begins=False)
+        break
+    yield from pieces
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces, because a call on a thread for each small one takes longer than it."""
     batch = []
     characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
         if characters >= BATCH:
             yield batch
             batch = []

@@ -34,7 +34,7 @@ from nanomla.bpe import load_encoding
 from nanomla.checks import Count, Positive, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
-from nanomla.prepare import cores, encode_split, report
+from nanomla.prepare import Piece, cores, encode_split, report
 from nanomla.settings import configure
 
 if TYPE_CHECKING:
@@ -92,13 +92,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     digest = hashlib.sha256()
 
-    def texts(documents: "Dataset") -> Iterator[str]:
+    def texts(documents: "Dataset") -> Iterator[Piece]:
         for batch in documents.iter(batch_size=1000):
             for text in batch[cfg.field]:
                 raw = text.encode("utf-8")
                 digest.update(raw)
                 meta.bytes += len(raw)
-                yield text
+                yield Piece(text)
         meta.sha256 = digest.hexdigest()
 
     with tqdm(unit="B", unit_scale=True, desc="gpt2", disable=None) as bar:

@@ -21,8 +21,9 @@ without such a place it begins exactly there. --split=document: a document is in
 hash of --seed and its number is below --val_fraction. Both depend on the text alone, so every
 tokenizer gets the same val text, and bits per byte can be compared.
 
-The text is read once to check and measure it, and once more for each split. Documents are
-tokenized on all cores, each whole by one of them, so memory grows with the largest document only.
+The text is read once to check and measure it, and once more for each split. It is tokenized on all
+cores, a long text in pieces that are cut between tokens, so that memory does not grow with it. Only
+a tokenizer.json, which may treat the start of a text in its own way, gets every document whole.
 """
 
 import functools
@@ -36,7 +37,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import IO, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -49,12 +50,13 @@ from nanomla.checks import Positive, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.files import read_json
-from nanomla.prepare import encode_chars, encode_split, report
+from nanomla.prepare import Piece, encode_chars, encode_split, report
 from nanomla.settings import configure
 from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf
 
 TOKENIZERS = ("gpt2", "cl100k_base", "o200k_base", "char", "byte")  # all others are files
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # the files that are read in a folder
+PIECE = 1 << 19  # characters of a long text that are tokenized at a time
 NEAR = 4096  # characters after the share of train in which val may begin
 # Where text may be cut, as BPE begins a new token here: before a space that follows anything but
 # white space, and after a line end between two characters that are no white space, the second of
@@ -123,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=meta.bytes, unit="B", unit_scale=True, desc=name, disable=None) as bar:
         splits = {}
         for split in ("train", "val"):
-            documents = select_split(split, read_documents(files, cfg), cfg, characters)
-            splits[split] = encode_split(split, documents, encode, between, meta, bar)
+            pieces = select_split(split, read_pieces(files, cfg), cfg, characters)
+            splits[split] = encode_split(split, pieces, encode, between, meta, bar)
         meta = write_dataset(folder, splits, meta)
     speed = meta.bytes / 1e6 / (time.perf_counter() - start)
     report(folder, meta)
@@ -170,11 +172,11 @@ def survey(files: list[Path], cfg: PrepareConfig, meta: Meta) -> tuple[int, str]
     characters = 0
     chars = set()
     with tqdm(unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-        for text in read_documents(files, cfg):
+        for text, begins in read_pieces(files, cfg):
             raw = text.encode("utf-8")
             digest.update(raw)
             meta.bytes += len(raw)
-            meta.documents += 1
+            meta.documents += begins
             characters += len(text)
             if cfg.tokenizer == "char":
                 chars.update(text)
@@ -187,9 +189,9 @@ def survey(files: list[Path], cfg: PrepareConfig, meta: Meta) -> tuple[int, str]
     return characters, "".join(sorted(chars))
 
 
-def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[str]:
+def read_pieces(files: list[Path], cfg: PrepareConfig) -> Iterator[Piece]:
     """
-    The documents that are not empty.
+    The documents that are not empty, long texts in pieces.
 
     Raises UserError naming the file, and the byte or line, for what cannot be read.
     """
@@ -198,19 +200,47 @@ def read_documents(files: list[Path], cfg: PrepareConfig) -> Iterator[str]:
         if path.suffix == ".gz":
             opened = gzip.open
         try:
-            with opened(path, "rb") as file:
-                if path.name.removesuffix(".gz").endswith(".jsonl"):
+            if path.name.removesuffix(".gz").endswith(".jsonl"):
+                with opened(path, "rb") as file:
                     for number, line in enumerate(file, start=1):
                         if line.strip():
                             text = read_line(line, f"{path}: line {number}", cfg)
                             if text:
-                                yield text
-                else:
-                    text = decode(file.read(), str(path), cfg)
-                    if text:
-                        yield text
+                                yield Piece(text)
+            else:
+                begins = True
+                for text in read_text(path, opened, cfg):
+                    yield Piece(text, begins)
+                    begins = False
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{path}: broken gzip file ({error})") from None
+
+
+def read_text(path: Path, opened: Callable[..., IO], cfg: PrepareConfig) -> Iterator[str]:
+    """A text in pieces of about PIECE characters, cut between tokens."""
+    rest = ""
+    try:
+        with opened(path, "rt", encoding="utf-8", errors=cfg.errors, newline="") as file:
+            while block := file.read(PIECE):
+                rest += block
+                if cfg.tokenizer in TOKENIZERS:
+                    cut = _last_cut(rest)
+                    yield rest[:cut]
+                    rest = rest[cut:]
+    except UnicodeDecodeError:  # which knows the place in a block of the file only
+        with opened(path, "rb") as file:
+            decode(file.read(), str(path), cfg)
+    if rest:
+        yield rest
+
+
+def _last_cut(text: str) -> int:
+    """The last place in a text where no token is cut; its end if there is none."""
+    for start in (max(len(text) - NEAR, 1), 1):  # it is nearly always close to the end
+        places = [match.start() for match in CUT.finditer(text, start)]
+        if places:
+            return places[-1]
+    return len(text)
 
 
 def read_line(line: bytes, where: str, cfg: PrepareConfig) -> str:
@@ -252,16 +282,18 @@ def decode(raw: bytes, where: str, cfg: PrepareConfig) -> str:
 
 
 def select_split(
-    split: str, documents: Iterator[str], cfg: PrepareConfig, characters: int
-) -> Iterator[str]:
-    """The documents, or parts of documents, in this split. characters: those of all the text."""
+    split: str, pieces: Iterator[Piece], cfg: PrepareConfig, characters: int
+) -> Iterator[Piece]:
+    """The pieces, or parts of pieces, in this split. characters: those of all the text."""
     boundary = int((1 - cfg.val_fraction) * characters)
-    start = 0  # characters before this document
-    for index, text in enumerate(documents):
+    document = -1
+    start = 0  # characters before this piece
+    for text, begins in pieces:
+        document += begins
         end = start + len(text)
         if cfg.split == "tail":
             cut = _tail_cut(text, boundary - start, is_last=end >= characters)
-        elif _in_val(index, cfg):
+        elif _in_val(document, cfg):
             cut = 0
         else:
             cut = len(text)
@@ -270,11 +302,11 @@ def select_split(
         if split == "train":
             part = text[:cut]
         if part:
-            yield part
+            yield Piece(part, begins)
 
 
 def _tail_cut(text: str, boundary: int, is_last: bool) -> int:
-    """Where val begins in a document: at its boundary, or soon after it where no token is cut."""
+    """Where val begins in a piece: at its boundary, or soon after it where no token is cut."""
     if boundary <= 0:
         return 0
     if boundary >= len(text):
@@ -283,7 +315,7 @@ def _tail_cut(text: str, boundary: int, is_last: bool) -> int:
     if place:
         return place.start()
     if len(text) - boundary <= NEAR and not is_last:
-        return len(text)  # where the next document begins
+        return len(text)  # where the next piece begins
     return boundary
 
 
