@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanomla.batch import Piece, Token
-from nanomla.serve.protocol import ApiError, Reply, make_requests, read_params
+from nanomla.serve.protocol import ApiError, Completion, read_params
 from nanomla.text import StreamDecoder
 from nanomla.tokenizer import Tokenizer
 
