@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from model import GPT
-from nanomla.serve.listener import Listener
 from nanomla.serve.protocol import Params
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import (
@@ -424,13 +423,6 @@ def test_too_many_clients(server):
     assert server.ask(*POST, {**QUICK, "n": ROWS + 1})[0] == 400
 
 
-def test_it_sleeps_when_there_is_nothing_to_do(server):
-    """No loop that spins."""
-    before = server.metric("process_cpu_seconds_total")
-    time.sleep(0.5)
-    assert server.metric("process_cpu_seconds_total") - before <= 0.05
-
-
 # ---- what is refused
 
 
@@ -494,25 +486,6 @@ def test_nonsense_in_every_field(server):
                 assert answer["error"]["param"] in (name, "n", "stream_options"), (name, value)
                 assert "\n" not in answer["error"]["message"]
     assert server.stderr() == "" and server.complete(**QUICK)
-
-
-def test_a_connection_too_many_is_refused_where_all_are_being_answered():
-    """It is closed at once, and those that are being answered stay."""
-    listener = Listener(socket.AF_INET, socket.SOCK_STREAM, 0)
-    with contextlib.closing(listener), contextlib.ExitStack() as stack:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        listener.most = 1
-        first, second = (
-            stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(2)
-        )
-        accepted, client = listener.accept()
-        with accepted, listener.answering(client):
-            with pytest.raises(BlockingIOError):
-                listener.accept()
-            assert second.recv(1) == b""
-            accepted.send(b"a")
-            assert first.recv(1) == b"a"
 
 
 # ---- servers of their own

@@ -35,7 +35,7 @@ from nanomla.errors import UserError
 from nanomla.files import parse_json
 from nanomla.runlog import read_log
 from nanomla.serve.listener import PATIENCE, Listener
-from nanomla.serve.protocol import ApiError, Completion, Fields, encode, read_fields, read_params
+from nanomla.serve.protocol import ApiError, Completion, Fields, encode, read_params
 from nanomla.serve.stepper import LEFT, Call, Served, Stepper
 
 PAGE = Path(__file__).resolve().parent / "page"
@@ -66,27 +66,28 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def as_json(value: Any, status: int = 200) -> Response:
     """A response of the API. Numbers that JSON does not have must have been replaced before."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Response(text, status, {**NOT_STORED, **(headers or {})}, JSON)
+    return Response(text, status, NOT_STORED, JSON)
 
 
 async def as_error(request: Request, error: Exception) -> Response:
     """The response that an error is. A mistake of ours is printed, and the server goes on."""
     headers = {}
     if isinstance(error, HTTPException):  # of Starlette's routes
-        headers.update(error.headers or {})
-        message = ERRORS.get(error.status_code, error.detail)
-        error = ApiError(error.status_code, message)
+        headers = error.headers or {}
+        error = ApiError(error.status_code, ERRORS.get(error.status_code, error.detail))
     if not isinstance(error, ApiError):
         traceback.print_exception(error, file=sys.stderr)
         error = ApiError(500, "an error of the server, which it has printed")
+    response = as_json(error.body(), error.status)
+    response.headers.update(headers)
     if error.status == 503:
-        headers["Retry-After"] = "1"
+        response.headers["Retry-After"] = "1"
     if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return as_json(error.body(), error.status, headers)
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 # ---- what every request passes
@@ -413,7 +414,7 @@ class Site:
 
     async def attention(self, request: Request) -> Response:
         """The attention weights of one layer over some tokens, while the model is not busy."""
-        fields = read_fields(AttentionFields, await read_body(request))
+        fields = AttentionFields.read(await read_body(request))
         served = self.find(fields.model)
         config = served.model.config
         tokens = fields.tokens[-min(config.block_size, LONGEST_PICTURE) :]
@@ -439,7 +440,7 @@ class Site:
 
     async def tokenize(self, request: Request) -> Response:
         """A text's tokens."""
-        fields = read_fields(TokenizeFields, await read_body(request))
+        fields = TokenizeFields.read(await read_body(request))
         tokenizer = self.find(fields.model).tokenizer
 
         def tokens() -> dict[str, list]:

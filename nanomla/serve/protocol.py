@@ -15,7 +15,7 @@ import difflib
 import secrets
 import time
 import typing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -78,31 +78,28 @@ class Fields(BaseModel):
                 fields[name] = value
         return fields
 
-
-AnyFields = TypeVar("AnyFields", bound=Fields)
-
-
-def read_fields(kind: type[AnyFields], body: dict[str, Any]) -> AnyFields:
-    """The checked fields of a JSON object. Raises ApiError for the first that is wrong."""
-    for name in body:
-        if name not in kind.model_fields:
-            close = difflib.get_close_matches(name[:60], kind.model_fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ApiError(400, f"there is no field {brief(name)}{hint}", name[:60])
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    name = first["loc"][0]
-    if first["type"] == "value_error":  # of a validator below
-        raise ApiError(400, str(first["ctx"]["error"]), name)
-    if first["type"] == "missing":
-        raise ApiError(400, f"{name} is missing", name)
-    works = kind.model_fields[name].description
-    if works is None:
-        works = in_words(typing.get_type_hints(kind, include_extras=True)[name])
-    message = f"{name}={brief(body[name])} does not work: {name} must be {works}"
-    raise ApiError(400, message, name)
+    @classmethod
+    def read(cls, body: dict[str, Any]) -> Self:
+        """The checked fields of a JSON object. Raises ApiError for the first that is wrong."""
+        for name in body:
+            if name not in cls.model_fields:
+                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ApiError(400, f"there is no field {brief(name)}{hint}", name)
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        name = first["loc"][0]
+        if first["type"] == "value_error":  # of a validator below
+            raise ApiError(400, str(first["ctx"]["error"]), name)
+        if first["type"] == "missing":
+            raise ApiError(400, f"{name} is missing", name)
+        works = cls.model_fields[name].description
+        if works is None:
+            works = in_words(typing.get_type_hints(cls, include_extras=True)[name])
+        message = f"{name}={brief(body[name])} does not work: {name} must be {works}"
+        raise ApiError(400, message, name)
 
 
 class StreamOptions(BaseModel):
@@ -174,7 +171,7 @@ class Params(Fields):
 
 def read_params(body: dict[str, Any], limit: int) -> Params:
     """The checked fields of a request. limit: its largest max_tokens. Raises ApiError."""
-    params = read_fields(Params, body)
+    params = Params.read(body)
     if "max_tokens" not in params.model_fields_set:
         params.max_tokens = min(params.max_tokens, limit)
     if params.max_tokens > limit:
