@@ -156,11 +156,9 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
     opened = open_model(cfg, stored)
     model = opened.model
     batch = Batch(model, opened.tokenizer, cfg.rows, opened.cache_dtype)
-    folder = Path(source)
+    folder = Path(source).resolve()  # "." has no name
     if folder.is_file():
         folder = folder.parent
-    if folder.exists():
-        folder = folder.resolve()  # "." has no name
     log = folder / "log.jsonl"
     val_loss = stored.best_val_loss
     about = {
@@ -178,7 +176,7 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
         if value is not None or name not in settings:
             settings[name] = value
     return Served(
-        name=folder.name or "model", model=model, tokenizer=opened.tokenizer, batch=batch,
+        name=folder.name, model=model, tokenizer=opened.tokenizer, batch=batch,
         about=about, settings=settings, log=log, most=cfg.rows + cfg.queue,
     )  # fmt: skip
 

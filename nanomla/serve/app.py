@@ -284,7 +284,7 @@ class Site:
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
-            Route("/v1/models/{name}", self.one_model),
+            Route("/v1/models/{name}", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/api/log", self.log),
             Route("/api/attention", self.attention, methods=["POST"]),
@@ -317,13 +317,11 @@ class Site:
         return Response(text, 200, NOT_STORED, prometheus.CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
-        """OpenAI's list of models."""
+        """OpenAI's list of models, or the one that is named."""
+        if "name" in request.path_params:
+            return as_json(_model_object(self.find(request.path_params["name"])))
         data = [_model_object(served) for served in self.served.values()]
         return as_json({"object": "list", "data": data})
-
-    async def one_model(self, request: Request) -> Response:
-        """One of them."""
-        return as_json(_model_object(self.find(request.path_params["name"])))
 
     # ---- completions
 
@@ -337,8 +335,7 @@ class Site:
             # Beside the loop, because a long text takes long to turn into tokens.
             arguments = (params, name, served.tokenizer, served.most)
             completion = await asyncio.to_thread(Completion, *arguments)
-            for one in completion.requests:
-                _check(served, one)
+            _check(served, completion)
             call = Call(served, completion.requests)
             self.stepper.open(call)
         except ApiError as error:
@@ -450,10 +447,11 @@ class Site:
         return as_json(await asyncio.to_thread(tokens))
 
 
-def _check(served: Served, request: Any) -> None:
+def _check(served: Served, completion: Completion) -> None:
     """Raise ApiError for what a model's batch cannot do, in the words of the protocol."""
     try:
-        served.batch.check(request)
+        for request in completion.requests:
+            served.batch.check(request)
     except UserError as error:
         message = str(error).replace("window=", "truncate_prompt_tokens=")
         name, equals, _ = message.partition("=")
