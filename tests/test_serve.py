@@ -6,7 +6,6 @@ Run: python -m pytest tests/test_serve.py
 import contextlib
 import http.client
 import json
-import os
 import re
 import signal
 import socket
@@ -20,7 +19,6 @@ import pytest
 import torch
 
 from model import GPT
-from nanomla.serve.listener import Listener
 from nanomla.serve.protocol import Params
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import (
@@ -43,8 +41,7 @@ CHARS = "".join(map(chr, range(32, 127))) + "\n"
 JSON = {"Content-Type": "application/json"}
 POST = ("POST", "/v1/completions")
 QUICK = {"model": "out-mla", "prompt": "to be", "max_tokens": 4}
-LONG = {"model": "out-mla", "prompt": "to be", "max_tokens": 3000, "stream": True}
-ENDLESS = {**LONG, "max_tokens": 1_000_000}
+LONG = {"model": "out-mla", "prompt": "to be", "max_tokens": 1_000_000, "stream": True}
 START = """
 import sys
 import nanomla.serve.app, nanomla.serve.listener, nanomla.serve.stepper, tools.serve
@@ -53,37 +50,71 @@ sys.argv[0] = "serve.py"
 {patch}
 run_script(tools.serve.main)
 """
+STRICT = """
+import resource, socket
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+nanomla.serve.app.PATIENCE = nanomla.serve.listener.PATIENCE = 1.0
+tools.serve.GRACE = 1.5
+listen = tools.serve.listen
+def listen_with_small_buffers(cfg):
+    listener = listen(cfg)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+    return listener
+tools.serve.listen = listen_with_small_buffers
+"""
+FAILING = """
+import dataclasses
+step = nanomla.serve.stepper.Batch.step
+def failing(self):
+    if any(request.seed == 666 for request in self.waiting):
+        raise RuntimeError("a mistake")
+    pieces = step(self)
+    for i, piece in enumerate(pieces):
+        if piece.request.seed == 102 and piece.made == 3:
+            self.cancel(piece.request)  # so that this is the sample's only end
+            pieces[i] = dataclasses.replace(piece, finish="error", error="not finite")
+    return pieces
+nanomla.serve.stepper.Batch.step = failing
+nanomla.serve.app.encode = None
+"""
+SERVERS = {  # flags, and what is changed in the modules
+    "plain": (["--compare={folder}/out-mha", f"--rows={ROWS}", f"--queue={QUEUE}"], ""),
+    "strict": (["--host=0.0.0.0", "--token=secret"], STRICT),
+    "failing": ([], FAILING),
+}
 
 
 class Server:
     """A server's process and a client for it."""
 
-    def __init__(self, folder, *flags, patch=""):
+    def __init__(self, folder, name):
+        flags, patch = SERVERS[name]
+        flags = [f"--out_dir={folder}/out-mla", "--port=0", "--max_tokens=1000000", *flags]
+        command = ["-c", START.format(patch=patch)] if patch else ["-m", "tools.serve"]
         self.headers = {}  # of every request
         self.printed = []
-        command = ["-c", START.format(patch=patch)] if patch else ["-m", "tools.serve"]
-        self.errors = folder / f"stderr-{len(list(folder.glob('stderr-*')))}"
+        self.errors = folder / f"stderr-{name}"
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, *command, f"--out_dir={folder}/out-mla", "--port=0", *flags],
+                [sys.executable, *command, *(flag.format(folder=folder) for flag in flags)],
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
 
     def ready(self):
         """Wait until it takes requests."""
-        for line in self.process.stdout:
-            self.printed.append(line.strip())
-            if line.startswith("http://"):
-                self.port = int(line.rpartition(":")[2])
-                break
-        assert self.printed, self.stderr()
+        while not self.printed or "http://" not in self.printed[-1]:
+            self.printed.append(self.process.stdout.readline().strip())
+            assert self.printed[-1], self.stderr()
+        self.port = int(self.printed[-1].rpartition(":")[2])
         return self
 
     def stderr(self):
         return self.errors.read_text()
 
-    def ask(self, method, path, body=None, headers=None):
-        """Status, headers and the content, JSON if it is; body: bytes, or what becomes JSON."""
+    @contextlib.contextmanager
+    def response(self, method, path, body=None, headers=None):
+        """A response that has begun; body: bytes, or what becomes JSON."""
         headers = {**self.headers, **(headers or {})}
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
@@ -91,11 +122,15 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read()
+            yield connection.getresponse()
+
+    def ask(self, method, path, body=None, headers=None):
+        """Status, headers and the content, JSON if it is."""
+        with self.response(method, path, body, headers) as response:
+            content = response.read().decode()
             if response.headers.get_content_type() == "application/json" and content:
-                return response.status, response.headers, json.loads(content)
-            return response.status, response.headers, content.decode()
+                content = json.loads(content)
+            return response.status, response.headers, content
 
     def complete(self, **body):
         """The content of a completion that works."""
@@ -105,6 +140,9 @@ class Server:
 
     def text(self, **body):
         return self.complete(**body)["choices"][0]["text"]
+
+    def stream(self, **body):
+        return self.response(*POST, {**LONG, **body})
 
     def send(self, content):
         """A socket that has sent these bytes, which need not be HTTP."""
@@ -117,20 +155,12 @@ class Server:
         with self.send(content) as sock:
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
-    @contextlib.contextmanager
-    def stream(self, **body):
-        """A stream's response, which has begun; the connection ends with the block."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        with contextlib.closing(connection):
-            connection.request(*POST, json.dumps({**LONG, **body}), {**JSON, **self.headers})
-            yield connection.getresponse()
-
     def metric(self, name, **labels):
         """The sum of a metric's values that have these labels."""
-        text = self.ask("GET", "/metrics")[2]
         total = 0.0
-        for line in re.findall(rf"^{name}(?:{{.*}})? .*$", text, re.MULTILINE):
-            if all(f'{key}="{value}"' in line for key, value in labels.items()):
+        for line in self.ask("GET", "/metrics")[2].splitlines():
+            wanted = [f'{key}="{value}"' for key, value in labels.items()]
+            if re.match(rf"{name}[{{ ]", line) and all(label in line for label in wanted):
                 total += float(line.split()[-1])
         return total
 
@@ -142,17 +172,13 @@ class Server:
             time.sleep(0.02)
         return True
 
-    def end(self, number=signal.SIGTERM):
-        """Send a signal; returns the exit status."""
-        self.process.send_signal(number)
-        return self.process.wait(20)
-
 
 def posted(body):
     """The bytes of a request."""
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n"
-    return f"{head}Content-Type: application/json\r\n\r\n".encode() + content
+    head += "Authorization: Bearer secret\r\nContent-Type: application/json\r\n\r\n"
+    return head.encode() + content
 
 
 def events(response):
@@ -167,7 +193,7 @@ def save_run(folder, spec, **settings):
     folder.mkdir()
     tokenizer = Tokenizer(spec)
     torch.manual_seed(1)
-    shape = {"block_size": CONTEXT, "vocab_size": tokenizer.vocab_size, **settings}
+    shape = {**settings, "block_size": CONTEXT, "vocab_size": tokenizer.vocab_size}
     model = randomise(GPT(tiny_config(**shape)))
     config = {"dataset": "x", "learning_rate": float("inf"), "vocab_size": None}
     fields = {"iter_num": 7, "best_val_loss": 1.5, "config": config, "tokenizer": spec}
@@ -179,51 +205,46 @@ def save_run(folder, spec, **settings):
 def models(tmp_path_factory):
     """A folder with two runs, MLA over bytes and MHA over characters, and their models."""
     folder = tmp_path_factory.mktemp("serve")
-    mla = {k: v for k, v in TINY_MLA.items() if k not in ("block_size", "vocab_size")}
     opened = {
-        "out-mla": save_run(folder / "out-mla", {"kind": "byte"}, **mla),
+        "out-mla": save_run(folder / "out-mla", {"kind": "byte"}, **TINY_MLA),
         "out-mha": save_run(folder / "out-mha", {"kind": "char", "chars": CHARS}),
     }
     return SimpleNamespace(folder=folder, opened=opened)
 
 
 @pytest.fixture(scope="module")
-def server(models):
-    """One server of both runs for most tests. SIGTERM ends it, and it has printed no error."""
-    flags = [f"--compare={models.folder}/out-mha", f"--rows={ROWS}", f"--queue={QUEUE}"]
-    server = Server(models.folder, *flags).ready()
-    yield server
-    assert server.process.poll() is None
-    assert server.end() == 143
-    assert server.stderr() == "serve.py: terminated\n"
-
-
-@pytest.fixture(scope="module")
-def started(models):
-    """The server of OWN that a test may end. All start with the first that is asked for, side by
-    side; none is left behind."""
-    servers = {}
-
-    def get(name):
-        for other, (flags, patch) in OWN.items():
-            if other not in servers:
-                servers[other] = Server(models.folder, *flags, patch=patch)
-        return servers[name].ready()
-
-    yield get
+def servers(models):
+    """All servers, which start side by side; none is left behind."""
+    servers = {name: Server(models.folder, name) for name in SERVERS}
+    yield servers
     for one in servers.values():
         one.process.kill()
         one.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(servers):
+    """The server of most tests. It has printed no error. Ctrl-C lets a text go on, a second one
+    ends the process at once."""
+    server = servers["plain"].ready()
+    yield server
+    with server.stream():
+        assert server.until(1, "nanomla_active_rows")
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert server.metric("nanomla_active_rows") == 1
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(2) == 130
+    assert server.stderr() == "serve.py: interrupted\n"
 
 
 # ---- the protocol
 
 
 def test_models_page_and_headers(server):
-    """What was printed at the start, /health, /v1/models, the page, the headers of every reply."""
+    """What was printed at the start, /v1/models, the page, the headers of every reply."""
     assert server.printed[0].startswith("out-mla: MLA, L = 7, r = 2; 9 cached numbers per token")
     assert server.printed[1].startswith("out-mha: MHA, 4 heads of 6; 48 cached numbers per token")
-    assert server.ask("GET", "/health")[::2] == (200, {"status": "ok"})
     status, _, models = server.ask("GET", "/v1/models")
     assert status == 200 and [m["id"] for m in models["data"]] == ["out-mla", "out-mha"]
     assert server.ask("GET", "/v1/models/out-mha")[2] == models["data"][1]
@@ -246,15 +267,13 @@ def test_texts_are_those_of_generate(server, models):
     """Greedy and with a seed, from text or ids, and up to a stop string."""
     for name, (model, tokenizer) in models.opened.items():
         ids = tokenizer.encode("to be")
-        for sampling in ({"temperature": 0}, {"temperature": 0.8, "top_k": 20, "seed": 4}):
-            how = {k: v for k, v in sampling.items() if k != "seed"}
+        for sampling in ({"temperature": 0}, {"temperature": 0.8, "top_k": 20}):
             generator = torch.Generator().manual_seed(4)
-            tokens = model.generate(torch.tensor([ids]), 30, generator=generator, **how)[0]
+            tokens = model.generate(torch.tensor([ids]), 30, generator=generator, **sampling)[0]
             text = tokenizer.decode(tokens[len(ids) :].tolist())
-            body = {"model": name, "prompt": "to be", "max_tokens": 30, **sampling}
+            body = {"model": name, "prompt": "to be", "max_tokens": 30, "seed": 4, **sampling}
             answer = server.complete(**body)
             assert answer["choices"][0]["text"] == text and answer["model"] == name
-            assert answer["usage"]["prompt_tokens"] == 5 and answer["usage"]["total_tokens"] == 35
             assert answer["choices"][0]["finish_reason"] == "length"
             assert server.text(**{**body, "prompt": ids}) == text
     stop = text[7:9]
@@ -281,15 +300,14 @@ def test_a_stream_is_the_whole_in_parts(server):
         assert "".join(part["text"] for part in parts) == choice["text"]
         for key, values in choice["logprobs"].items():
             assert [v for part in parts for v in part["logprobs"][key]] == values
-        tokens = [token for part in parts for token in part["nanomla"]["tokens"]]
-        assert tokens == choice["nanomla"]["tokens"]
+        details = choice["nanomla"]
+        assert [t for part in parts for t in part["nanomla"]["tokens"]] == details["tokens"]
         assert parts[-1]["finish_reason"] == choice["finish_reason"] == "length"
-        assert choice["text"].startswith("to be" if index < 2 else "or")
-        prompt = choice["nanomla"]["prompt"]
-        assert bytes(prompt["ids"]).decode() in ("to be", "or")
+        prompt = parts[0]["nanomla"]["prompt"]
+        assert prompt["ids"] == details["prompt"]["ids"]
+        assert choice["text"].startswith(bytes(prompt["ids"]).decode())
         assert prompt["cached"] + prompt["computed"] == len(prompt["ids"])
-        cache = choice["nanomla"]["cache"]
-        assert cache["bytes"] == cache["tokens"] * 72 > 0
+        assert details["cache"]["bytes"] == details["cache"]["tokens"] * 72 > 0
 
 
 def test_openais_client(server):
@@ -298,7 +316,6 @@ def test_openais_client(server):
     address = f"http://127.0.0.1:{server.port}/v1"
     with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == ["out-mla", "out-mha"]
-        assert client.models.retrieve("out-mha").id == "out-mha"
         ask = {"model": "out-mha", "prompt": "to be", "max_tokens": 8, "seed": 2, "logprobs": 1}
         whole = client.completions.create(**ask)
         assert whole.usage.completion_tokens == 8 and len(whole.choices[0].logprobs.tokens) == 8
@@ -321,7 +338,6 @@ def test_a_log_as_it_grows(server, models):
     answer = server.ask("GET", path)[2]
     assert answer["entries"] == [{"iter": 0, "loss": None}, {"iter": 1, "loss": 2.5}]
     assert answer["settings"]["n_head"] == 4 and answer["settings"]["learning_rate"] is None
-    assert answer["settings"]["vocab_size"] == len(CHARS)
     log.write_text(log.read_text() + 'ss": 2}\n')
     answer = server.ask("GET", f"{path}&after={answer['next']}")[2]
     assert answer["entries"] == [{"iter": 2, "loss": 2}] and answer["next"] == 3
@@ -378,49 +394,33 @@ def test_parallel_clients_get_what_each_gets_alone(server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(server, stream):
     """At once, whether it streams or not; it is counted as cancelled."""
-    before = server.metric("nanomla_samples_total", finish="cancelled")
-    sock = server.send(posted({**LONG, "stream": stream, "n": 2}))
-    assert server.until(2, "nanomla_active_rows", model="out-mla")
-    assert server.metric("nanomla_cache_used_bytes") > 0
-    sock.close()
+    cancelled = server.metric("nanomla_samples_total", finish="cancelled")
+    left = server.metric("nanomla_requests_total", status="499")
+    with server.send(posted({**LONG, "stream": stream, "n": 2})):
+        assert server.until(2, "nanomla_active_rows", model="out-mla")
+        assert server.metric("nanomla_cache_used_bytes") > 0
     assert server.until(0, "nanomla_active_rows")
-    tokens = server.metric("nanomla_tokens_total")
-    time.sleep(0.1)
-    assert server.metric("nanomla_tokens_total") == tokens
-    assert server.metric("nanomla_samples_total", finish="cancelled") == before + 2
-    assert server.metric("nanomla_requests_total", status="499") >= 1
     assert server.metric("nanomla_cache_used_bytes") == 0
+    assert server.metric("nanomla_samples_total", finish="cancelled") == cancelled + 2
+    assert server.metric("nanomla_requests_total", status="499") == left + 1
 
 
 def test_too_many_clients(server):
     """A full queue is refused with the time to wait, at once, and goes on when there is room."""
     with contextlib.ExitStack() as stack:
-        for _ in range(ROWS + QUEUE):
-            last = contextlib.ExitStack()
-            response = last.enter_context(server.stream())
-            stack.enter_context(last)
-            assert response.status == 200
-        assert server.until(ROWS, "nanomla_active_rows", model="out-mla")
-        assert server.until(QUEUE, "nanomla_waiting_requests", model="out-mla")
-        status, headers, answer = server.ask(*POST, QUICK)
-        assert status == 503 and headers["Retry-After"] == "1"
-        assert answer["error"]["code"] == "overloaded"
-        assert server.text(**{**QUICK, "model": "out-mha"})  # it has its own queue
-        last.close()
+        for _ in range(ROWS + QUEUE - 1):
+            stack.enter_context(server.stream())
+        with server.stream():
+            assert server.until(ROWS, "nanomla_active_rows", model="out-mla")
+            assert server.until(QUEUE, "nanomla_waiting_requests", model="out-mla")
+            status, headers, answer = server.ask(*POST, QUICK)
+            assert status == 503 and headers["Retry-After"] == "1"
+            assert answer["error"]["code"] == "overloaded"
+            assert server.text(**{**QUICK, "model": "out-mha"})  # it has its own queue
         assert server.until(QUEUE - 1, "nanomla_waiting_requests", model="out-mla")
         assert stack.enter_context(server.stream()).status == 200
     assert server.until(0, "nanomla_active_rows") and server.until(0, "nanomla_waiting_requests")
-    many = {**QUICK, "prompt": ["a"] * (ROWS + QUEUE + 1)}
-    status, _, answer = server.ask(*POST, many)
-    assert status == 400 and "more than 9 samples" in answer["error"]["message"]
     assert server.ask(*POST, {**QUICK, "n": ROWS + 1})[0] == 400
-
-
-def test_it_sleeps_when_there_is_nothing_to_do(server):
-    """No loop that spins."""
-    before = server.metric("process_cpu_seconds_total")
-    time.sleep(1)
-    assert server.metric("process_cpu_seconds_total") - before <= 0.1
 
 
 # ---- what is refused
@@ -428,7 +428,7 @@ def test_it_sleeps_when_there_is_nothing_to_do(server):
 
 def test_bodies(server):
     """Bad JSON, oversized bodies with and without a length, other kinds of content."""
-    for body in (b"", b"{", b"[1]", b"\xff", b'{"a": ' * 100_000, b"null"):
+    for body in (b"", b"{", b"[1]", b"\xff", b'{"a": ' * 100_000):
         status, _, answer = server.ask(*POST, body, JSON)
         assert status == 400 and answer["error"]["message"].startswith("the request"), body[:20]
     large = json.dumps({**QUICK, "prompt": "a" * 2**20}).encode()
@@ -439,7 +439,6 @@ def test_bodies(server):
     body = json.dumps(QUICK).encode()
     assert server.ask(*POST, body, {"Content-Type": "text/plain"})[0] == 415
     assert server.ask(*POST, body, {**JSON, "Content-Encoding": "gzip"})[0] == 415
-    assert server.ask(*POST, body, {"Content-Type": "application/json; charset=utf-8"})[0] == 200
 
 
 def test_other_web_pages_are_refused(server):
@@ -459,7 +458,7 @@ def test_no_path_reaches_the_files(server):
     """404, whatever is tried."""
     for path in (
         "/../pyproject.toml", "/..%2fpyproject.toml", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd",
-        "/page.js/../../app.py", "/page/index.html", "/v1/models/../../x", "/%00", "/style.css%0a",
+        "/page.js/../../app.py", "/page/index.html", "/v1/models/../../x", "/%00",
         "/v1/models/..%2f..%2fout-mla", "/index.html%00.js", "/v1/models/%2fetc%2fpasswd",
     ):  # fmt: skip
         assert server.ask("GET", path)[0] == 404, path
@@ -476,13 +475,11 @@ def test_what_is_no_http(server):
     assert server.stderr() == ""
 
 
-NONSENSE = [[[[]]], {"a": []}, {"\udc00": 1}, -1, -(10**400), 1e400, [None], "x" * 501, "\ud800"]
-
-
 def test_nonsense_in_every_field(server):
     """The error of a client, in one line, or what works; the server prints nothing and goes on."""
+    nonsense = [[[[]]], {"\udc00": 1}, -1, -(10**400), 1e400, [None], "x" * 501, "\ud800"]
     for name in Params.model_fields:
-        for value in NONSENSE:
+        for value in nonsense:
             status, _, answer = server.ask(*POST, {**QUICK, name: value})
             assert status in (200, 400, 404), (name, value)
             if status != 200:
@@ -491,69 +488,32 @@ def test_nonsense_in_every_field(server):
     assert server.stderr() == "" and server.complete(**QUICK)
 
 
-def test_a_connection_too_many_is_refused_where_all_are_being_answered():
-    """It is closed at once, and those that are being answered stay."""
-    listener = Listener(socket.AF_INET, socket.SOCK_STREAM, 0)
-    with contextlib.closing(listener), contextlib.ExitStack() as stack:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        listener.most = 1
-        first, second = (
-            stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(2)
-        )
-        accepted, client = listener.accept()
-        with accepted, listener.answering(client):
-            with pytest.raises(BlockingIOError):
-                listener.accept()
-            assert second.recv(1) == b""
-            accepted.send(b"a")
-            assert first.recv(1) == b"a"
-
-
 # ---- servers of their own
 
 
-IMPATIENT = """
-import resource, socket
-hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-nanomla.serve.app.PATIENCE = nanomla.serve.listener.PATIENCE = 1.0
-listen = tools.serve.listen
-def listen_with_small_buffers(cfg):
-    listener = listen(cfg)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
-    return listener
-tools.serve.listen = listen_with_small_buffers
-"""
-FAILING = """
-import dataclasses
-step = nanomla.serve.stepper.Batch.step
-def failing(self):
-    if any(request.seed == 666 for request in self.waiting):
-        raise RuntimeError("a mistake")
-    pieces = step(self)
-    for i, piece in enumerate(pieces):
-        if piece.request.seed == 102 and piece.made == 3:
-            self.cancel(piece.request)  # so that this is the sample's only end
-            pieces[i] = dataclasses.replace(piece, finish="error", error="not finite")
-    return pieces
-nanomla.serve.stepper.Batch.step = failing
-nanomla.serve.app.encode = None
-"""
-OWN = {  # flags, and what is changed in the modules
-    "impatient": (["--max_tokens=1000000"], IMPATIENT),
-    "failing": (["--max_tokens=1000000"], FAILING),
-    "guarded": (
-        ["--max_tokens=1000000", "--host=0.0.0.0", "--token=secret"], "tools.serve.GRACE = 1.5"
-    ),
-}  # fmt: skip
+def test_a_token(servers):
+    """Without the token only the page and /health answer."""
+    server = servers["strict"].ready()
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        for request in (("GET", "/v1/models"), ("GET", "/metrics"), (*POST, QUICK)):
+            status, reply, answer = server.ask(*request, headers=headers)
+            assert (status, answer["error"]["type"]) == (401, "authentication_error")
+            assert reply["WWW-Authenticate"] == "Bearer"
+        assert server.ask("GET", "/health", headers=headers)[0] == 200
+        assert server.ask("GET", "/", headers=headers)[0] == 200
+    server.headers = {"Authorization": "Bearer secret"}
+    assert server.complete(**QUICK)
 
 
-def test_idle_connections_and_ctrl_c_twice(started):
-    """More connections than the process may open files, silent or in mid-request, keep nobody out,
-    fill no log and are closed after a while; so is one whose client reads nothing. Ctrl-C lets a
-    text go on, a second one ends the process at once."""
-    server = started("impatient")
+def test_idle_connections_and_the_end(servers):
+    """
+    More connections than the process may open files, silent or in mid-request, keep nobody out,
+    fill no log and are closed after a while; so is one whose client reads nothing.
+    SIGTERM lets a stream come to its end, refuses new requests meanwhile, and gives what is not
+    done in time an error.
+    """
+    server = servers["strict"].ready()
+    server.headers = {"Authorization": "Bearer secret"}
     with contextlib.ExitStack() as stack:
         for i in range(300):
             stack.enter_context(server.send(posted(QUICK)[: i % 3 * 40]))
@@ -567,33 +527,41 @@ def test_idle_connections_and_ctrl_c_twice(started):
         reader = stack.enter_context(socket.socket())
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect(("127.0.0.1", server.port))
-        reader.sendall(posted({**ENDLESS, "n": 16, "logprobs": 20}))
+        reader.sendall(posted({**LONG, "n": 16, "logprobs": 20}))
         assert server.until(16, "nanomla_active_rows")
         assert server.until(0, "nanomla_active_rows", seconds=30)
         assert server.metric("process_open_fds") < 100
-    with server.send(posted({**ENDLESS, "stream": False})):
-        assert server.until(1, "nanomla_active_rows")
-        server.process.send_signal(signal.SIGINT)
-        assert server.until(1, "nanomla_active_rows")
-        began = time.monotonic()
-        assert server.end(signal.SIGINT) == 130 and time.monotonic() - began < 2
-    assert server.stderr() == "serve.py: interrupted\n"
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        whole = pool.submit(server.ask, *POST, {**LONG, "stream": False})
+        endless = stack.enter_context(server.stream())
+        response = stack.enter_context(server.stream(max_tokens=50))
+        server.process.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 1
+        while (status := server.ask(*POST, QUICK)[0]) == 200:
+            assert time.monotonic() < end
+        assert status == 503 and server.ask("GET", "/health")[0] == 503
+        assert events(response)[-1]["choices"][0]["finish_reason"] == "length"
+        assert events(endless)[-1]["error"]["code"] == "shutting_down"
+        assert whole.result()[0] == 503
+    assert server.process.wait(10) == 143 and server.stderr() == "serve.py: terminated\n"
 
 
-def test_a_failing_engine(started):
+def test_a_failing_engine(servers):
     """A sample that fails and a mistake in a route are errors of their own request. When the engine
     fails, every waiting client gets one line, and the server ends with a traceback."""
-    server = started("failing")
+    server = servers["failing"].ready()
     with server.stream(seed=102, max_tokens=9, logprobs=0) as response:
         chunks = events(response)
     assert chunks[-1]["error"]["message"] == "not finite" and len(chunks) <= 3
     status, _, answer = server.ask(*POST, {**QUICK, "seed": 102})
     assert status == 500 and answer["error"]["type"] == "server_error"
     assert server.metric("nanomla_requests_total", status="500") == 2
+    assert server.metric("nanomla_samples_total", finish="error") == 2
     status, _, answer = server.ask("POST", "/api/tokenize", {"text": "a"})
     assert status == 500 and "an error of the server" in answer["error"]["message"]
     assert "'NoneType' object is not callable" in server.stderr()
-    with server.stream(**ENDLESS) as response:
+    with server.stream() as response:
         assert server.until(1, "nanomla_active_rows")
         status, _, answer = server.ask(*POST, {**QUICK, "seed": 666})
         message = "the engine has failed (RuntimeError: a mistake)"
@@ -604,34 +572,6 @@ def test_a_failing_engine(started):
     assert "serve.py: error: not expected, please report it" in lines and "a mistake" in lines[-1]
 
 
-def test_a_token_and_the_end(started):
-    """Without the token only the page and /health answer. Ctrl-C lets a stream come to its end,
-    refuses new requests meanwhile, and gives what is not done in time an error."""
-    server = started("guarded")
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-        for request in (("GET", "/v1/models"), ("GET", "/metrics"), (*POST, QUICK)):
-            status, reply, answer = server.ask(*request, headers=headers)
-            assert (status, answer["error"]["type"]) == (401, "authentication_error")
-            assert reply["WWW-Authenticate"] == "Bearer"
-        assert server.ask("GET", "/health", headers=headers)[0] == 200
-        assert server.ask("GET", "/", headers=headers)[0] == 200
-    server.headers = {"Authorization": "Bearer secret"}
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        whole = pool.submit(server.ask, *POST, {**ENDLESS, "stream": False})
-        endless = stack.enter_context(server.stream(**ENDLESS))
-        response = stack.enter_context(server.stream(max_tokens=50))
-        server.process.send_signal(signal.SIGINT)
-        end = time.monotonic() + 1
-        while (status := server.ask(*POST, QUICK)[0]) == 200:
-            assert time.monotonic() < end
-        assert status == 503 and server.ask("GET", "/health")[0] == 503
-        assert events(response)[-1]["choices"][0]["finish_reason"] == "length"
-        assert events(endless)[-1]["error"]["code"] == "shutting_down"
-        assert whole.result()[0] == 503
-    assert server.process.wait(10) == 130 and server.stderr() == "serve.py: interrupted\n"
-
-
 # ---- what fails before anything is served
 
 
@@ -639,10 +579,8 @@ def test_a_token_and_the_end(started):
     ("args", "status", "words"),
     [
         (["--host=0.0.0.0"], 2, ["--host=0.0.0.0", "--token="]),
-        (["--host=no.such.host.invalid", "--token=a"], 2, ["--host=no.such.host.invalid"]),
-        (["--host=192.0.2.1", "--token=a"], 1, ["--host=192.0.2.1", "cannot listen"]),
+        (["--host=no.such.invalid", "--token=a"], 1, ["--host=no.such.invalid", "cannot listen"]),
         (["--token=a b"], 2, ["token", "without spaces"]),
-        (["--rows=0"], 2, ["rows must be", "at least 1"]),
         (["--compare=nowhere"], 1, ["no checkpoint in nowhere"]),
     ],
 )
@@ -670,26 +608,12 @@ def test_a_missing_package_is_one_line(models, monkeypatch):
     assert fails_with_one_line(done, 1, *words)
 
 
-def test_the_end_while_a_model_is_opened(models, monkeypatch):
-    """The signal's line and status, without waiting for the thread that opens it."""
-    from tools import serve
-
-    def open_models(cfg):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.2)
-
-    monkeypatch.setattr(serve, "open_models", open_models)
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    done = run("tools.serve", f"--out_dir={models.folder}/out-mla", "--port=0")
-    assert fails_with_one_line(done, 143, "terminated")
-
-
 def test_names_of_models(models):
     """The folder's name; a second of that name gets a number. A cache of int8 has scales."""
     from tools.serve import ServeConfig, open_models
 
-    folder = models.folder / "out-mla"
-    cfg = ServeConfig(out_dir=str(folder), compare=str(folder), device="cpu", cache_dtype="int8")
+    folder = str(models.folder / "out-mla")
+    cfg = ServeConfig(out_dir=folder, compare=folder, device="cpu", cache_dtype="int8")
     served = open_models(cfg)
     assert [one.name for one in served] == ["out-mla", "out-mla-2"]
     about = served[0].about

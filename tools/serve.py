@@ -125,15 +125,11 @@ def listen(cfg: ServeConfig) -> Listener:
         listener.bind((cfg.host, cfg.port))
     except OSError as error:
         listener.close()
-        if isinstance(error, socket.gaierror):
-            reason = f"no address of this machine ({error.strerror})"
-            raise UsageError(f"--host={cfg.host}: {reason}") from None
         if error.errno == errno.EADDRINUSE:
             other = "give another, or 0 for any that is free"
             raise UserError(f"--port={cfg.port}: another program uses it; {other}") from None
-        flag = "port" if error.errno == errno.EACCES else "host"
-        reason = f"--{flag}={getattr(cfg, flag)}: cannot listen there"
-        raise UserError(f"{reason} ({error.strerror})") from None
+        where = f"--host={cfg.host} --port={cfg.port}"
+        raise UserError(f"{where}: cannot listen there ({error.strerror})") from None
     return listener
 
 
@@ -159,15 +155,10 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
     """One model with its batch, under the name of the folder that it comes from."""
     opened = open_model(cfg, stored)
     model = opened.model
-    try:
-        batch = Batch(model, opened.tokenizer, cfg.rows, opened.cache_dtype)
-    except ValueError as error:
-        raise UsageError(f"--cache_dtype={cfg.cache_dtype}: {error}") from None
-    folder = Path(source)
+    batch = Batch(model, opened.tokenizer, cfg.rows, opened.cache_dtype)
+    folder = Path(source).resolve()  # "." has no name
     if folder.is_file():
         folder = folder.parent
-    if folder.exists():
-        folder = folder.resolve()  # "." has no name
     log = folder / "log.jsonl"
     val_loss = stored.best_val_loss
     about = {
@@ -185,7 +176,7 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
         if value is not None or name not in settings:
             settings[name] = value
     return Served(
-        name=folder.name or "model", model=model, tokenizer=opened.tokenizer, batch=batch,
+        name=folder.name, model=model, tokenizer=opened.tokenizer, batch=batch,
         about=about, settings=settings, log=log, most=cfg.rows + cfg.queue,
     )  # fmt: skip
 
@@ -235,10 +226,8 @@ async def serve(
 
     from nanomla.serve.app import Site
 
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(report)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that vanish are no news
-    stepper = Stepper(served, loop)
+    stepper = Stepper(served, engine)
     guard = Site(stepper, cfg.max_tokens).app(listener, cfg.host, cfg.token)
     server = uvicorn.Server(uvicorn.Config(
         guard, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
@@ -254,36 +243,28 @@ async def serve(
         signals.append(number)
 
     with handled(note, "SIGINT", "SIGTERM"):
-        stepping = loop.run_in_executor(engine, stepper.run)
         watching = asyncio.create_task(listener.watch())
         running = asyncio.create_task(server.serve([listener]))
         while not server.started and not running.done():
             await asyncio.sleep(0.01)
-        if server.started:
-            announce(served, listener)
-        while not signals and not stepper.failure.done() and not running.done():
+        announce(served, listener)
+        while not signals and not stepper.failure and not running.done():
             await asyncio.sleep(0.05)
         guard.draining = True
         until = time.monotonic() + GRACE
-        while stepper.calls and time.monotonic() < until and not stepper.failure.done():
+        while stepper.calls and not stepper.failure and time.monotonic() < until:
             await asyncio.sleep(0.05)
         stepper.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
         server.should_exit = True
         await running
         watching.cancel()
-        stepper.end()
-        await asyncio.wait([stepping], timeout=GRACE)
-        if stepper.failure.done():
-            raise stepper.failure.result()
-        if not stepping.done():  # a step that takes this long; Python must not end below it
-            end_at_once(signals[0])
+        stepper.ended = True
+        if stepper.failure:
+            raise stepper.failure
+        last_step = asyncio.wrap_future(engine.submit(int))
+        if not (await asyncio.wait([last_step], timeout=GRACE))[0]:
+            end_at_once(signals[0])  # Python must not end below a step that takes this long
     return signals[0]
-
-
-def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What asyncio calls for an error: one that a client has caused ends its connection only."""
-    if "transport" not in context:
-        loop.default_exception_handler(context)
 
 
 def end_at_once(number: int) -> None:

@@ -2,18 +2,19 @@
 The web application of tools.serve: its routes, and the checks that every request passes.
 
 OpenAI's /v1/completions and /v1/models, /health, /metrics, the page's files, and what the page asks
-for below /api/. No path of a request reaches the file system: a table of the page's files is made
-at the start, models are looked up by name, and a log is that of a model that was opened.
+for below /api/. No path of a request reaches the file system: a route is made of each of the page's
+files at the start, models are looked up by name, and a log is that of a model that was opened.
 """
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import json
 import re
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +29,31 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nanomla.batch import Piece
 from nanomla.checks import Natural, brief
 from nanomla.errors import UserError
 from nanomla.files import parse_json
 from nanomla.runlog import read_log
 from nanomla.serve.listener import PATIENCE, Listener
-from nanomla.serve.protocol import (
-    ApiError,
-    Fields,
-    Params,
-    Reply,
-    encode,
-    make_requests,
-    read_fields,
-    read_params,
-)
-from nanomla.serve.stepper import Call, Served, Stepper
+from nanomla.serve.protocol import ApiError, Completion, Fields, encode, read_params
+from nanomla.serve.stepper import LEFT, Call, Served, Stepper
 
 PAGE = Path(__file__).resolve().parent / "page"
 TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
 }  # fmt: skip
-HEADERS = {  # of every response
-    "Content-Security-Policy": "default-src 'self'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-}
-RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-NOTHING = "there is nothing here"
+HEADERS = [  # of every response
+    (b"content-security-policy", b"default-src 'self'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
+ERRORS = {404: "there is nothing here", 405: "another method is needed here"}
 JSON = "application/json"
+NOT_STORED = {"Cache-Control": "no-store"}
 LARGEST_BODY = 2**20  # bytes
-PART = 2**16  # bytes of a response that uvicorn gets at a time
-LEFT = 499  # what metrics call the status of a request whose client left
+GATHER = 0.02  # seconds between two writes to a client, as each costs more than a token's JSON
 LONGEST_PICTURE = 256  # tokens of /api/attention
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -74,20 +66,28 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def as_json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def as_json(value: Any, status: int = 200) -> Response:
     """A response of the API. Numbers that JSON does not have must have been replaced before."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Response(text, status, {"Cache-Control": "no-store", **(headers or {})}, JSON)
+    return Response(text, status, NOT_STORED, JSON)
 
 
-def as_error(error: ApiError, headers: dict[str, str] | None = None) -> Response:
-    """The response that an error is."""
-    headers = dict(headers or {})
+async def as_error(request: Request, error: Exception) -> Response:
+    """The response that an error is. A mistake of ours is printed, and the server goes on."""
+    headers = {}
+    if isinstance(error, HTTPException):  # of Starlette's routes
+        headers = error.headers or {}
+        error = ApiError(error.status_code, ERRORS.get(error.status_code, error.detail))
+    if not isinstance(error, ApiError):
+        traceback.print_exception(error, file=sys.stderr)
+        error = ApiError(500, "an error of the server, which it has printed")
+    response = as_json(error.body(), error.status)
+    response.headers.update(headers)
     if error.status == 503:
-        headers["Retry-After"] = "1"
+        response.headers["Retry-After"] = "1"
     if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return as_json(error.body(), error.status, headers)
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 # ---- what every request passes
@@ -99,6 +99,7 @@ class Guard:
     pages elsewhere or without the token. A client that does not read its response is cut off.
 
     public: paths that need no token. draining: the server is shutting down.
+    scope["at_end"] is an ExitStack that is closed when a request has ended, in whatever way.
     """
 
     def __init__(
@@ -121,6 +122,8 @@ class Guard:
 
         async def send_in_time(message: Message) -> None:
             """uvicorn waits here while too much of what was sent before has not been read."""
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
             timer = loop.call_later(PATIENCE, self.listener.hang_up, client)
             try:
                 await send(message)
@@ -129,31 +132,19 @@ class Guard:
             finally:
                 timer.cancel()
 
-        async def send_in_parts(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *RAW_HEADERS]
-            body = message.get("body", b"")
-            starts = range(0, len(body), PART)
-            for start in starts[:-1]:
-                part = body[start : start + PART]
-                await send_in_time({**message, "body": part, "more_body": True})
-            if starts:
-                message["body"] = body[starts[-1] :]
-            await send_in_time(message)
-
         app = self.app
+        request = Request(scope)
         try:
-            self._check(Request(scope))
+            self._check(request)
         except ApiError as error:
-            app = as_error(error)
-        with self.listener.answering(client):
-            await app(scope, receive, send_in_parts)
+            app = await as_error(request, error)
+        with self.listener.answering(client), contextlib.ExitStack() as at_end:
+            scope["at_end"] = at_end
+            await app(scope, receive, send_in_time)
 
     def _check(self, request: Request) -> None:
         host = request.headers.get("host", "")
         path = request.scope["path"]
-        if not path.isprintable():  # routes would take a path that ends in a new line
-            raise ApiError(404, NOTHING)
         if self.hosts is not None and not self.hosts.fullmatch(host):
             raise ApiError(403, f"the Host header {brief(host)} is not this server's")
         for origin in request.headers.getlist("origin"):
@@ -173,39 +164,20 @@ async def read_body(request: Request) -> dict[str, Any]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON or "content-encoding" in request.headers:
         raise ApiError(415, f"send plain JSON, with the header Content-Type: {JSON}")
-    too_large = ApiError(413, f"the request has more than {LARGEST_BODY:,} bytes")
-    if int(request.headers.get("content-length", "0")) > LARGEST_BODY:
-        raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(PATIENCE):
             async for part in request.stream():
                 body += part
                 if len(body) > LARGEST_BODY:
-                    raise too_large
+                    raise ApiError(413, f"the request has more than {LARGEST_BODY:,} bytes")
+        return parse_json(bytes(body), "the request")
     except TimeoutError:
         raise ApiError(408, "the request took too long to arrive") from None
     except ClientDisconnect:
         raise ApiError(LEFT, "the client has left") from None
-    try:
-        return parse_json(bytes(body), "the request")
     except UserError as error:
         raise ApiError(400, str(error)) from None
-
-
-class TokenizeFields(Fields):
-    """The fields of /api/tokenize."""
-
-    text: str
-    model: str | None = None
-
-
-class AttentionFields(Fields):
-    """The fields of /api/attention."""
-
-    tokens: list
-    layer: Natural = 0
-    model: str | None = None
 
 
 # ---- metrics
@@ -237,9 +209,22 @@ class Metrics:
         self.registry.register(self)
         prometheus.ProcessCollector(registry=self.registry)
 
-    def step(self, served: Served, seconds: float) -> None:
-        """Count a step."""
+    def step(self, served: Served, seconds: float, pieces: list[Piece]) -> None:
+        """Count a step, and the samples that end with it."""
         self.steps.labels(served.name).observe(seconds)
+        for piece in pieces:
+            if piece.finish is not None:
+                self.samples.labels(served.name, piece.finish).inc()
+
+    def end(self, call: Call) -> None:
+        """Count what has come of a call."""
+        name = call.served.name
+        self.requests.labels(name, call.status).inc()
+        if call.first_token:
+            self.first_token.labels(name).observe(call.first_token)
+        if call.left:
+            finish = "cancelled" if call.status == LEFT else "error"
+            self.samples.labels(name, finish).inc(call.left)
 
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client asks of a collector."""
@@ -261,19 +246,19 @@ class Metrics:
 # ---- routes
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events. `close` is called at the end, whether the client stays or leaves."""
+class TokenizeFields(Fields):
+    """The fields of /api/tokenize."""
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(events, 200, headers, "text/event-stream")
-        self.close = close
+    text: str
+    model: str | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.close()
+
+class AttentionFields(Fields):
+    """The fields of /api/attention."""
+
+    tokens: list
+    layer: Natural = 0
+    model: str | None = None
 
 
 class Site:
@@ -285,50 +270,30 @@ class Site:
         self.max_tokens = max_tokens
         self.metrics = Metrics(list(self.served.values()))
         stepper.on_step = self.metrics.step
-        self.logs: dict[Path, tuple[Any, list]] = {}  # that were read: their state and entries
-        self.drawing = asyncio.Lock()  # while attention is computed
-        self.files = {}  # of the page: content and type, by path
-        for file in sorted(PAGE.glob("*")):
-            if file.suffix in TYPES:
-                self.files[f"/{file.name}"] = (file.read_bytes(), TYPES[file.suffix])
-        self.files["/"] = self.files["/index.html"]
 
     def app(self, listener: Listener, host: str, token: str | None) -> Guard:
         """The application, with the checks of every request around it."""
+        files = {}  # of the page, as responses
+        for suffix, kind in TYPES.items():
+            for file in PAGE.glob(f"*{suffix}"):
+                headers = {"Cache-Control": "no-cache"}
+                files[f"/{file.name}"] = Response(file.read_bytes(), 200, headers, kind)
+        files["/"] = files["/index.html"]
         routes = [
-            *(Route(path, self.file) for path in self.files),
+            *(Route(path, response, methods=["GET"]) for path, response in files.items()),
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
-            Route("/v1/models/{name}", self.one_model),
+            Route("/v1/models/{name}", self.models),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/api/log", self.log),
             Route("/api/attention", self.attention, methods=["POST"]),
             Route("/api/tokenize", self.tokenize, methods=["POST"]),
         ]
-        handlers = {
-            ApiError: self.api_error,
-            HTTPException: self.http_error,
-            Exception: self.server_error,
-        }
+        handlers = dict.fromkeys((ApiError, HTTPException, Exception), as_error)
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
-        return Guard(app, listener, host, token, public={"/", "/health", *self.files})
-
-    async def api_error(self, request: Request, error: ApiError) -> Response:
-        """Our own errors."""
-        return as_error(error)
-
-    async def server_error(self, request: Request, error: Exception) -> Response:
-        """A mistake of ours: it is printed, the request fails, and the server goes on."""
-        traceback.print_exception(error, file=sys.stderr)
-        return as_error(ApiError(500, "an error of the server, which it has printed"))
-
-    async def http_error(self, request: Request, error: HTTPException) -> Response:
-        """Starlette's 404 and 405 as OpenAI's errors."""
-        words = {404: NOTHING, 405: "another method is needed here"}
-        message = words.get(error.status_code, error.detail)
-        return as_error(ApiError(error.status_code, message), error.headers)
+        return Guard(app, listener, host, token, public={"/health", *files})
 
     def find(self, name: str | None) -> Served:
         """The model of that name; None: the only one. Raises ApiError."""
@@ -342,31 +307,21 @@ class Site:
             raise ApiError(404, message, "model", "model_not_found")
         return self.served[name]
 
-    async def file(self, request: Request) -> Response:
-        """A file of the page."""
-        content, kind = self.files[request.scope["path"]]  # a route is made of every one of them
-        return Response(content, headers={"Cache-Control": "no-cache"}, media_type=kind)
-
     async def health(self, request: Request) -> Response:
-        """Whether requests are taken; the guard answers while they are not."""
-        if self.stepper.failure.done():
-            raise ApiError(503, "the engine has failed")
+        """That requests are taken; the guard answers while they are not."""
         return as_json({"status": "ok"})
 
     async def show_metrics(self, request: Request) -> Response:
         """Prometheus's text."""
         text = prometheus.generate_latest(self.metrics.registry)
-        headers = {"Cache-Control": "no-store"}
-        return Response(text, 200, headers, prometheus.CONTENT_TYPE_LATEST)
+        return Response(text, 200, NOT_STORED, prometheus.CONTENT_TYPE_LATEST)
 
     async def models(self, request: Request) -> Response:
-        """OpenAI's list of models."""
+        """OpenAI's list of models, or the one that is named."""
+        if "name" in request.path_params:
+            return as_json(_model_object(self.find(request.path_params["name"])))
         data = [_model_object(served) for served in self.served.values()]
         return as_json({"object": "list", "data": data})
-
-    async def one_model(self, request: Request) -> Response:
-        """One of them."""
-        return as_json(_model_object(self.find(request.path_params["name"])))
 
     # ---- completions
 
@@ -374,96 +329,63 @@ class Site:
         """OpenAI's completions."""
         name = ""
         try:
-            body = await read_body(request)
-            params = read_params(body, self.max_tokens)
+            params = read_params(await read_body(request), self.max_tokens)
             served = self.find(params.model)
             name = served.name
-            call, reply = await self._open(served, params)
+            # Beside the loop, because a long text takes long to turn into tokens.
+            arguments = (params, name, served.tokenizer, served.most)
+            completion = await asyncio.to_thread(Completion, *arguments)
+            _check(served, completion)
+            call = Call(served, completion.requests)
+            self.stepper.open(call)
         except ApiError as error:
-            self._count_request(name, error.status)
+            self.metrics.requests.labels(name, error.status).inc()
             raise
+        # Whether the client stays or leaves, this is done at the end, the last first.
+        request.scope["at_end"].callback(self.stepper.close, call)
+        request.scope["at_end"].callback(self.metrics.end, call)
         if params.stream:
-            return EventStream(self._events(call, reply), close=lambda: self._close(call))
-        return await self._whole(request, call, reply)
+            headers = {**NOT_STORED, "X-Accel-Buffering": "no"}
+            events = self._events(call, completion)
+            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+        return await self._whole(request, call, completion)
 
-    async def _open(self, served: Served, params: Params) -> tuple[Call, Reply]:
-        """Let the engine begin. Raises ApiError for what it cannot do."""
-        # Beside the loop, because a long text takes long to turn into tokens.
-        arguments = (params, served.tokenizer, served.most)
-        requests, texts = await asyncio.to_thread(make_requests, *arguments)
-        for one in requests:
-            try:
-                served.batch.check(one)
-            except UserError as error:
-                message = str(error).replace("window=", "truncate_prompt_tokens=")
-                name, equals, _ = message.partition("=")
-                raise ApiError(400, message, name if equals else "prompt") from None
-        call = Call(served, requests, paced=params.stream)
-        self.stepper.open(call)
-        return call, Reply(params, requests, texts, served.name, served.tokenizer)
-
-    async def _whole(self, request: Request, call: Call, reply: Reply) -> Response:
+    async def _whole(self, request: Request, call: Call, completion: Completion) -> Response:
         """The response of a call that does not stream."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            call.leave()
+            call.fail(ApiError(LEFT, "the client has left"))
 
         watcher = asyncio.create_task(watch())
         try:
-            while pieces := await call.take():
-                for piece, rate in pieces:
-                    reply.add(piece, rate)
-                    self._count_sample(call, piece.finish)
-            if call.gone:
-                return Response(status_code=LEFT)
+            await call.over.wait()
+            if call.error:
+                raise call.error
             call.status = 200
-            return as_json(reply.whole())
-        except ApiError as error:
-            call.status = error.status
-            raise
+            return as_json(completion.whole(call.take(), call.rate))
         finally:
             watcher.cancel()
-            self._close(call)
 
-    async def _events(self, call: Call, reply: Reply) -> AsyncIterator[bytes]:
-        """A call's chunks as events; those that wait for a slow client are sent together."""
-        try:
-            while pieces := await call.take():
-                events = []
-                for piece, rate in pieces:
-                    self._count_sample(call, piece.finish)
-                    delta = reply.add(piece, rate)
-                    if delta is not None:
-                        events.append(_event(reply.chunk(delta)))
-                if events:
-                    yield b"".join(events)
-            if reply.params.stream_options.include_usage:
-                yield _event(reply.last_chunk())
+    async def _events(self, call: Call, completion: Completion) -> AsyncIterator[bytes]:
+        """A call's chunks as events; those that come within GATHER are sent together."""
+        over = False
+        while not over:
+            await call.news.wait()
+            over = call.over.is_set()
+            chunks = [completion.chunk(piece, call.rate) for piece in call.take()]
+            yield b"".join(map(_event, chunks))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GATHER):
+                    await call.over.wait()
+        if call.error:
+            yield _event(call.error.body())
+        else:
+            if completion.params.stream_options.include_usage:
+                yield _event(completion.last_chunk())
             call.status = 200
-        except ApiError as error:
-            call.status = error.status
-            yield _event(error.body())
         yield b"data: [DONE]\n\n"
-
-    def _count_request(self, model: str, status: int) -> None:
-        self.metrics.requests.labels(model, str(status)).inc()
-
-    def _count_sample(self, call: Call, finish: str | None) -> None:
-        if finish is not None:
-            self.metrics.samples.labels(call.served.name, finish).inc()
-
-    def _close(self, call: Call) -> None:
-        """Count what has come of a call, and free its rows."""
-        name = call.served.name
-        self._count_request(name, call.status)
-        if call.first_token:
-            self.metrics.first_token.labels(name).observe(call.first_token)
-        if call.left:
-            finish = "error" if call.error else "cancelled"
-            self.metrics.samples.labels(name, finish).inc(call.left)
-        self.stepper.close(call)
 
     # ---- what the page asks for
 
@@ -473,35 +395,23 @@ class Site:
         after = request.query_params.get("after", "0")
         if not re.fullmatch("[0-9]{1,12}", after):
             raise ApiError(400, f"after={brief(after)} must be a number of entries", "after")
-        entries = await asyncio.to_thread(self._read_log, served)
         start = int(after)
-        restarted = start > len(entries)
-        if restarted:
-            start = 0
+        entries = []
+        if served.log.is_file():
+            entries = await asyncio.to_thread(read_log, served.log)
         answer = {
-            "settings": as_json_has_it(served.settings),
+            "settings": served.settings,
             "entries": entries[start:],
             "next": len(entries),
             "total": len(entries),
         }
-        if restarted:
-            answer["restarted"] = True
-        return as_json(answer)
-
-    def _read_log(self, served: Served) -> list[dict[str, Any]]:
-        """The entries of a log, read again if the file has changed since the last time."""
-        path = served.log
-        if not path.is_file():
-            return []
-        file = path.stat()
-        state = (file.st_mtime_ns, file.st_size, file.st_ino)
-        if path not in self.logs or self.logs[path][0] != state:
-            self.logs[path] = (state, as_json_has_it(read_log(path)))
-        return self.logs[path][1]
+        if start > len(entries):
+            answer |= {"entries": entries, "restarted": True}
+        return as_json(_as_json_has_it(answer))
 
     async def attention(self, request: Request) -> Response:
         """The attention weights of one layer over some tokens, while the model is not busy."""
-        fields = read_fields(AttentionFields, await read_body(request))
+        fields = AttentionFields.read(await read_body(request))
         served = self.find(fields.model)
         config = served.model.config
         tokens = fields.tokens[-min(config.block_size, LONGEST_PICTURE) :]
@@ -516,21 +426,18 @@ class Site:
             if served.batch.busy:
                 message = f"{served.name} is generating; ask again when it has finished"
                 raise ApiError(409, message, code="busy")
-            try:
-                idx = torch.tensor([tokens], device=served.model.lm_head.weight.device)
-                heads = served.model.attention_weights(idx, fields.layer)[0]
-            except (UserError, ValueError) as error:
-                raise ApiError(400, str(error)) from None
+            idx = torch.tensor([tokens], device=served.model.lm_head.weight.device)
+            heads = served.model.attention_weights(idx, fields.layer)[0]
             return heads.cpu().double().mul(1e4).round().div(1e4).tolist()
 
-        async with self.drawing:  # completions wait for a picture, so one at a time
-            heads = await self.stepper.run_between_steps(weights)
+        loop = asyncio.get_running_loop()
+        heads = await loop.run_in_executor(self.stepper.engine, weights)
         texts = [served.tokenizer.decode([token]) for token in tokens]
         return as_json({"tokens": texts, "heads": heads})
 
     async def tokenize(self, request: Request) -> Response:
         """A text's tokens."""
-        fields = read_fields(TokenizeFields, await read_body(request))
+        fields = TokenizeFields.read(await read_body(request))
         tokenizer = self.find(fields.model).tokenizer
 
         def tokens() -> dict[str, list]:
@@ -538,6 +445,17 @@ class Site:
             return {"ids": ids, "tokens": [tokenizer.decode([token]) for token in ids]}
 
         return as_json(await asyncio.to_thread(tokens))
+
+
+def _check(served: Served, completion: Completion) -> None:
+    """Raise ApiError for what a model's batch cannot do, in the words of the protocol."""
+    try:
+        for request in completion.requests:
+            served.batch.check(request)
+    except UserError as error:
+        message = str(error).replace("window=", "truncate_prompt_tokens=")
+        name, equals, _ = message.partition("=")
+        raise ApiError(400, message, name if equals else "prompt") from None
 
 
 def _model_object(served: Served) -> dict[str, Any]:
@@ -555,6 +473,6 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"data: %s\n\n" % json.dumps(value, separators=(",", ":")).encode()
 
 
-def as_json_has_it(value: Any) -> Any:
+def _as_json_has_it(value: Any) -> Any:
     """A value out of a file as JSON has it: null for numbers that it does not have."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)

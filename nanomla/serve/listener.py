@@ -40,8 +40,8 @@ class Listener(socket.socket):
     A listening socket that knows the connections it has accepted.
 
     A connection is silent while no request of it is being answered. Where there are too many, the
-    one that has been silent for longest makes room, and if all are being answered, the new one is
-    closed. It is shutdown() that hangs up: asyncio then sees the end of the client and closes it.
+    one that has been silent for longest makes room. It is shutdown() that hangs up: asyncio then
+    sees the end of the client and closes it.
     """
 
     def __init__(self, family: int, kind: int, protocol: int) -> None:
@@ -58,9 +58,6 @@ class Listener(socket.socket):
             self.hang_up(next(iter(self.silent)))
             raise BlockingIOError
         connection, address = super().accept()
-        if len(self.open) >= self.most:
-            connection.close()
-            raise BlockingIOError
         client = address[:2]
         self.open[client] = connection
         self.silent[client] = time.monotonic()

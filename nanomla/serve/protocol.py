@@ -3,18 +3,19 @@ OpenAI's completions protocol without HTTP: a JSON object becomes requests to th
 the engine makes becomes JSON objects.
 
     params = read_params({"prompt": "ROMEO:", "max_tokens": 20}, limit=4096)
-    requests, texts = make_requests(params, tokenizer, most=80)
-    reply = Reply(params, requests, texts, "out-mla", tokenizer)
-    for piece in pieces:                    # of nanomla.batch.Batch, until every sample has ended
-        delta = reply.add(piece, rate=0.0)  # one choice of a chunk of a stream, or None
-    reply.whole()                           # the response of a request that does not stream
+    completion = Completion(params, "out-mla", tokenizer, most=80)
+    for request in completion.requests:
+        batch.submit(request)                  # a nanomla.batch.Batch, which makes the pieces
+    completion.chunk(pieces[0], rate=0.0)      # what a stream sends for a piece
+    completion.whole(pieces, rate=0.0)         # the response of a request that does not stream
 """
 
+import dataclasses
 import difflib
 import secrets
 import time
 import typing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -77,31 +78,28 @@ class Fields(BaseModel):
                 fields[name] = value
         return fields
 
-
-AnyFields = TypeVar("AnyFields", bound=Fields)
-
-
-def read_fields(kind: type[AnyFields], body: dict[str, Any]) -> AnyFields:
-    """The checked fields of a JSON object. Raises ApiError for the first that is wrong."""
-    for name in body:
-        if name not in kind.model_fields:
-            close = difflib.get_close_matches(name[:60], kind.model_fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ApiError(400, f"there is no field {brief(name)}{hint}", name[:60])
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    name = first["loc"][0]
-    if first["type"] == "value_error":  # of a validator below
-        raise ApiError(400, str(first["ctx"]["error"]), name)
-    if first["type"] == "missing":
-        raise ApiError(400, f"{name} is missing", name)
-    works = kind.model_fields[name].description
-    if works is None:
-        works = in_words(typing.get_type_hints(kind, include_extras=True)[name])
-    message = f"{name}={brief(body[name])} does not work: {name} must be {works}"
-    raise ApiError(400, message, name)
+    @classmethod
+    def read(cls, body: dict[str, Any]) -> Self:
+        """The checked fields of a JSON object. Raises ApiError for the first that is wrong."""
+        for name in body:
+            if name not in cls.model_fields:
+                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ApiError(400, f"there is no field {brief(name)}{hint}", name)
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        name = first["loc"][0]
+        if first["type"] == "value_error":  # of a validator below
+            raise ApiError(400, str(first["ctx"]["error"]), name)
+        if first["type"] == "missing":
+            raise ApiError(400, f"{name} is missing", name)
+        works = cls.model_fields[name].description
+        if works is None:
+            works = in_words(typing.get_type_hints(cls, include_extras=True)[name])
+        message = f"{name}={brief(body[name])} does not work: {name} must be {works}"
+        raise ApiError(400, message, name)
 
 
 class StreamOptions(BaseModel):
@@ -121,7 +119,7 @@ class Params(Fields):
     """The fields of a request for a completion: OpenAI's, then ours."""
 
     model: str | None = None
-    prompt: Any = ""  # text, token ids, or a list of such; make_requests looks at it
+    prompt: Any = ""  # text, token ids, or a list of such; Completion looks at it
     max_tokens: Natural = 16
     temperature: Annotated[NonNegative, Field(le=100)] = 1.0
     top_p: UpToOne = 1.0
@@ -173,7 +171,7 @@ class Params(Fields):
 
 def read_params(body: dict[str, Any], limit: int) -> Params:
     """The checked fields of a request. limit: its largest max_tokens. Raises ApiError."""
-    params = read_fields(Params, body)
+    params = Params.read(body)
     if "max_tokens" not in params.model_fields_set:
         params.max_tokens = min(params.max_tokens, limit)
     if params.max_tokens > limit:
@@ -182,60 +180,25 @@ def read_params(body: dict[str, Any], limit: int) -> Params:
     return params
 
 
-# ---- prompts
+# ---- one call
 
 
-def make_requests(
-    params: Params, tokenizer: Tokenizer, most: int
-) -> tuple[list[Request], list[str | None]]:
-    """
-    A request to the engine for every prompt, and its text where it was given as text.
-
-    most: samples of one call. Every prompt of a call gets the samples that it gets alone.
-    Raises ApiError for prompts that are none, and for too many.
-    """
-    prompts = params.prompt
-    if not isinstance(prompts, list) or _is_ids(prompts):
-        prompts = [prompts]
-    if len(prompts) * params.n > most:
-        count = f"{len(prompts)} prompts with n={brief(params.n)}"
-        field = "prompt" if len(prompts) > most else "n"
-        raise ApiError(400, f"{count} are more than {most} samples, the most of a request", field)
-    texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
-    encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
-    if not prompts or 0 < texts.count(None) < len(texts):
-        raise ApiError(400, "prompt must be one or more prompts of one kind", "prompt")
-    seed = params.seed
-    if seed is None:
-        seed = secrets.randbits(62)
-    end = None
-    if not params.ignore_eos:
-        end = end_of_text(tokenizer.spec)
-    stops = params.stop
-    if isinstance(stops, str):
-        stops = [stops]
-    sampling = Sampling(
-        max_new_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k,
-        top_p=params.top_p, stop=tuple(stops) or None, end=end,
-    )  # fmt: skip
-    requests = [
-        Request(
-            ids, sampling, n=params.n, seed=seed, logprobs=params.logprobs,
-            prompt_logprobs=params.echo and params.logprobs is not None,
-            cache_prompt=params.cache_prompt, window=params.truncate_prompt_tokens,
-        )
-        for ids in encoded
-    ]  # fmt: skip
-    return requests, texts
+def encode(text: str, tokenizer: Tokenizer, field: str = "prompt") -> list[int]:
+    """A text's ids. Raises ApiError for one that the tokenizer cannot spell."""
+    try:
+        return tokenizer.encode(text)
+    except UserError as error:
+        raise ApiError(400, str(error), field) from None
 
 
-def _is_ids(prompt: list) -> bool:
-    return bool(prompt) and all(type(token) is int for token in prompt)  # True is no token
+def _is_ids(prompt: Any) -> bool:
+    is_list = isinstance(prompt, list) and bool(prompt)
+    return is_list and all(type(token) is int for token in prompt)  # True is no token
 
 
 def _prompt_ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
     """The ids of one prompt. An empty text stands for the token that begins one, or a new line."""
-    if isinstance(prompt, list) and _is_ids(prompt):
+    if _is_ids(prompt):
         return prompt
     if not isinstance(prompt, str):
         works = "text, token ids, or a list of several such prompts, none of them empty"
@@ -252,15 +215,9 @@ def _prompt_ids(prompt: Any, tokenizer: Tokenizer) -> list[int]:
         raise ApiError(400, message, "prompt") from None
 
 
-def encode(text: str, tokenizer: Tokenizer, field: str = "prompt") -> list[int]:
-    """A text's ids. Raises ApiError for one that the tokenizer cannot spell."""
-    try:
-        return tokenizer.encode(text)
-    except UserError as error:
-        raise ApiError(400, str(error), field) from None
-
-
-# ---- replies
+def used_prompt(request: Request) -> list[int]:
+    """The tokens of a prompt that the model saw, once it has seen them."""
+    return request.prompt[-(request.cached + request.computed) :]
 
 
 def shown(raw: bytes) -> str:
@@ -280,44 +237,52 @@ def _number(logprob: float | None) -> float | None:
     return LEAST
 
 
-class Choice:
-    """One sample as its pieces come."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.began = False
-        self.made = 0  # tokens
-        self.place = 0  # in the choice's text, of the next token
-        self.deltas: list[dict[str, Any]] = []
-
-    def offset(self, token: Token) -> int:
-        """Where in the text a token begins that follows the one before."""
-        place = self.place
-        self.place += token.chars
-        broken = token.chars - len(token.text)  # U+FFFD for bytes before it that are no character
-        return max(place + max(broken, 0), 0)
-
-
-class Reply:
+class Completion:
     """
-    The answer to one call, from the pieces of its requests.
+    One call: a request to the engine for every prompt, and JSON from the pieces that come of them.
 
-    texts: the prompts as they were given, None for one of ids. name: the model's.
+    name: the model's. most: samples of one call.
+    Raises ApiError for prompts that are none, and for too many.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        requests: list[Request],
-        texts: list[str | None],
-        name: str,
-        tokenizer: Tokenizer,
-    ) -> None:
+    def __init__(self, params: Params, name: str, tokenizer: Tokenizer, most: int) -> None:
         self.params = params
-        self.requests = requests
-        self.texts = texts
         self.tokenizer = tokenizer
-        self.choices = [Choice(i) for i in range(len(requests) * params.n)]
+        prompts = params.prompt
+        if not isinstance(prompts, list) or _is_ids(prompts):
+            prompts = [prompts]
+        if len(prompts) * params.n > most:
+            count = f"{len(prompts)} prompts with n={brief(params.n)}"
+            message = f"{count} are more than {most} samples, the most of a request"
+            raise ApiError(400, message, "prompt" if len(prompts) > most else "n")
+        # The texts, where they were given; None for ids.
+        self.texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
+        if not prompts or 0 < self.texts.count(None) < len(prompts):
+            raise ApiError(400, "prompt must be one or more prompts of one kind", "prompt")
+        seed = params.seed
+        if seed is None:
+            seed = secrets.randbits(62)
+        end = None
+        if not params.ignore_eos:
+            end = end_of_text(tokenizer.spec)
+        stops = params.stop
+        if isinstance(stops, str):
+            stops = [stops]
+        sampling = Sampling(
+            max_new_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k,
+            top_p=params.top_p, stop=tuple(stops) or None, end=end,
+        )  # fmt: skip
+        self.requests = [
+            Request(
+                ids, sampling, n=params.n, seed=seed, logprobs=params.logprobs,
+                prompt_logprobs=params.echo and params.logprobs is not None,
+                cache_prompt=params.cache_prompt, window=params.truncate_prompt_tokens,
+            )
+            for ids in encoded
+        ]  # fmt: skip
+        self.made: dict[int, int] = {}  # tokens by choice
+        self.places: dict[int, int] = {}  # in the choice's text, of its next token
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -325,56 +290,64 @@ class Reply:
             "model": name,
         }
 
-    def add(self, piece: Piece, rate: float) -> dict[str, Any] | None:
-        """
-        Take a piece in; returns what it adds to its choice, None while there is nothing to show.
-
-        rate: tokens/s of this call's model so far.
-        """
-        number = self.requests.index(piece.request)
-        choice = self.choices[number * self.params.n + piece.index]
-        choice.made = piece.made
-        if not (piece.text or piece.tokens or piece.finish):
-            return None
-        first = not choice.began
-        choice.began = True
-        text = piece.text
-        tokens = piece.tokens
-        if first and self.params.echo:
-            prompt, before = self._echo(number)
-            choice.place -= before
-            text = prompt + text
-            tokens = (*piece.request.prompt_tokens, *tokens)
-        delta = {"text": text, "index": choice.index, "logprobs": None}
-        if self.params.logprobs is not None:
-            delta["logprobs"] = self._logprobs(choice, tokens)
-        delta["finish_reason"] = piece.finish
-        if self.params.return_token_ids:
-            delta["nanomla"] = self._details(piece, rate, first)
-        if not self.params.stream:
-            choice.deltas.append(delta)
-        return delta
-
-    def chunk(self, delta: dict[str, Any]) -> dict[str, Any]:
-        """What a stream sends for a choice's delta."""
-        chunk = {**self.head, "choices": [delta]}
+    def chunk(self, piece: Piece, rate: float) -> dict[str, Any]:
+        """What a stream sends for a piece. rate: tokens/s of this call so far."""
+        chunk = {**self.head, "choices": [self._choice(piece, rate)]}
         if self.params.stream_options.include_usage:
             chunk["usage"] = None  # it comes last
         return chunk
 
     def last_chunk(self) -> dict[str, Any]:
         """The chunk of the usage."""
-        return {**self.head, "choices": [], "usage": self.usage()}
+        return {**self.head, "choices": [], "usage": self._usage()}
 
-    def whole(self) -> dict[str, Any]:
-        """The response of a call that does not stream."""
-        choices = [_merged(choice.deltas) for choice in self.choices]
-        return {**self.head, "choices": choices, "usage": self.usage()}
+    def whole(self, pieces: list[Piece], rate: float) -> dict[str, Any]:
+        """The response of a call that does not stream, from all of its pieces."""
+        samples: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            samples.setdefault(self._index(piece), []).append(piece)
+        choices = []
+        for _, parts in sorted(samples.items()):
+            text = "".join(part.text for part in parts)
+            tokens = tuple(token for part in parts for token in part.tokens)
+            piece = dataclasses.replace(parts[-1], text=text, tokens=tokens)
+            choices.append(self._choice(piece, rate))
+        return {**self.head, "choices": choices, "usage": self._usage()}
 
-    def usage(self) -> dict[str, Any]:
+    def _index(self, piece: Piece) -> int:
+        return self.requests.index(piece.request) * self.params.n + piece.index
+
+    def _choice(self, piece: Piece, rate: float) -> dict[str, Any]:
+        """What a piece adds to its choice."""
+        index = self._index(piece)
+        first = index not in self.made
+        self.made[index] = piece.made
+        text = piece.text
+        tokens = piece.tokens
+        if first:
+            self.places[index] = 0
+        if first and self.params.echo:
+            prompt, before = self._echo(piece.request)
+            self.places[index] -= before
+            text = prompt + text
+            tokens = (*piece.request.prompt_tokens, *tokens)
+        choice = {"text": text, "index": index, "logprobs": None}
+        if self.params.logprobs is not None:
+            choice["logprobs"] = {
+                "tokens": [shown(token.raw) for token in tokens],
+                "token_logprobs": [_number(token.logprob) for token in tokens],
+                "top_logprobs": [self._top_logprobs(token) for token in tokens],
+                "text_offset": [self._offset(index, token) for token in tokens],
+            }
+        choice["finish_reason"] = piece.finish
+        if self.params.return_token_ids:
+            choice["nanomla"] = self._details(piece, rate, first)
+        return choice
+
+    def _usage(self) -> dict[str, Any]:
         """Tokens of the prompts, each counted once, and of all samples."""
         prompt = sum(len(used_prompt(request)) for request in self.requests)
-        made = sum(choice.made for choice in self.choices)
+        made = sum(self.made.values())
         cached = sum(request.cached for request in self.requests)
         return {
             "prompt_tokens": prompt,
@@ -383,27 +356,24 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _echo(self, number: int) -> tuple[str, int]:
+    def _echo(self, request: Request) -> tuple[str, int]:
         """
         A prompt's text, and how many characters its tokens spell before that: the token that a
         tokenizer puts before every text is no part of what was given.
         """
-        request = self.requests[number]
-        text = self.texts[number]
+        text = self.texts[self.requests.index(request)]
         used = used_prompt(request)
         spelled = self.tokenizer.decode(used)
         if text is None or len(used) < len(request.prompt):
             return spelled, 0
         return text, max(len(spelled) - len(text), 0)
 
-    def _logprobs(self, choice: Choice, tokens: tuple[Token, ...]) -> dict[str, list]:
-        """OpenAI's lists for some tokens of a choice."""
-        return {
-            "tokens": [shown(token.raw) for token in tokens],
-            "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": [self._top_logprobs(token) for token in tokens],
-            "text_offset": [choice.offset(token) for token in tokens],
-        }
+    def _offset(self, index: int, token: Token) -> int:
+        """Where in a choice's text a token begins that follows the one before."""
+        place = self.places[index]
+        self.places[index] += token.chars
+        broken = token.chars - len(token.text)  # U+FFFD for bytes before it that are no character
+        return max(place + max(broken, 0), 0)
 
     def _top_logprobs(self, token: Token) -> dict[str, float | None] | None:
         """The likeliest tokens by their spelling, and the token itself."""
@@ -439,23 +409,3 @@ class Reply:
             top.append([id, text, _number(logprob)])
         logprob = _number(token.logprob)
         return {"id": token.id, "text": token.text, "logprob": logprob, "top": top}
-
-
-def used_prompt(request: Request) -> list[int]:
-    """The tokens of a prompt that the model saw, once it has seen them."""
-    return request.prompt[-(request.cached + request.computed) :]
-
-
-def _merged(deltas: list[dict[str, Any]]) -> dict[str, Any]:
-    """A whole choice from its deltas, of which there is at least one."""
-    whole = dict(deltas[-1])
-    whole["text"] = "".join(delta["text"] for delta in deltas)
-    if whole["logprobs"] is not None:
-        whole["logprobs"] = {key: [] for key in whole["logprobs"]}
-        for delta in deltas:
-            for key, values in delta["logprobs"].items():
-                whole["logprobs"][key] += values
-    if "nanomla" in whole:
-        tokens = [token for delta in deltas for token in delta["nanomla"]["tokens"]]
-        whole["nanomla"] |= {"tokens": tokens, "prompt": deltas[0]["nanomla"]["prompt"]}
-    return whole

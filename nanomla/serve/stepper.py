@@ -1,16 +1,14 @@
 """
 The thread that owns the models of a server, and its ties with the event loop.
 
-All of torch happens in the thread. The loop gives it orders, which it takes between two steps, and
-gets what every step has made by call_soon_threadsafe. The thread sleeps while there is nothing to
-do.
+All of torch happens in the one thread of an executor, whose queue has the orders of the loop and
+the next step, which comes behind them. What a step makes goes to the loop by call_soon_threadsafe.
 """
 
 import asyncio
-import concurrent.futures
-import queue
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from nanomla.batch import Batch, Piece, Request
 from nanomla.serve.protocol import ApiError
 from nanomla.tokenizer import Tokenizer
 
-GATHER = 0.02  # seconds between two writes to a client, as each costs more than a token's JSON
+LEFT = 499  # what metrics call the status of a request whose client left
 
 
 @dataclass(eq=False)
@@ -44,26 +42,23 @@ class Call:
     """
     The requests of one client to one model, and what has come of them; it belongs to the loop.
 
-    paced: take() returns from time to time rather than only at the end.
-    left: samples that have not ended. status: of the response, as it stands; 499: the client left.
+    left: samples that have not ended. status: of the response, as it stands.
     """
 
-    def __init__(self, served: Served, requests: list[Request], paced: bool) -> None:
+    def __init__(self, served: Served, requests: list[Request]) -> None:
         self.served = served
         self.requests = requests
-        self.paced = paced
         self.left = sum(request.n for request in requests)
-        self.status = 499
-        self.gone = False  # the client
+        self.status = LEFT
         self.error: ApiError | None = None
-        self.arrived: list[tuple[Piece, float]] = []  # and not yet taken
+        self.arrived: list[Piece] = []  # and not yet taken
         self.news = asyncio.Event()  # there is something to take
-        self.timer: asyncio.TimerHandle | None = None  # sets news
-        self.taken = 0.0  # when the last pieces were, in the loop's time
+        self.over = asyncio.Event()  # nothing more will arrive
         self.began = time.perf_counter()
         self.first_token = 0.0  # seconds until then
         self.tokens = 0  # that have arrived
         self.seconds_before = 0.0  # in steps of the batch, before the first of them
+        self.rate = 0.0  # tokens/s since then
 
     def push(self, piece: Piece, before: float, after: float) -> None:
         """Take a piece of a step; before, after: the batch's seconds in steps around it."""
@@ -71,79 +66,63 @@ class Call:
             self.first_token = time.perf_counter() - self.began
             self.seconds_before = before
         self.tokens += len(piece.tokens)
+        self.rate = self.tokens / max(after - self.seconds_before, 1e-6)
         if piece.finish is not None:
             self.left -= 1
         if piece.error is not None:
             self.fail(ApiError(500, piece.error))
             return
-        rate = self.tokens / max(after - self.seconds_before, 1e-6)
-        self.arrived.append((piece, rate))
+        self.arrived.append(piece)
+        self.news.set()
         if not self.left:
-            self.news.set()
-        elif self.paced and self.timer is None:
-            loop = asyncio.get_running_loop()
-            self.timer = loop.call_at(self.taken + GATHER, self.news.set)
+            self.over.set()
 
-    def fail(self, error: ApiError) -> None:
-        """Let the client have an error after what has arrived."""
-        self.error = self.error or error
-        self.news.set()
-
-    def leave(self) -> None:
-        """The client is gone: take() returns nothing more."""
-        self.gone = True
-        self.news.set()
-
-    async def take(self) -> list[tuple[Piece, float]]:
-        """
-        The pieces that have arrived since the last time, each with the call's tokens/s; waits for
-        some. [] when all has come or the client is gone. Raises ApiError for what failed.
-        """
-        await self.news.wait()
-        if self.left and not self.error and not self.gone:
-            self.news.clear()  # more will come
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        self.taken = asyncio.get_running_loop().time()
+    def take(self) -> list[Piece]:
+        """The pieces that have arrived since the last time."""
         pieces = self.arrived
         self.arrived = []
-        if self.gone:
-            return []
-        if self.error and not pieces:
-            raise self.error
+        self.news.clear()
         return pieces
+
+    def fail(self, error: ApiError) -> None:
+        """Let the client have an error after what has arrived, the first if there are several."""
+        self.error = self.error or error
+        self.status = self.error.status
+        self.news.set()
+        self.over.set()
 
 
 class Stepper:
     """
     Steps every model that has something to do, one after the other.
 
-    The methods without underscore are for the loop's thread, but for run(), which is the thread's.
-    failure: a future that gets the exception that ended the thread.
+    engine: an executor with one thread, in which the models were opened.
+    failure: the exception that has ended the steps.
+    on_step: is called in the loop's thread with the model, seconds and pieces of every step.
     """
 
-    def __init__(self, served: list[Served], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, served: list[Served], engine: ThreadPoolExecutor) -> None:
         self.served = {one.name: one for one in served}
-        self.loop = loop
-        self.failure: asyncio.Future[BaseException] = loop.create_future()
+        self.engine = engine
+        self.loop = asyncio.get_running_loop()
+        self.failure: Exception | None = None
         self.calls: dict[Request, Call] = {}  # that are open
-        self.on_step: Callable[[Served, float], None] = lambda served, seconds: None
-        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.on_step: Callable[[Served, float, list[Piece]], None]
+        self.ended = False
+        self._step_is_queued = False  # belongs to the engine's thread
 
     # ---- in the loop's thread
 
     def open(self, call: Call) -> None:
         """Let a call's requests wait for their rows. Raises ApiError if too many do."""
         served = call.served
-        self._check_running()
         if served.asked + call.left > served.most:
             message = f"{served.name} has {served.asked} samples to make, at most {served.most}"
             raise ApiError(503, f"{message}; try again in a moment", code="overloaded")
         served.asked += call.left
         for request in call.requests:
             self.calls[request] = call
-            self._orders.put(lambda request=request: served.batch.submit(request))
+            self.engine.submit(self._do, served.batch.submit, request)
 
     def close(self, call: Call) -> None:
         """Forget a call. What is left of it ends, and its rows are free before the next step."""
@@ -151,75 +130,49 @@ class Stepper:
         for request in call.requests:
             self.calls.pop(request, None)
             if call.left:
-                self._orders.put(lambda request=request: served.batch.cancel(request))
+                self.engine.submit(self._do, served.batch.cancel, request)
             served.prompt_tokens += request.cached + request.computed
         served.asked -= call.left
         call.left = 0
-
-    async def run_between_steps(self, function: Callable[[], Any]) -> Any:
-        """What a function returns or raises that runs in the thread."""
-        self._check_running()
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-        def order() -> None:
-            if future.set_running_or_notify_cancel():  # else its client is gone
-                try:
-                    future.set_result(function())
-                except Exception as error:  # noqa: BLE001  it is the client's
-                    future.set_exception(error)
-
-        self._orders.put(order)
-        return await asyncio.wrap_future(future)
 
     def fail_all(self, error: ApiError) -> None:
         """End all calls with an error."""
         for call in set(self.calls.values()):
             call.fail(error)
 
-    def end(self) -> None:
-        """End the thread after its present step."""
-        self._orders.put(None)
-
-    def _check_running(self) -> None:
-        if self.failure.done():
-            raise ApiError(500, "the engine has failed")
-
     def _deliver(self, served: Served, pieces: list[Piece], before: float, after: float) -> None:
-        self.on_step(served, after - before)
+        pieces = [piece for piece in pieces if piece.request in self.calls]  # others are closed
         for piece in pieces:
-            call = self.calls.get(piece.request)
-            if call is not None:  # else it has been closed
-                call.push(piece, before, after)
-                if piece.finish is not None:
-                    served.asked -= 1
+            self.calls[piece.request].push(piece, before, after)
+            if piece.finish is not None:
+                served.asked -= 1
+        self.on_step(served, after - before, pieces)
 
-    def _fail(self, error: BaseException) -> None:
-        self.failure.set_result(error)
-        kind = type(error).__name__
-        self.fail_all(ApiError(500, f"the engine has failed ({kind}: {error})"))
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        self.fail_all(ApiError(500, f"the engine has failed ({type(error).__name__}: {error})"))
 
-    # ---- in the thread itself
+    # ---- in the engine's thread
 
-    def run(self) -> None:
-        """Step until end() is called. An exception ends the thread and gets into failure."""
+    def _do(self, order: Callable[..., None], *arguments: Request) -> None:
+        """Carry out an order or a step, and let a step follow if there is anything to do."""
+        if self.ended:
+            return
         try:
-            while self._take_orders():
-                for served in self.served.values():
-                    if served.batch.busy:
-                        before = served.batch.seconds
-                        pieces = served.batch.step()
-                        arguments = (served, pieces, before, served.batch.seconds)
-                        self.loop.call_soon_threadsafe(self._deliver, *arguments)
-        except BaseException as error:  # noqa: BLE001  the loop tells of it
+            order(*arguments)
+            busy = any(served.batch.busy for served in self.served.values())
+            if busy and not self._step_is_queued:
+                self._step_is_queued = True
+                self.engine.submit(self._do, self._step)
+        except Exception as error:  # noqa: BLE001  the loop tells of it
+            self.ended = True
             self.loop.call_soon_threadsafe(self._fail, error)
 
-    def _take_orders(self) -> bool:
-        """Carry out all orders; sleeps for one while there is nothing to do. False at the end."""
-        wait = not any(served.batch.busy for served in self.served.values())
-        while wait or not self._orders.empty():
-            order = self._orders.get()
-            if order is None:
-                return False
-            order()
-            wait = False
-        return True
+    def _step(self) -> None:
+        self._step_is_queued = False
+        for served in self.served.values():
+            if served.batch.busy:
+                before = served.batch.seconds
+                pieces = served.batch.step()
+                after = served.batch.seconds
+                self.loop.call_soon_threadsafe(self._deliver, served, pieces, before, after)
