@@ -178,9 +178,9 @@ class Cache:
     its methods change that.
     """
 
-    def __init__(self, layers: Sequence[LayerCache], made_for: Any = None) -> None:
+    def __init__(self, layers: Sequence[LayerCache], made_for: Any) -> None:
         self.layers = layers
-        self.made_for = made_for  # the config of the model that made it
+        self.made_for = made_for  # the GPTConfig of the model that made it
         self.batch_size = layers[0].batch_size
         self.max_len = layers[0].max_len
         self.dtype = layers[0].dtype
@@ -243,8 +243,6 @@ class Cache:
 
     def sequences(self, first: int, count: int) -> "Cache":
         """A cache of so many sequences from the first on, in the same memory, with its own pos."""
-        most = self.batch_size - first
-        require(0 < count <= most, "count", count, f"from 1 to {most}")
         layers = [layer.sequences(first, count) for layer in self.layers]
         return Cache(layers, self.made_for)
 

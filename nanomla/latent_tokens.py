@@ -120,7 +120,6 @@ class LatentTokenAttention(Attention):
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
         B, T, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)  # as these sums run over all the past
         qkv = self.c_attn(x)
