@@ -507,11 +507,15 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
     require(config.n_head % groups == 0, "mla_groups", groups, allowed)
     if config.mla_latent_dim is None:
         config.mla_latent_dim = config.n_head // groups * (config.hs // 2)
-    if isinstance(config.mla_latent_dim, tuple):
-        config.mla_latent_dim = _widths_of_layers(config, config.mla_latent_dim)
     widths = config.mla_latent_dim
     if not isinstance(widths, tuple):
-        widths = (widths,)
+        widths = (widths,) * config.n_layer
+    allowed = f"one number, or one for each of {config.n_layer} layers"
+    require(len(widths) == config.n_layer, "mla_latent_dim", list(widths), allowed)
+    if len(set(widths)) == 1:
+        config.mla_latent_dim = widths[0]
+    one_map = not config.mla_share_latent or len(set(widths)) == 1
+    require(one_map, "mla_latent_dim", list(widths), "one number with mla_share_latent=True")
     L = max(widths)
     most = (full - 1 - beside) // groups
     allowed = (
@@ -520,21 +524,6 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
     )
     require(groups * L + beside < full, "mla_latent_dim", L, allowed)
     return min(widths)
-
-
-def _widths_of_layers(config: GPTConfig, widths: tuple[int, ...]) -> int | tuple[int, ...]:
-    """One width for each layer, or one number if they are all the same."""
-    allowed = "one number"
-    different = config.n_layer
-    if config.mla_share_latent:
-        different = 1
-    if different > 1:
-        allowed = f"one number, or one for each of {different} layers"
-    fit = len(widths) == config.n_layer and len(set(widths)) <= different
-    require(fit, "mla_latent_dim", list(widths), allowed)
-    if len(set(widths)) == 1:
-        return widths[0]
-    return widths
 
 
 class LatentAttention(AttentionWithValues):

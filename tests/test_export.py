@@ -8,7 +8,6 @@ import torch
 
 from model import GPT
 from nanomla import checkpoint, formats
-from nanomla.checkpoint import Checkpoint
 from nanomla.errors import UserError
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import (
@@ -31,7 +30,6 @@ from tests.test_formats import (
     their_logits,
 )
 from tests.test_tokenizer import TEXT, byte_level
-from tools.export import training_command
 
 GREEDY = ["--max_new_tokens=9", "--temperature=0"]
 
@@ -161,27 +159,14 @@ def test_gpt2s_tokenizer_in_and_out(tmp_path, monkeypatch):
     assert files(tmp_path / "e") == ours - {"nanomla_tokenizer.json"}
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("tokenizer.json", "{}", ["tokenizer.json: not a tokenizer of Hugging Face"]),
-        ("tokenizer.json", '{"model": {"vocab": {"a": 23}}}', ["ids up to 23", "vocab_size=23"]),
-        ("nanomla_tokenizer.json", '{"kind": "char", "chars": 5}', ["chars must be a text"]),
-    ],
-)
-def test_a_tokenizer_that_is_damaged_or_not_the_models_is_one_line(tmp_path, name, content, words):
-    """The line names the folder or its file."""
-    foreign("llama").save_pretrained(tmp_path)
-    (tmp_path / name).write_text(content)
-    done = run("sample.py", f"--init_from={tmp_path}", "--start=a")
-    assert fails_with_one_line(done, 1, str(tmp_path), *words)
-
-
 # ---- Models of others, fine-tuned
 
 
 def test_a_foreign_folder_is_sampled_and_exported(tmp_path):
-    """A folder with a tokenizer.json goes out with it, and AutoTokenizer reads it there."""
+    """
+    A folder with a tokenizer.json goes out with it, and AutoTokenizer reads it there; one with more
+    ids than the model has is refused.
+    """
     from transformers import AutoTokenizer
 
     theirs = byte_level()
@@ -204,6 +189,9 @@ def test_a_foreign_folder_is_sampled_and_exported(tmp_path):
     assert opened.eos_token == "<|end|>" and opened.bos_token == theirs.id_to_token(7)
     text = sample(folder, "to be")
     assert text == sample(tmp_path / "e", "to be") and text.startswith("to be")
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 288}}}')
+    done = run("sample.py", f"--init_from={folder}", "--start=a")
+    assert fails_with_one_line(done, 1, str(folder), "ids up to 288", "vocab_size=288")
 
 
 def test_a_foreign_folder_is_fine_tuned_on_text_in_its_own_ids(tmp_path):
@@ -265,12 +253,3 @@ def test_a_run_is_exported_described_and_trained_on(tmp_path, dataset):
     tune = [*QUICK, f"--dataset={dataset}", f"--init_from={tmp_path}/e", "--dropout=0.1"]
     tuned = run("train.py", *tune, f"--out_dir={tmp_path}/c", "--eval_only").stdout
     assert tuned.splitlines()[-1].split(":")[1] == resumed.splitlines()[-1].split(":")[1]
-
-
-def test_a_resumed_run_is_made_by_a_new_one():
-    """--init_from=resume makes no model; weights that a run started from do."""
-    start = {"n_layer": 3, "init_from": "resume"}
-    command = training_command(Checkpoint({}, {}, config=start))
-    assert command == "python train.py --n_layer=3"
-    command = training_command(Checkpoint({}, {}, config={**start, "init_from": "folder"}))
-    assert command.endswith(" --init_from=folder")

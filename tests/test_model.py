@@ -229,20 +229,6 @@ def test_rotary_latent_by_a_loop(L, r, G):
         torch.testing.assert_close(attn(x)[0], want, atol=1e-12, rtol=1e-12)
 
 
-def test_groups_are_block_diagonal_joint_mla():
-    """A latent per head equals one joint latent whose expansions are block-diagonal in the same
-    numbers."""
-    each = make({**TINY_MLA, "mla_latent_dim": 5, "mla_groups": 4, "mla_norm": "none"})
-    joint = make({**TINY_MLA, "mla_latent_dim": 20, "mla_norm": "none"})
-    state = each.state_dict()
-    for name, weight in state.items():
-        if name.endswith(("k_expand.weight", "v_expand.weight")):
-            state[name] = torch.block_diag(*weight.view(4, -1, 5))
-    joint.load_state_dict(state)
-    idx = torch.randint(23, (2, 12))
-    torch.testing.assert_close(all_logits(joint, idx), all_logits(each, idx), atol=1e-5, rtol=1e-5)
-
-
 def test_what_none_stands_for():
     """A latent whose cache is 4x smaller, and a rotary key of the even number at or below half a
     head. Equal widths are one number, and the frequencies are those of rope_theta."""
