@@ -1081,7 +1081,6 @@ class GPT(nn.Module):
         """
         limit = self.config.block_size
         device = self.lm_head.weight.device
-        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         require(1 <= max_len <= limit, "max_len", max_len, f"from 1 to block_size={limit}")
         if dtype is None:
             dtype = self.lm_head.weight.dtype
