@@ -509,13 +509,15 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
         config.mla_latent_dim = config.n_head // groups * (config.hs // 2)
     widths = config.mla_latent_dim
     if not isinstance(widths, tuple):
-        widths = (widths,) * config.n_layer
-    allowed = f"one number, or one for each of {config.n_layer} layers"
-    require(len(widths) == config.n_layer, "mla_latent_dim", list(widths), allowed)
-    if len(set(widths)) == 1:
-        config.mla_latent_dim = widths[0]
-    one_map = not config.mla_share_latent or len(set(widths)) == 1
-    require(one_map, "mla_latent_dim", list(widths), "one number with mla_share_latent=True")
+        widths = (widths,)
+    else:
+        allowed = f"one number, or one for each of {config.n_layer} layers"
+        require(len(widths) == config.n_layer, "mla_latent_dim", list(widths), allowed)
+        equal = len(set(widths)) == 1
+        allowed = "one number with mla_share_latent=True"
+        require(equal or not config.mla_share_latent, "mla_latent_dim", list(widths), allowed)
+        if equal:
+            config.mla_latent_dim = widths[0]
     L = max(widths)
     most = (full - 1 - beside) // groups
     allowed = (

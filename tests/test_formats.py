@@ -397,6 +397,7 @@ CONFIGS = [  # changes to a config.json (...: the setting is not there), and wha
     ("deepseek_v3", {"first_k_dense_replace": 1}, ["=1", "experts are not supported"]),
     ("deepseek_v3", {"kv_lora_rank": 6}, ["kv_latent_proj.weight has 11 rows", "have 10"]),
     ("deepseek_v3", {"q_lora_rank": 9, "attention_bias": True}, ["attention_bias=True"]),
+    ("nanomla", {"n_layer": 10**9}, ["n_layer=1000000000", "2 layers"]),
     ("nanomla", {"experts": 8}, ["settings this version does not know: experts"]),
     ("nanomla", {"head_dim": WIDE, "mla_rope_dim": WIDE // 2}, ["sizes that no tensor can have"]),
 ]
