@@ -252,13 +252,9 @@ class GPTConfig:
         return self.mla_latent_dim
 
 
-def _divisors(n: int, most: int = 24) -> str:
-    """The smallest divisors of n, as many as fit a line."""
-    divisors = [str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0]
-    text = ", ".join(divisors[:most])
-    if len(divisors) > most:
-        text += ", ..."
-    return text
+def _divisors(n: int) -> str:
+    """The divisors of n up to 10,000."""
+    return ", ".join(str(d) for d in range(1, min(n, 10_000) + 1) if n % d == 0)
 
 
 # ---- Norms, positions, maps that differ by head
@@ -436,7 +432,6 @@ class CausalSelfAttention(AttentionWithValues):
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
         q, k, v = self._project(x, cache, rotation)
         if cache is None:
             return self._output(self._attend(q, k, v, None, self._dropout(cache)))
@@ -483,7 +478,6 @@ class CausalSelfAttention(AttentionWithValues):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
-        """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
         q, k, _ = self._project(x, None, rotation)
         k = k.repeat_interleave(self.nh // self.nkv, dim=1)
         return causal_weights(q, k, self.scale)
@@ -512,14 +506,18 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
     allowed = f"a divisor of n_head={config.n_head}: {_divisors(config.n_head)}"
     require(config.n_head % groups == 0, "mla_groups", groups, allowed)
     if config.mla_latent_dim is None:
-        allowed = f"a number, as head size {config.hs} has no half"
-        require(config.hs > 1, "mla_latent_dim", None, allowed)
         config.mla_latent_dim = config.n_head // groups * (config.hs // 2)
-    if isinstance(config.mla_latent_dim, tuple):
-        config.mla_latent_dim = _widths_of_layers(config, config.mla_latent_dim)
     widths = config.mla_latent_dim
     if not isinstance(widths, tuple):
         widths = (widths,)
+    else:
+        allowed = f"one number, or one for each of {config.n_layer} layers"
+        require(len(widths) == config.n_layer, "mla_latent_dim", list(widths), allowed)
+        equal = len(set(widths)) == 1
+        allowed = "one number with mla_share_latent=True"
+        require(equal or not config.mla_share_latent, "mla_latent_dim", list(widths), allowed)
+        if equal:
+            config.mla_latent_dim = widths[0]
     L = max(widths)
     most = (full - 1 - beside) // groups
     allowed = (
@@ -528,21 +526,6 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
     )
     require(groups * L + beside < full, "mla_latent_dim", L, allowed)
     return min(widths)
-
-
-def _widths_of_layers(config: GPTConfig, widths: tuple[int, ...]) -> int | tuple[int, ...]:
-    """One width for each layer, or one number if they are all the same."""
-    allowed = "one number"
-    different = config.n_layer
-    if config.mla_share_latent:
-        different = 1
-    if different > 1:
-        allowed = f"one number, or one for each of {different} layers"
-    fit = len(widths) == config.n_layer and len(set(widths)) <= different
-    require(fit, "mla_latent_dim", list(widths), allowed)
-    if len(set(widths)) == 1:
-        return widths[0]
-    return widths
 
 
 class LatentAttention(AttentionWithValues):
@@ -774,8 +757,7 @@ class MultiHeadLatentAttention(LatentAttention):
         """
         Multiplications per head, with D = nope + hs rows of W_UK and W_UV: per pair of a query and
         a key it sees, 2 max(nope + r, hs) expanded, as values are padded to the keys' width, and
-        2 (L + r) absorbed; and once S L D to expand, or T L D to absorb. docs/results.md has the
-        times of both.
+        2 (L + r) absorbed; and once S L D to expand, or T L D to absorb.
         """
         D = self.nope + self.hs
         pairs = T * (2 * S - T + 1) // 2
@@ -784,7 +766,6 @@ class MultiHeadLatentAttention(LatentAttention):
         return absorbed < expanded
 
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
-        """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
         if rotation is None:
             rotation = rotation_alone(self.config, x, None)
         q_nope, q_rope = self._split_queries(x, rotation)
@@ -823,7 +804,6 @@ class RotaryLatentAttention(LatentAttention):
         require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
         L = check_latent(config, beside=0, full=config.n_head * 2 * config.hs)
         if config.mla_rope_dim is None:
-            require(L % 2 == 0, "mla_latent_dim", L, "an even number; or set mla_rope_dim")
             config.mla_rope_dim = L
         r = config.mla_rope_dim
         allowed = f"an even number up to the latent's {L}"
@@ -843,7 +823,6 @@ class RotaryLatentAttention(LatentAttention):
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
         if rotation is None:
             rotation = rotation_alone(self.config, x, cache)
         q, c = self._project(x, rotation)  # (B, nh, T, L), (B, G, T, L)
@@ -872,7 +851,6 @@ class RotaryLatentAttention(LatentAttention):
         return torch.cat([still, apply_rope(turned, rotation)], dim=-1)
 
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
-        """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""
         if rotation is None:
             rotation = rotation_alone(self.config, x, None)
         q, c = self._project(x, rotation)
@@ -1040,7 +1018,8 @@ class GPT(nn.Module):
         cache that does not fit.
         """
         if cache is not None:
-            self._check_cache(cache, idx)
+            self._check_made_for(cache)  # nothing is written before the cache is known to fit
+            cache.check(*idx.shape, self.lm_head.weight.device)
         x, rotation = self._embed(idx, cache)  # (B, T, C)
         layer_caches = [None] * self.config.n_layer
         if cache is not None:
@@ -1104,7 +1083,6 @@ class GPT(nn.Module):
         """
         limit = self.config.block_size
         device = self.lm_head.weight.device
-        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         require(1 <= max_len <= limit, "max_len", max_len, f"from 1 to block_size={limit}")
         if dtype is None:
             dtype = self.lm_head.weight.dtype
@@ -1125,21 +1103,13 @@ class GPT(nn.Module):
             layers.append(block.attn.new_cache(batch_size, max_len, dtype, device))
         return Cache(layers, made_for=self.config)
 
-    def _check_cache(self, cache: Cache, idx: Tensor) -> None:
-        """Raise ValueError for a cache that cannot take idx, before anything is written to it."""
-        self._check_made_for(cache)
-        B, T = idx.shape
-        cache.check(B, T, self.lm_head.weight.device)
-
     def _check_made_for(self, cache: Cache) -> None:
         """Raise ValueError for a cache that a model of another shape made."""
         if cache.made_for is self.config:
             return
-        has = cache.sizes()
-        needs = self._new_cache(1, 1, cache.dtype, "meta").sizes()
-        if cache.made_for is not None:
-            has = [cache.made_for.attention_name, *has]
-            needs = [self.config.attention_name, *needs]
+        own = self._new_cache(1, 1, cache.dtype, "meta")
+        has = [cache.made_for.attention_name, *cache.sizes()]
+        needs = [self.config.attention_name, *own.sizes()]
         if has != needs:
             raise ValueError(f"the cache was made for another model: {has}, not {needs}")
 

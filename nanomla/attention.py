@@ -134,7 +134,5 @@ def mha_key_value_parameters(config: Any) -> int:
 
 def cached_numbers_at(attention: Attention, n: int) -> int:
     """Numbers that n >= 1 tokens take in a block's cache."""
-    if n < 1:
-        raise ValueError(f"sequence_length={n} does not work: it must be at least 1")
     cache = attention.new_cache(1, n, torch.float32, "meta")
     return cache.nbytes_at(n) // torch.float32.itemsize

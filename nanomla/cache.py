@@ -21,33 +21,28 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Buffer:
-    """Numbers of every token, (B, heads, max_len, width), in a floating dtype."""
+    """
+    Numbers of every token, (B, heads, max_len, width), in a floating dtype or as 8-bit integers
+    with one float16 scale per token and head.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.tensors = [torch.zeros(shape, dtype=dtype, device=device)]
+        if dtype == torch.int8:
+            self.tensors.append(torch.zeros(*shape[:3], 1, dtype=torch.float16, device=device))
 
     def write(self, new: Tensor, at: slice | Tensor) -> None:
         """Put new (B, heads, T, width) at these positions, a slice or (B, T)."""
-        put(self.tensors[0], new, at)
-
-    def read(self, end: int) -> Tensor:
-        """The first `end` tokens, uncopied."""
-        return self.tensors[0][:, :, :end]
-
-
-class Int8Buffer(Buffer):
-    """The same as 8-bit integers, with one float16 scale per token and head."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        values = torch.zeros(shape, dtype=torch.int8, device=device)
-        scale = torch.zeros(*shape[:3], 1, dtype=torch.float16, device=device)
-        self.tensors = [values, scale]
-
-    def write(self, new: Tensor, at: slice | Tensor) -> None:
+        if len(self.tensors) == 1:
+            put(self.tensors[0], new, at)
+            return
         for tensor, part in zip(self.tensors, quantise(new), strict=True):
             put(tensor, part, at)
 
-    def read(self, end: int) -> Quantized:
+    def read(self, end: int) -> Tensor | Quantized:
+        """The first `end` tokens, uncopied."""
+        if len(self.tensors) == 1:
+            return self.tensors[0][:, :, :end]
         values, scale = self.tensors
         return Quantized(values[:, :, :end], scale[:, :, :end])
 
@@ -87,12 +82,9 @@ class LayerCache:
         self.dtype = dtype
         self.pos = 0
         self.lengths: Tensor | None = None
-        buffer_class = Buffer
-        if dtype == torch.int8:
-            buffer_class = Int8Buffer
         self.buffers = []
         for heads, width in sizes:
-            self.buffers.append(buffer_class((batch_size, heads, max_len, width), dtype, device))
+            self.buffers.append(Buffer((batch_size, heads, max_len, width), dtype, device))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -178,9 +170,9 @@ class Cache:
     its methods change that.
     """
 
-    def __init__(self, layers: Sequence[LayerCache], made_for: Any = None) -> None:
+    def __init__(self, layers: Sequence[LayerCache], made_for: Any) -> None:
         self.layers = layers
-        self.made_for = made_for  # the config of the model that made it
+        self.made_for = made_for  # the GPTConfig of the model that made it
         self.batch_size = layers[0].batch_size
         self.max_len = layers[0].max_len
         self.dtype = layers[0].dtype
@@ -243,8 +235,6 @@ class Cache:
 
     def sequences(self, first: int, count: int) -> "Cache":
         """A cache of so many sequences from the first on, in the same memory, with its own pos."""
-        most = self.batch_size - first
-        require(0 < count <= most, "count", count, f"from 1 to {most}")
         layers = [layer.sequences(first, count) for layer in self.layers]
         return Cache(layers, self.made_for)
 

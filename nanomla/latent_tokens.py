@@ -120,7 +120,6 @@ class LatentTokenAttention(Attention):
     def forward(
         self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
         B, T, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)  # as these sums run over all the past
         qkv = self.c_attn(x)
@@ -190,31 +189,12 @@ def slot_attention(
 ) -> tuple[Tensor, Tensor]:
     """
     From state (N, m, 2 hs) on, q (N, T, hs), kv (N, T, 2 hs) and log_a (N, T, m) <= 0: the averages
-    o (N, T, hs) and the last state. Work and memory are O(N T (m hs + CHUNK (m + hs))).
+    o (N, T, hs) and the last state. Work and memory are O(N T (m hs + CHUNK (m + hs))): chunks of
+    tokens are computed at once, as many at a time as NUMBERS allows.
     """
-    if q.size(1) == 1:
-        return recurrence(state, q, kv, log_a, scale)
-    return chunked(state, q, kv, log_a, scale)
-
-
-def recurrence(
-    state: Tensor, q: Tensor, kv: Tensor, log_a: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """slot_attention by its definition, one token after the other."""
-    out = []
-    for t in range(q.size(1)):
-        new = -torch.expm1(log_a[:, t, :, None])  # 1 - a, exact also for a near 1
-        state = torch.lerp(state, kv[:, t, None], new)
-        k, v = state.chunk(2, dim=-1)
-        out.append((q[:, t, None] @ k.mT * scale).softmax(dim=-1) @ v)
-    return torch.cat(out, dim=1), state
-
-
-def chunked(
-    state: Tensor, q: Tensor, kv: Tensor, log_a: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """slot_attention in chunks, as many at a time as NUMBERS allows."""
     N, T, m = log_a.shape
+    if T == 1:
+        return one_token(state, q, kv, log_a, scale)
     filled = [0, 0, 0, -T % CHUNK]  # up to whole chunks; log_a 0 adds nothing
     q = F.pad(q * scale, filled)
     kv = F.pad(kv, filled)
@@ -228,6 +208,16 @@ def chunked(
                                 by_chunk(log_a[:, part]))  # fmt: skip
         outs.append(y)
     return torch.cat(outs, dim=1)[:, :T], state
+
+
+def one_token(
+    state: Tensor, q: Tensor, kv: Tensor, log_a: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """slot_attention of one token, by its definition."""
+    new = -torch.expm1(log_a.mT)  # 1 - a, exact also for a near 1
+    state = torch.lerp(state, kv, new)
+    k, v = state.chunk(2, dim=-1)
+    return (q @ k.mT * scale).softmax(dim=-1) @ v, state
 
 
 def by_chunk(t: Tensor) -> Tensor:

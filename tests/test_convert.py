@@ -24,7 +24,7 @@ from tests.conftest import (
     save_model,
     tiny_config,
 )
-from tests.test_formats import cached_logits, foreign, greedy, transformers_gpt2
+from tests.test_formats import cached_logits, foreign, greedy
 from tests.test_train import entries
 
 SIZE = ["--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=16", "--batch_size=16"]
@@ -323,7 +323,7 @@ def test_against_transformers(tmp_path, dataset, kind, flags):
     At the size that loses nothing, weights of transformers keep their logits and text. A folder
     without a tokenizer takes the dataset's.
     """
-    theirs = transformers_gpt2() if kind == "gpt2" else foreign(kind)
+    theirs = foreign(kind)
     theirs.save_pretrained(tmp_path / "hf")
     done = convert(tmp_path / "hf", dataset, tmp_path / "to", *flags)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,4 @@
-"""
-Weights in and out of safetensors, beside transformers: equal logits, equal text, nothing lost, and
-one line for every kind of damage. Run: python -m pytest tests/test_formats.py
-"""
+"""Weights in and out, beside transformers. Run: python -m pytest tests/test_formats.py"""
 
 import dataclasses
 import json
@@ -14,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import ATTENTION, GPT, GPTConfig
-from nanomla import checkpoint, formats
-from nanomla.checkpoint import Checkpoint
+from model import GPT, GPTConfig
+from nanomla import formats
 from nanomla.errors import UserError
 from nanomla.formats import folder as folders
 from nanomla.tokenizer import Tokenizer, end_of_text, read_hf, start_of_text
@@ -27,13 +23,13 @@ from tests.conftest import (
     fails_with_one_line,
     randomise,
     run,
+    save_model,
     tiny_config,
 )
 from tests.test_tokenizer import byte_level
 
 CHARS = {"kind": "char", "chars": "abcdefghijklmnopqrstuvw"}  # 23, as TINY's vocabulary
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-
 
 ENDS = {"bos_token_id": None, "eos_token_id": None}
 GPT2 = {"vocab_size": 23, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 4}
@@ -63,11 +59,6 @@ def foreign(kind, **settings):
     config, model, shape = FAMILIES[kind]
     config = getattr(transformers, config)(**{**ENDS, **shape, **settings})
     return randomise(getattr(transformers, model)(config), 0.2)
-
-
-def transformers_gpt2(**settings):
-    """transformers' GPT-2 with random weights."""
-    return foreign("gpt2", **settings)
 
 
 def their_logits(model, idx):
@@ -137,10 +128,7 @@ IN = [
 
 @pytest.mark.parametrize(("kind", "settings"), IN)
 def test_models_of_transformers_open_with_equal_logits(tmp_path, kind, settings):
-    """
-    The whole pass and decoding on our cache at 1e-5; the same greedy text; and out again, from any
-    of the kinds: transformers loads what we write with the same logits.
-    """
+    """The whole pass and decoding on our cache at 1e-5, and the same greedy text."""
     model = foreign(kind, **settings)
     idx = torch.randint(23, (3, 16))
     model.save_pretrained(tmp_path / "hf")
@@ -156,14 +144,11 @@ def test_models_of_transformers_open_with_equal_logits(tmp_path, kind, settings)
         return
     kind = "llama" if kind in ("mistral", "qwen2") else kind
     assert formats.fitting_format(ours.config)[0] == kind
-    write(tmp_path / "again", ours, kind)
-    again = load_with_transformers(tmp_path / "again")
-    torch.testing.assert_close(their_logits(again, idx), want, **CLOSE)
 
 
 def test_other_spellings_of_a_gpt2(tmp_path):
     """Without the prefix, with old mask buffers, with lm_head: the same logits."""
-    model = transformers_gpt2()
+    model = foreign("gpt2")
     model.save_pretrained(tmp_path)
     idx = torch.randint(23, (3, 16))
     state = load_file(tmp_path / "model.safetensors")
@@ -180,8 +165,8 @@ def test_other_spellings_of_a_gpt2(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])
 def test_shards_bfloat16_and_older_spellings(tmp_path, kind):
     """
-    bfloat16 in pieces: transformers' logits when both compute in float32. Then names without the
-    prefix, an old rotary buffer and rope_theta where transformers 4 wrote it.
+    bfloat16 in pieces; then names without the prefix, an old rotary buffer and rope_theta where
+    transformers 4 wrote it.
     """
     model = foreign(kind).bfloat16()
     model.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -189,7 +174,6 @@ def test_shards_bfloat16_and_older_spellings(tmp_path, kind):
     model = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     idx = torch.randint(23, (3, 16))
     ours = GPT.from_pretrained(tmp_path)
-    assert ours.lm_head.weight.dtype == torch.float32
     torch.testing.assert_close(all_logits(ours, idx), their_logits(model, idx), **CLOSE)
     state = {name.removeprefix("model."): t.contiguous() for name, t in model.state_dict().items()}
     state["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
@@ -201,7 +185,7 @@ def test_shards_bfloat16_and_older_spellings(tmp_path, kind):
 
 
 def test_names_are_fetched_from_the_hub_and_opened_from_its_cache(tmp_path, monkeypatch):
-    """Only config.json and safetensors are asked for; what is cached opens without a network."""
+    """What is cached opens without a network; else one line says what to do."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -210,7 +194,7 @@ def test_names_are_fetched_from_the_hub_and_opened_from_its_cache(tmp_path, monk
     words = ("gpt2-medium cannot be had", "openai-community/gpt2-medium", "--init_from=FOLDER")
     assert fails_with_one_line(done, 1, *words)
 
-    model = transformers_gpt2()
+    model = foreign("gpt2")
     cached = tmp_path / "models--openai-community--gpt2-medium"
     model.save_pretrained(cached / "snapshots" / "abc")
     (cached / "refs").mkdir()
@@ -219,40 +203,19 @@ def test_names_are_fetched_from_the_hub_and_opened_from_its_cache(tmp_path, monk
     ours = GPT.from_pretrained("gpt2-medium")
     torch.testing.assert_close(all_logits(ours, idx), their_logits(model, idx), **CLOSE)
 
-    asked = []
-
-    def fetch(repository, allow_patterns):
-        asked.extend([repository, *allow_patterns])
-        return str(cached / "snapshots" / "abc")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert formats.open_weights("gpt2").source == "gpt2"
-    assert asked[:2] == ["openai-community/gpt2", "config.json"]
-    assert all(".safetensors" in pattern for pattern in asked[2:])
-
 
 def test_open_weights_finds_each_kind(tmp_path):
-    """
-    A file, a run's folder with either preference, an export, and names that are nothing; `source`
-    is what was read.
-    """
+    """A file, a run's folder with either preference, an export, and names that are nothing."""
     model = GPT(tiny_config())
-    args = dataclasses.asdict(model.config)
-    (tmp_path / "run").mkdir()
+    folder = tmp_path / "run"
+    folder.mkdir()
     for step, best in ((1, True), (2, False)):
-        stored = Checkpoint(model.state_dict(), args, iter_num=step)
-        checkpoint.save(tmp_path / "run", stored, best)
+        save_model(folder, model, best, iter_num=step)
+    assert formats.open_weights(folder / "best.pt").iter_num == 1
+    assert formats.open_weights(folder).iter_num == 2
+    assert formats.open_weights(folder, prefer_best=True).source == str(folder / "best.pt")
     write(tmp_path / "export", model, "nanomla")
-    best, latest = tmp_path / "run" / "best.pt", tmp_path / "run" / "ckpt.pt"
-    for name, prefer_best, source, step in (
-        (best, False, best, 1),
-        (tmp_path / "run", False, latest, 2),
-        (tmp_path / "run", True, best, 1),
-        (tmp_path / "export", False, tmp_path / "export", 0),
-    ):
-        stored = formats.open_weights(str(name), prefer_best)
-        assert (stored.source, stored.iter_num) == (str(source), step)
-        assert checkpoint.build(stored)[0].config.n_embd == 24
+    assert formats.open_weights(tmp_path / "export").source == str(tmp_path / "export")
     with pytest.raises(UserError, match="gpt3: no such file or folder.*gpt2-xl"):
         formats.open_weights("gpt3")
     with pytest.raises(UserError, match="it holds neither ckpt.pt, best.pt nor config.json"):
@@ -281,10 +244,7 @@ OUT = [
 
 @pytest.mark.parametrize(("kind", "settings"), OUT)
 def test_transformers_loads_exports(tmp_path, kind, settings):
-    """
-    Nothing missing or left over, equal logits, the same greedy text on either cache; and the model
-    that is read back is the same bit by bit.
-    """
+    """Equal logits, the same greedy text on either cache; and what is read back is the same."""
     model = randomise(GPT(tiny_config(**STYLES[kind] | settings)), 0.2)
     assert formats.fitting_format(model.config)[0] == kind
     write(tmp_path, model, kind)
@@ -300,21 +260,14 @@ def test_transformers_loads_exports(tmp_path, kind, settings):
         torch.testing.assert_close(all_logits(twin, idx), want, **CLOSE)
     else:
         assert same_weights(model, twin)
-    untied = "lm_head.weight" in load_file(tmp_path / "model.safetensors")
-    assert untied == (not model.config.tie_weights)
-    # transformers' dropouts of a model may differ, so a reader takes none of them.
-    stored = json.loads((tmp_path / "config.json").read_text())
-    dropouts = {v for name, v in stored.items() if name.endswith(("pdrop", "_dropout"))}
-    assert dropouts == {model.config.dropout} and twin.config.dropout == 0
 
 
 SHARED = {"mla_share_latent": True, "use_svd": True, "svd_rank": 3, "mla_norm": "layernorm"}
 
 
-@pytest.mark.parametrize("settings", [{}, {**TINY_MLA, **SHARED}], ids=["mha", "shared latent"])
-def test_our_own_format_round_trips(tmp_path, settings):
+def test_our_own_format_round_trips(tmp_path):
     """Bit by bit, config and tokenizer too; tied and shared weights are stored once."""
-    model = randomise(GPT(tiny_config(**settings)), 0.2)
+    model = randomise(GPT(tiny_config(**TINY_MLA, **SHARED)), 0.2)
     write(tmp_path, model, "nanomla", CHARS)
     twin = GPT.from_pretrained(tmp_path)
     assert formats.read_pretrained(tmp_path).tokenizer == CHARS
@@ -323,66 +276,37 @@ def test_our_own_format_round_trips(tmp_path, settings):
     assert count == sum(p.numel() for p in model.parameters())
 
 
-# For every field of GPTConfig a value that differs from the styles' and from the default. A name
-# of attention that flags can say becomes these flags; another has a test of its own.
-FLIPPED = {
+FLIPPED = {  # for every field that a format may have, a value that differs from the styles'
     "block_size": 17, "vocab_size": 29, "n_layer": 3, "n_head": 2, "n_embd": 32, "dropout": 0.25,
     "gelu": "tanh", "rope_theta": 500.0, "norm_eps": 1e-3, "mlp_hidden": 44, "tie_weights": False,
     "n_kv_head": 2, "head_dim": 10, "mla_latent_dim": 5, "mla_groups": 2, "mla_rope_dim": 4,
     "mla_nope_dim": 3, "mla_rope": "latent", "mla_q_latent_dim": 5, "mla_norm": "layernorm",
-    "mla_share_latent": True, "use_latent_tokens": True, "n_latent_tokens": 3, "use_svd": True,
-    "svd_rank": 3, "svd_method": "randomized",
+    "mla_share_latent": True, "n_latent_tokens": 3, "svd_rank": 3, "svd_method": "randomized",
 }  # fmt: skip
-OTHER = {
-    "bias": (True, False), "pos_emb": ("learned", "rope"), "norm": ("layernorm", "rmsnorm"),
-    "mlp": ("gelu", "swiglu"), "use_mla": (True, False),
-}  # fmt: skip
-WITH = {"use_latent_tokens": {"n_latent_tokens": 3, "use_mla": False, "pos_emb": "learned"}}
-WITHOUT = {"use_mla": ("mla_latent_dim", "mla_rope_dim"), "pos_emb": ("mla_rope_dim",)}
-IDLE = {  # what has no effect in a style
-    "gpt2": ("rope_", "mla_", "svd_", "n_latent", "bias", "dropout"),
-    "llama": ("gelu", "mla_", "svd_", "n_latent", "dropout"),
-    "deepseek_v3": ("gelu", "n_kv_head", "svd_", "n_latent", "dropout"),
-}
-
-
-def flipped(name, style):
-    """A tiny config of a style with another value of this field."""
-    config = tiny_config(**style)
-    values = OTHER.get(name, (FLIPPED.get(name),))
-    if name == "rope_freqs":
-        values = ((0.5,) * max(config.rotary_dim // 2, 1),)
-    value = next(v for v in values if v != getattr(config, name))
-    style = {k: v for k, v in style.items() if k not in WITHOUT.get(name, ())}
-    return tiny_config(**{**style, **WITH.get(name, {}), name: value})
+STYLED = {"norm", "mlp", "pos_emb", "use_mla", "rope_freqs"}  # each a style of its own
 
 
 @pytest.mark.parametrize("kind", STYLES)
 def test_every_setting_survives_an_export_or_forbids_it(tmp_path, kind):
-    """
-    Flip one field of GPTConfig: either it is in the way of the format, or the model that is read
-    back computes the same and has the same value, unless the field has no effect.
-    """
+    """One field differs: it is in the way, or what is read back computes the same, as far."""
+    assert formats.FORMATS[kind].fits.keys() <= {*FLIPPED, *STYLED, "bias"}
     idx = torch.randint(23, (3, 16))
-    for name in [field.name for field in dataclasses.fields(GPTConfig)]:
-        if name == "attention":
-            continue
-        config = flipped(name, STYLES[kind])
+    for name, value in {**FLIPPED, "bias": kind != "gpt2"}.items():
+        config = tiny_config(**{**STYLES[kind], name: value})
         lacks = formats.in_the_way(config, kind)
         if lacks:
-            assert any(setting.startswith(f"{name}=") for setting in lacks), name
+            assert lacks == [f"{name}={value!r}"]
             continue
         model = randomise(GPT(config), 0.2)
         write(tmp_path / name, model, kind)
         twin = GPT.from_pretrained(tmp_path / name)
         torch.testing.assert_close(all_logits(twin, idx), all_logits(model, idx), **CLOSE)
-        if not name.startswith(IDLE[kind]):
-            assert getattr(twin.config, name) == getattr(config, name), name
+        assert twin.config.block_size == config.block_size
 
 
 @pytest.mark.parametrize("kind", STYLES)
-def test_a_setting_that_is_new_forbids_an_export(kind, monkeypatch):
-    """A field or an attention that no format lists: its default is what the format has."""
+def test_a_setting_that_is_new_forbids_an_export(kind):
+    """A field that no format lists: its default is what the format has."""
 
     @dataclasses.dataclass
     class Grown(GPTConfig):
@@ -391,15 +315,10 @@ def test_a_setting_that_is_new_forbids_an_export(kind, monkeypatch):
     style = {**TINY, **STYLES[kind]}
     assert formats.in_the_way(Grown(**style), kind) == []
     assert formats.in_the_way(Grown(**style, sinks=1), kind) == ["sinks=1"]
-    monkeypatch.setitem(ATTENTION, "mine", ATTENTION["mha"])
-    config = GPTConfig(**{**style, "attention": "mine", "use_mla": False})
-    assert "attention='mine'" in formats.in_the_way(config, kind)
-    assert formats.in_the_way(config, "nanomla") == []
 
 
-def test_what_is_in_the_way_is_named_with_its_value():
-    """Also one width of latents per layer, which DeepSeek-V3 does not have."""
-    assert formats.in_the_way(tiny_config(**TINY_MLA), "gpt2") == ["pos_emb='rope'", "use_mla=True"]
+def test_a_width_for_each_layer_forbids_an_export():
+    """DeepSeek-V3 has one for all."""
     ragged = tiny_config(**{**DEEPSEEK_STYLE, "mla_latent_dim": (7, 5)})
     assert formats.in_the_way(ragged, "deepseek_v3") == ["mla_latent_dim=(7, 5)"]
 
@@ -419,10 +338,7 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec["kind"])
 def test_transformers_reads_our_tokenizers(tmp_path, spec):
-    """
-    The same ids and text, nothing added, stripped or cleaned up. Without nanomla_tokenizer.json we
-    read the same tokenizer.
-    """
+    """The same ids and text, nothing added, stripped or cleaned up; and so do we."""
     from transformers import AutoTokenizer
 
     ours = Tokenizer(spec)
@@ -430,18 +346,15 @@ def test_transformers_reads_our_tokenizers(tmp_path, spec):
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     opened = AutoTokenizer.from_pretrained(tmp_path)
-    again = read_hf(tmp_path / "tokenizer.json", {})
-    twin = Tokenizer(again)
+    twin = Tokenizer(read_hf(tmp_path / "tokenizer.json", {}))
     for text in TEXTS:
         ids = ours.encode(text)
         assert opened(text)["input_ids"] == ids == twin.encode(text), repr(text)
         assert opened.decode(ids) == text == twin.decode(ids), repr(text)
     assert len(opened) == ours.vocab_size and opened.clean_up_tokenization_spaces is False
     assert (opened.bos_token_id, opened.eos_token_id) == (start_of_text(spec), end_of_text(spec))
-    if spec["kind"] == "tiktoken":
-        assert again == spec
     if spec["kind"] == "char":
-        with pytest.raises(Exception, match="UNK"):
+        with pytest.raises(Exception, match="UNK"):  # not in the alphabet
             opened("aZ")
 
 
@@ -471,31 +384,21 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
 CONFIGS = [  # changes to a config.json (...: the setting is not there), and what the error names
     ("gpt2", {"model_type": "mamba"}, ["model_type 'mamba'", "gpt2, llama, mistral, qwen2"]),
     ("gpt2", {"activation_function": "relu"}, ["activation_function='relu'", "'gelu_new'"]),
-    ("gpt2", {"n_embd": "24"}, ["n_embd='24'", "a whole number"]),
     ("gpt2", {"n_layer": 3}, ["n_layer=3", "2 layers"]),
-    ("gpt2", {"n_positions": 17}, ["wpe.weight", "(16, 24)", "(17, 24)"]),
     ("llama", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config"]),
     ("llama", {"hidden_size": ...}, ["hidden_size is missing"]),
-    ("llama", {"num_hidden_layers": 10**9}, ["n_layer=1000000000", "2 layers"]),
     ("llama", {"intermediate_size": WIDE}, ["mlp.c_", "(40, 24)"]),
     ("llama", {"max_position_embeddings": WIDE}, [f"block_size={WIDE}", "rotary positions"]),
-    ("llama", {"num_attention_heads": 8}, ["attn.q.weight has 40 rows", "must have 80"]),
-    ("llama", {"attention_bias": True}, ["missing", "c_attn.bias"]),
-    ("llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu'"]),
+    ("llama", {"num_attention_heads": 8}, ["attn.c_attn.weight has shape (80, 24), expected (120"]),
     ("llama", {"rope_parameters": YARN}, ["rope_parameters=", "yarn", "not scaled"]),
-    ("llama", {"rope_scaling": {"type": "linear"}}, ["rope_scaling=", "linear"]),
     ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": ...}, ["=0.5", "1.0"]),
-    ("llama", {"layer_types": ["sliding_attention"]}, ["layer_types=", "full_attention"]),
     ("mistral", {"sliding_window": ...}, ["sliding_window=4096", "only None"]),
-    ("mistral", {"num_key_value_heads": ...}, ["num_key_value_heads is missing"]),
     ("qwen2", {"use_sliding_window": True}, ["use_sliding_window=True", "only False"]),
     ("deepseek_v3", {"first_k_dense_replace": 1}, ["=1", "experts are not supported"]),
-    ("deepseek_v3", {"num_key_value_heads": 2}, ["num_key_value_heads=2", "only 4"]),
     ("deepseek_v3", {"kv_lora_rank": 6}, ["kv_latent_proj.weight has 11 rows", "have 10"]),
-    ("deepseek_v3", {"v_head_dim": WIDE}, ["kv_expand.weight has 44 rows"]),
     ("deepseek_v3", {"q_lora_rank": 9, "attention_bias": True}, ["attention_bias=True"]),
+    ("nanomla", {"n_layer": 10**9}, ["n_layer=1000000000", "2 layers"]),
     ("nanomla", {"experts": 8}, ["settings this version does not know: experts"]),
-    ("nanomla", {"mla_latent_dim": [7]}, ["mla_latent_dim"]),
     ("nanomla", {"head_dim": WIDE, "mla_rope_dim": WIDE // 2}, ["sizes that no tensor can have"]),
 ]
 
@@ -547,9 +450,8 @@ def test_damaged_weights_are_one_line(tmp_path, originals):
     weights = tmp_path / "model.safetensors"
     shutil.copy(originals["gpt2"] / "config.json", tmp_path)
     content = (originals["gpt2"] / "model.safetensors").read_bytes()
-    for share in (0.9, 0.001, 0):
-        weights.write_bytes(content[: int(len(content) * share)])
-        assert "model.safetensors: truncated" in error_of(tmp_path)
+    weights.write_bytes(content[: len(content) // 2])
+    assert "model.safetensors: truncated" in error_of(tmp_path)
     weights.write_bytes(content)
     state = load_file(weights)
     bias = "transformer.h.1.ln_1.bias"
@@ -563,12 +465,8 @@ def test_damaged_weights_are_one_line(tmp_path, originals):
         assert words in error_of(tmp_path)
     weights.rename(tmp_path / "pytorch_model.bin")
     assert "no model.safetensors in this folder; pytorch_model.bin is a p" in error_of(tmp_path)
-    for piece, words in (
-        ("piece-1.safetensors", "no piece-1.safetensors"),
-        ("../x.safetensors", "weight_map names '../x.safetensors', which is no file beside it"),
-    ):
-        index = {"weight_map": {"a": piece}}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        assert words in error_of(tmp_path)
+    index = {"weight_map": {"a": "piece-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "no piece-1.safetensors" in error_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json: cannot be read" in error_of(tmp_path)

@@ -1,12 +1,7 @@
-"""
-What a format of weights has to provide, and what those of transformers share.
-
-A format is one file of this folder, in which its reader stands beside its writer. The file ends
-with one Format, which FORMATS in __init__.py lists.
-"""
+"""What a format of weights has to provide, and what those of transformers share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +23,8 @@ class Format:
     """
     How models are read from one format and written in it.
 
-    name: its model_type in config.json. also: other model types that `read` takes.
-    has: what a model in this format has, in a few words.
+    name: its model_type in config.json. also: others that `read` takes.
+    has: what its models have, in a few words.
     read: config.json and tensors in, the arguments of GPTConfig and a state dict out. Raises
         KeyError for a setting or a tensor that is missing, ValueError naming what a model here
         cannot have.
@@ -63,13 +58,8 @@ FREE = dict.fromkeys(  # what GPT-2, Llama and DeepSeek-V3 can all have, or do n
     ),
     anything,
 )  # fmt: skip
-WITHOUT_MLA = dict.fromkeys(
-    (
-        "mla_latent_dim", "mla_groups", "mla_rope_dim", "mla_nope_dim", "mla_rope",
-        "mla_q_latent_dim", "mla_norm", "mla_share_latent",
-    ),
-    anything,
-)  # fmt: skip
+MLA_FIELDS = [field.name for field in fields(GPTConfig) if field.name.startswith("mla_")]
+WITHOUT_MLA = dict.fromkeys(MLA_FIELDS, anything)
 
 
 def require_value(settings: Settings, name: str, *allowed: Any) -> None:

@@ -12,7 +12,6 @@ from nanomla.formats.llama import (
     our_names,
     rotary_args,
     rotary_settings,
-    take,
     their_names,
 )
 
@@ -113,6 +112,14 @@ def write(model: GPT) -> tuple[Settings, Tensors]:
         "num_nextn_predict_layers": 0,
     }
     return settings, their_names(state, DEEPSEEK_NAMES)
+
+
+def take(state: Tensors, name: str, rows: int) -> Tensor:
+    """Take a tensor out of a state dict. Raises ValueError if it has another number of rows."""
+    tensor = state.pop(name)
+    if tensor.size(0) != rows:
+        raise ValueError(f"{name} has {tensor.size(0)} rows, by the settings it must have {rows}")
+    return tensor
 
 
 def halves_from_pairs(weight: Tensor, heads: int, r: int) -> Tensor:

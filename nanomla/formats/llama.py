@@ -4,7 +4,6 @@ Mistral and Qwen2 are read where they are the same function.
 """
 
 import torch
-from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanomla.checks import brief
@@ -127,14 +126,6 @@ def their_names(state: Tensors, names: dict[str, str]) -> Tensors:
     return tensors
 
 
-def take(state: Tensors, name: str, rows: int) -> Tensor:
-    """Take a tensor out of a state dict. Raises ValueError if it has another number of rows."""
-    tensor = state.pop(name)
-    if tensor.size(0) != rows:
-        raise ValueError(f"{name} has {tensor.size(0)} rows, by the settings it must have {rows}")
-    return tensor
-
-
 def add_zero_biases(state: Tensors, modules: set[str]) -> None:
     """Biases of zeros for these modules of every block: here all linear maps have one, or none."""
     for name, weight in list(state.items()):
@@ -184,13 +175,10 @@ def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
     args["n_kv_head"] = settings["num_key_value_heads"]
     args["head_dim"] = settings.get("head_dim")
     args["bias"] = bool(biased)
-    config = GPTConfig(**args)
     state = our_names(tensors, LLAMA_NAMES)
-    rows = {"q": config.n_head * config.hs}
-    rows["k"] = rows["v"] = config.nkv * config.hs
     for name in list(state):
         if ".attn.q." in name:
-            parts = [take(state, name.replace(".q.", f".{part}."), rows[part]) for part in "qkv"]
+            parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
             state[name.replace(".q.", ".c_attn.")] = torch.cat(parts)
     if biased:
         maps = {"attn.c_attn", "attn.c_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"}

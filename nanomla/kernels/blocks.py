@@ -48,12 +48,10 @@ def attend(
     it, to (B, X, T * m, W).
 
     Keys and values are never multiplied by their scales: the scores and the weights are, which are
-    fewer. Measured for one new token on 32,768, one layer, one core of a Zen 5: any narrow dtype
-    takes 1.0 (latents) to 1.3 times (MHA's keys and values) as long as float32. Products in
-    bfloat16 take 0.4 and 0.75 times as long as this, but they round every score: an error of 5e-3.
-    torch's flash kernel was never faster, and 2 to 4 times slower on MHA's keys and in float16.
-    Products of 8-bit integers (torch._int_mm, the query in two digits and the weights in three)
-    were slower: the digits cost more than the conversion.
+    fewer. Measured for one new token on 32,768, one core of a Zen 5: any narrow dtype takes 1.0
+    (latents) to 1.3 times (MHA's keys and values) as long as float32. Products in bfloat16 would
+    take 0.4 to 0.75 times as long as this, but round every score, and those of 8-bit integers were
+    slower.
     """
     B, X, queries, _ = q.shape
     heads = B * X
