@@ -4,12 +4,13 @@ white and by colour-blind people: every variant has a marker of its own, in the 
 Ito. tools/compare.py makes the rows, which are the lines of results.jsonl.
 """
 
+import importlib.util
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 from model import GPTConfig
+from nanomla.distributed import warn0
 from tools.bench.timing import Rows, markdown
 
 MARKERS = "osD^vPX*<>hp"
@@ -171,31 +172,34 @@ def rate_table(rows: Rows) -> list[str]:
 
 
 # ---- Pictures
-def draw(rows: Rows, folder: Path) -> None:
-    """loss_cache.png and loss_seconds.png; nothing without matplotlib."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        print("warning: no pictures: they need matplotlib", file=sys.stderr)
-        return
-    draw_cache(best_runs(rows), best_runs(rows, "parameters"), folder / "loss_cache.png")
-    draw_seconds(best_runs(rows), folder / "loss_seconds.png")
+def can_draw() -> bool:
+    """Whether matplotlib is there; if not, a warning."""
+    if importlib.util.find_spec("matplotlib") is None:
+        warn0("no pictures: they need matplotlib")
+        return False
+    return True
 
 
-def new_figure(xlabel: str) -> tuple[Any, Any]:
-    """A figure for losses, and its axes."""
+def new_axes(xlabel: str, ylabel: str = "validation loss (nats per token)") -> Any:
+    """The axes of a new figure of matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    ylabel = "validation loss (nats per token)"
-    return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    return figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
-def save(figure: Any, axes: Any, path: Path) -> None:
+def save(axes: Any, path: Path) -> None:
     """Write a figure with its grid and its legend."""
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=100)
+    axes.figure.legend(loc="outside right upper", fontsize="small")
+    axes.figure.savefig(path, dpi=100)
+
+
+def draw(rows: Rows, folder: Path) -> None:
+    """loss_cache.png and loss_seconds.png; nothing without matplotlib."""
+    if can_draw():
+        draw_cache(best_runs(rows), best_runs(rows, "parameters"), folder / "loss_cache.png")
+        draw_seconds(best_runs(rows), folder / "loss_seconds.png")
 
 
 def style(i: int) -> dict[str, Any]:
@@ -217,7 +221,7 @@ def draw_cache(tokens: dict[str, Rows], parameters: dict[str, Rows], path: Path)
     The final loss over cache bytes per token, full marks for equal tokens, whose Pareto front is
     drawn, and empty ones for equal parameters.
     """
-    figure, axes = new_figure("cache bytes per token at the trained context")
+    axes = new_axes("cache bytes per token at the trained context")
     axes.set_xscale("log", base=2)
     mark = {"ls": "", "capsize": 4, "lw": 1}
     sizes = set()
@@ -237,12 +241,12 @@ def draw_cache(tokens: dict[str, Rows], parameters: dict[str, Rows], path: Path)
         axes.plot([], [], "o", color="gray", fillstyle="none", ms=9, label="equal parameters")
     axes.set_xticks(sorted(sizes), [f"{x:,}" for x in sorted(sizes)], rotation=30)
     axes.minorticks_off()
-    save(figure, axes, path)
+    save(axes, path)
 
 
 def draw_seconds(best: dict[str, Rows], path: Path) -> None:
     """The validation loss over seconds of training, of the median run in time of every variant."""
-    figure, axes = new_figure("seconds of training, evaluations and start-up included")
+    axes = new_axes("seconds of training, evaluations and start-up included")
     lowest = []
     highest = []
     for i, (name, runs) in enumerate(best.items()):
@@ -258,4 +262,4 @@ def draw_seconds(best: dict[str, Rows], path: Path) -> None:
     if lowest:
         room = max(max(highest) - min(lowest), 0.01)
         axes.set_ylim(min(lowest) - 0.05 * room, max(highest) + 0.1 * room)
-    save(figure, axes, path)
+    save(axes, path)
