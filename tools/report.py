@@ -245,21 +245,17 @@ def draw_cache(tokens: dict[str, Rows], parameters: dict[str, Rows], path: Path)
 
 
 def draw_seconds(best: dict[str, Rows], path: Path) -> None:
-    """The validation loss over seconds of training, of the median run in time of every variant."""
+    """
+    The validation loss over seconds of training, of the median run in time of every variant,
+    without that of the start, which is far above.
+    """
     axes = new_axes("seconds of training, evaluations and start-up included")
-    lowest = []
-    highest = []
     for i, (name, runs) in enumerate(best.items()):
-        curves = [run["curve"] for run in runs if run["curve"]]
+        curves = [run["curve"][1:] for run in runs if len(run["curve"]) > 1]
         if not curves:
             continue
         curves.sort(key=lambda points: points[-1][1])
         _, seconds, losses = zip(*curves[len(curves) // 2], strict=True)
         line = ("-", "--", "-.", ":")[i % 4]
         axes.plot(seconds, losses, line, lw=1.2, ms=6, label=name, **style(i))
-        lowest.append(min(losses))
-        highest.append(losses[min(1, len(losses) - 1)])  # that of the start is far above
-    if lowest:
-        room = max(max(highest) - min(lowest), 0.01)
-        axes.set_ylim(min(lowest) - 0.05 * room, max(highest) + 0.1 * room)
     save(axes, path)
