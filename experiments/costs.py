@@ -22,7 +22,6 @@ from experiments.training import start
 from model import GPT, GPTConfig
 from nanomla import costs
 from nanomla.errors import run_script
-from nanomla.start import padded_vocab
 from tools.bench.decode import decoding
 from tools.bench.timing import alternate, table
 
@@ -49,8 +48,8 @@ VARIANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
-    shape = {**SHAPE, "vocab_size": padded_vocab(data)}
+    cfg, _, vocab_size = start(__name__, argv)
+    shape = {**SHAPE, "vocab_size": vocab_size}
     configs = {name: GPTConfig(**{**shape, **settings}) for name, settings in VARIANTS.items()}
     count(configs)
     time_decoding(configs, cfg.device)
