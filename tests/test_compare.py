@@ -146,10 +146,9 @@ def test_variants_are_read():
             read_variants(text, base)
 
 
-@pytest.mark.parametrize(("nh", "C"), [(12, 768), (3, 96)])
-def test_default_variants_work_at_any_width(dataset, nh, C):
+def test_default_variants(dataset):
     """MLA's caches are 8x smaller than MHA's, and equal parameters are within 1%."""
-    jobs = jobs_of(dataset, f"--n_head={nh}", f"--n_embd={C}", "--n_layer=2")
+    jobs = jobs_of(dataset, "--n_head=3", "--n_embd=96", "--n_layer=2")
     assert len(jobs.variants) == 7
     for name, config in jobs.configs.items():
         if name.startswith("MLA"):

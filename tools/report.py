@@ -91,8 +91,6 @@ def recipe(done: Rows, where: str) -> str:
         text += f" Positions differ: {'; '.join(kinds)}."
     if len({row["dataset"] for row in done}) > 1:
         text += " **The runs have different datasets: their losses cannot be compared.**"
-    elif len(tokens) > 1:
-        text += " The runs have seen different numbers of tokens."
     return text
 
 
