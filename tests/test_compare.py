@@ -182,7 +182,7 @@ def test_pareto_front():
         (["--variants=a: n_kv_head=3"], ["variant a", "n_kv_head=3", "divisor"]),
         (["--variants=a: mla_latent_dim=4"], ["mla_latent_dim has no effect"]),
         (["--init_from=resume"], ["init_from does not work here"]),
-        (["config/claims_norm.py", "config/claims_norm.py"], ["the same title"]),
+        (["config/claims_norm.py", "config/claims_norm.py"], ["the title 'Claims: norms"]),
     ],
 )
 def test_wrong_calls(tmp_path, dataset, args, words):

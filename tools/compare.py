@@ -151,8 +151,10 @@ def compare_each(files: list[str], flags: list[str]) -> None:
     """A comparison for every config file with a title, which the files without one add to."""
     titles = {name: run_config_file(name).get("title") for name in files}
     titled = [name for name in files if titles[name]]
-    if len({slug(titles[name]) for name in titled}) < len(titled):
-        raise UsageError("config files with the same title would write into one folder")
+    folders = [slug(titles[name]) for name in titled]
+    for name in titled:
+        if folders.count(slug(titles[name])) > 1:
+            raise UsageError(f"{name}: another file has the title {titles[name]!r}, too; change it")
     if len(titled) < 2:
         compare(*configure(CompareConfig, [*files, *flags], HINTS))
         return
