@@ -19,7 +19,6 @@ from torch import Tensor
 from experiments.training import MLA, SHAPE, compare, start
 from model import GPT, GPTConfig
 from nanomla.errors import run_script
-from nanomla.start import padded_vocab
 from tools.bench.timing import name_of, table
 
 TOKENS = 2**15
@@ -38,8 +37,7 @@ VARIANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
-    vocab_size = padded_vocab(data)
+    cfg, data, vocab_size = start(__name__, argv)
     variants = {name: (GPTConfig(vocab_size=vocab_size, **s), GPT) for name, s in VARIANTS.items()}
     batches = []
     for x, y in data.spread("val", TOKENS, 128):

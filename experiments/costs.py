@@ -22,9 +22,8 @@ from experiments.training import start
 from model import GPT, GPTConfig
 from nanomla import costs
 from nanomla.errors import run_script
-from nanomla.start import padded_vocab
+from tools.bench.decode import decoding
 from tools.bench.timing import alternate, table
-from tools.runs import decoding
 
 CONTEXT = 1024
 BUDGET = 256  # MB of all caches of a batch together
@@ -49,8 +48,8 @@ VARIANTS = {
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
-    shape = {**SHAPE, "vocab_size": padded_vocab(data)}
+    cfg, _, vocab_size = start(__name__, argv)
+    shape = {**SHAPE, "vocab_size": vocab_size}
     configs = {name: GPTConfig(**{**shape, **settings}) for name, settings in VARIANTS.items()}
     count(configs)
     time_decoding(configs, cfg.device)
@@ -94,8 +93,8 @@ def time_decoding(configs: dict[str, GPTConfig], device: str) -> None:
         model = GPT(config).to(device).eval()
         batch = max(BUDGET * 2**20 // model.make_cache(1, CONTEXT).nbytes, 1)
         batches.append(batch)
-        alone.append(decoding(name, model, 1, CONTEXT, 4))
-        batched.append(decoding(f"{name}, batched", model, batch, CONTEXT, 4))
+        alone.append(decoding(name, model, 1, CONTEXT, CONTEXT, 4))
+        batched.append(decoding(f"{name}, batched", model, batch, CONTEXT, CONTEXT, 4))
     alternate([*alone, *batched], 7, device)
     rows = []
     for batch, one, many in zip(batches, alone, batched, strict=True):

@@ -17,6 +17,8 @@ three learning rates, one seed; two cores of an AMD EPYC.)
     python -m experiments.norms_on_keys_and_values
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,6 @@ from model import ATTENTION, GPT, GPTConfig, RMSNorm
 from nanomla.attention import Rotation
 from nanomla.cache import LayerCache
 from nanomla.errors import run_script
-from nanomla.start import padded_vocab
 
 
 class NormedKeysAndValues(ATTENTION["mla"]):
@@ -48,15 +49,13 @@ class NormedKeysAndValues(ATTENTION["mla"]):
         return torch.cat([self.k_norm(content), rotary], dim=-1), self.v_norm(v)
 
 
-def normed_gpt(config: GPTConfig) -> GPT:
-    """A GPT with norms on keys and values."""
-    return with_attention(config, NormedKeysAndValues)
+normed_gpt = functools.partial(with_attention, NormedKeysAndValues)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
-    shape = {**MLA, "vocab_size": padded_vocab(data)}
+    cfg, data, vocab_size = start(__name__, argv)
+    shape = {**MLA, "vocab_size": vocab_size}
     variants = {
         "MLA RMSNorm": (GPTConfig(**shape), GPT),
         "MLA LayerNorm": (GPTConfig(**shape, mla_norm="layernorm"), GPT),

@@ -18,6 +18,7 @@ three learning rates, one seed; two cores of an AMD EPYC.)
 """
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from nanomla.attention import Rotation
 from nanomla.cache import LayerCache
 from nanomla.errors import run_script
 from nanomla.kernels import attend, dequantise
-from nanomla.start import padded_vocab
 
 
 class RotatedKeys(ATTENTION["mla"]):
@@ -67,15 +67,13 @@ class RotatedKeys(ATTENTION["mla"]):
         return apply_rope(x.transpose(1, 2), rotation).transpose(1, 2)
 
 
-def rotated_keys_gpt(config: GPTConfig) -> GPT:
-    """A GPT that rotates after decompression."""
-    return with_attention(config, RotatedKeys)
+rotated_keys_gpt = functools.partial(with_attention, RotatedKeys)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
-    shape = {**MLA, "vocab_size": padded_vocab(data)}
+    cfg, data, vocab_size = start(__name__, argv)
+    shape = {**MLA, "vocab_size": vocab_size}
     unrotated = GPTConfig(**{**shape, "mla_latent_dim": 32, "mla_rope_dim": 0})
     rotary = {"mla_rope": "latent", "mla_latent_dim": 32, "mla_rope_dim": 32}
     variants = {

@@ -20,6 +20,7 @@ singular values and is not finite where two are equal.
 """
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,6 @@ from model import ATTENTION, GPT, GPTConfig
 from nanomla.attention import Rotation
 from nanomla.dataset import Dataset
 from nanomla.errors import run_script
-from nanomla.start import padded_vocab
 from tools.bench.timing import Rows, table
 
 RANK = 16
@@ -87,19 +87,17 @@ class BySvd(SvdForwardAttention):
     compress = staticmethod(truncate)
 
 
-def svd_forward_gpt(config: GPTConfig) -> GPT:
-    """A GPT with this attention, which starts from the weights of GPT(config)."""
-    return with_attention(config, SvdForwardAttention)
+svd_forward_gpt = functools.partial(with_attention, SvdForwardAttention)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
+    cfg, data, vocab_size = start(__name__, argv)
     torch.manual_seed(cfg.seed)
     size = "{n_embd} wide, {n_head} heads".format(**SHAPE)
     heading = f"Forward and backward of one MLA layer, {size}, R = {RANK}, float32"
     table(heading, time_layer(cfg.device))
-    config = GPTConfig(vocab_size=padded_vocab(data), **SHAPE, use_mla=True)
+    config = GPTConfig(vocab_size=vocab_size, **SHAPE, use_mla=True)
     low_rank = dataclasses.replace(config, use_svd=True, svd_rank=RANK)
     variants = {
         "MLA": (config, GPT),

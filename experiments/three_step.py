@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from experiments.training import SHAPE, start, time_layers, title, train_block, with_attention
 from model import ATTENTION, GPT, GPTConfig
 from nanomla.errors import run_script
-from nanomla.start import padded_vocab
 from tools.bench.timing import Rows, table
 
 LATENTS = 32  # of the trained block
@@ -89,22 +88,17 @@ class ThreeStepAttention(nn.Module):
 def three_step_gpt(config: GPTConfig) -> GPT:
     """A GPT of this shape whose every attention is a three-step block."""
     block = lambda config, _: ThreeStepAttention(config.n_embd, config.n_head, LATENTS)
-    return with_attention(config, block)
-
-
-def count_scores(T: int, m: int) -> int:
-    """Scores of one head over T tokens with m latents: those of steps 1, 2 and 3."""
-    return T * m + m * m + T * m
+    return with_attention(block, config)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
+    cfg, data, vocab_size = start(__name__, argv)
     torch.manual_seed(cfg.seed)
     size = "{n_embd} wide, {n_head} heads".format(**SHAPE)
     heading = f"Forward and backward of one layer, {size}, batch 1, float32"
     table(f"{heading}; scores are those that one head needs", time_block(cfg.device))
-    config = GPTConfig(vocab_size=padded_vocab(data), **SHAPE)
+    config = GPTConfig(vocab_size=vocab_size, **SHAPE)
     _, causal = train_block("causal self-attention", config, GPT, cfg, data)
     _, block = train_block(f"three steps, m = {LATENTS}", config, three_step_gpt, cfg, data)
     table(title(cfg), [causal, block])
@@ -123,7 +117,8 @@ def time_block(device: str) -> Rows:
     rows = []
     for T in LENGTHS:
         row = {"T": f"{T:,}", "causal: scores": f"{T * (T + 1) // 2:,}"}
-        row |= {f"m = {m}: scores": f"{count_scores(T, m):,}" for m in TIMED_LATENTS}
+        for m in TIMED_LATENTS:
+            row[f"m = {m}: scores"] = f"{T * m + m * m + T * m:,}"  # of steps 1, 2 and 3
         x = torch.randn(1, T, C, device=device, requires_grad=True)
         for name, seconds in time_layers(layers, x, device).items():
             row[f"{name}: ms"] = f"{seconds * 1e3:.2f}"

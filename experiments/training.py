@@ -5,7 +5,6 @@ Letters: B sequences, T tokens, V vocabulary.
 """
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from nanomla import optim
 from nanomla.checks import Count, Seed, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device
-from nanomla.errors import UserError
 from nanomla.settings import configure
+from nanomla.start import padded_vocab
 from tools.bench.timing import Timed, alternate, machine, table
 from tools.runs import decode_rates
 from train import TrainConfig
@@ -51,14 +50,15 @@ class Experiment:
         self.device = resolve_device(self.device)
 
 
-def start(script: str, argv: list[str] | None) -> tuple[Experiment, Dataset]:
-    """The settings on the command line, and their dataset. script: its name as a module."""
+def start(script: str, argv: list[str] | None) -> tuple[Experiment, Dataset, int]:
+    """The settings on the command line, their dataset and its vocab_size. script: a module."""
     if argv is None:
         argv = sys.argv[1:]
     kind = type("Settings", (Experiment,), {"__module__": script})  # --help prints its docstring
     cfg, _ = configure(kind, argv)
     print(f"{machine(cfg.device)}, torch {torch.__version__}, seed {cfg.seed}")
-    return cfg, Dataset(cfg.dataset, SHAPE["block_size"])
+    data = Dataset(cfg.dataset, SHAPE["block_size"])
+    return cfg, data, padded_vocab(data)
 
 
 def title(cfg: Experiment) -> str:
@@ -73,11 +73,11 @@ def time_layers(layers: dict[str, nn.Module], x: Tensor, device: str) -> dict[st
     for name, layer in layers.items():
         layer.to(device)
         entries.append(Timed(name, lambda layer=layer: layer(x).sum().backward()))
-    alternate(entries, 9, device)
-    return {entry.name: entry.seconds for entry in entries}
+    took = alternate(entries, 9, device)
+    return {name: entry.seconds for name, entry in took.items()}
 
 
-def with_attention(config: GPTConfig, attention: Callable[[GPTConfig, int], nn.Module]) -> GPT:
+def with_attention(attention: Callable[[GPTConfig, int], nn.Module], config: GPTConfig) -> GPT:
     """GPT(config) with other attention, which takes over the weights that it has by name, too."""
     model = GPT(config)
     for layer, block in enumerate(model.transformer.h):
@@ -102,8 +102,6 @@ def train(
         optim.set_learning_rates(optimizers, recipe.lr_factor(it))
         x, y = data.batch(cfg.seed, it, range(recipe.batch_size))
         loss = model(x.to(cfg.device), y.to(cfg.device))[1]
-        if not math.isfinite(loss.item()):
-            raise UserError(f"iteration {it}: the loss is {loss.item()}; try another --seed")
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         for optimizer in optimizers.values():

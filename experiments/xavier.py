@@ -13,7 +13,6 @@ from torch import nn
 from experiments.training import MLA, compare, start
 from model import GPT, GPTConfig
 from nanomla.errors import run_script
-from nanomla.start import padded_vocab
 
 
 def xavier_gpt(config: GPTConfig) -> GPT:
@@ -27,8 +26,8 @@ def xavier_gpt(config: GPTConfig) -> GPT:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    cfg, data = start(__name__, argv)
-    config = GPTConfig(vocab_size=padded_vocab(data), **MLA)
+    cfg, data, vocab_size = start(__name__, argv)
+    config = GPTConfig(vocab_size=vocab_size, **MLA)
     compare({"MLA, 0.02": (config, GPT), "MLA, Xavier": (config, xavier_gpt)}, cfg, data)
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -36,22 +36,15 @@ bar = functools.partial(tqdm, unit="batch", leave=False, disable=None)  # on a t
 
 
 # ---- The source
-class SourceSettings(Protocol):
-    """The settings of a conversion that name its source and the text."""
-
-    init_from: str
-    data: str
-    block_size: int | None  # None: the model's context
-    calibration_tokens: int
-    eval_tokens: int
-    seed: int
-    device: str
-
-
 class Source:
-    """The model to convert and the text to do it with. Raises UserError if they do not fit."""
+    """
+    The model to convert and the text to do it with. Raises UserError if they do not fit.
 
-    def __init__(self, cfg: SourceSettings) -> None:
+    cfg: settings with init_from, data, block_size (None: the model's context), calibration_tokens,
+    eval_tokens, seed and device.
+    """
+
+    def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.device = resolve_device(cfg.device).replace("mps", "cpu")  # which has no float64
         self.stored = formats.open_weights(cfg.init_from, prefer_best=True)
@@ -92,10 +85,7 @@ class Source:
         return spec or self.data.tokenizer
 
     def text(self, tokens: int, first: int) -> list[tuple[Tensor, Tensor]]:
-        """
-        Inputs and targets (B, T) of about so many tokens of training text, at least one window;
-        first: the iteration whose windows begin it.
-        """
+        """Inputs and targets (B, T) of training text; first: the iteration that has the windows."""
         windows = max(round(tokens / self.block_size), 1)
         batches = []
         while windows > 0:
@@ -128,12 +118,10 @@ class Source:
     def choice_loss(self, model: GPT) -> float:
         """The loss by which plans are compared, on training text that is drawn separately."""
         batches = self.text(CHOICE_TOKENS, CHOICE_FIRST)
-        total = 0.0
-        windows = 0
-        for loss, (x, _) in zip(self._losses(model, batches), batches, strict=True):
-            total += loss * len(x)
-            windows += len(x)
-        return total / windows
+        windows = [len(x) for x, _ in batches]
+        losses = self._losses(model, batches)
+        total = sum(loss * n for loss, n in zip(losses, windows, strict=True))
+        return total / sum(windows)
 
     @torch.no_grad()
     def _losses(
@@ -166,7 +154,7 @@ def exact_numbers(config: GPTConfig) -> int:
 
 
 def values_to_try(name: str, plan: Plan, config: GPTConfig) -> list[Any]:
-    """What a field of Plan may be if it is left open; none if only one value makes sense."""
+    """What a field of Plan may be if it is left open; [] if only one value makes sense."""
     if name == "spread":
         return [True, False]
     if name == "balance" and plan.method in ("input", "output"):
@@ -190,32 +178,25 @@ def choose(
     choices: for fields of Plan the values to try. One field after the other gets its best value.
     """
     best = Converted(plan, *to_mla(model, calibration, plan))
-    tried = {plan}
     if not any(choices.values()):
         return best
-    least = loss_of(best.model)
+    losses = {plan: loss_of(best.model)}
     for name, values in choices.items():
         for value in values:
             candidate = dataclasses.replace(best.plan, **{name: value})
-            if candidate in tried:
+            if candidate in losses:
                 continue
-            tried.add(candidate)
             other = Converted(candidate, *to_mla(model, calibration, candidate))
-            loss = loss_of(other.model)
-            if loss < least:
+            losses[candidate] = loss_of(other.model)
+            if losses[candidate] < losses[best.plan]:
                 best = other
-                least = loss
     return best
 
 
 # ---- What a conversion leaves on the disk
 @dataclass
 class Conversion:
-    """
-    The record of a conversion, which is written beside the checkpoint that it made.
-
-    Raises TypeError or ValueError for a missing value or one of another type.
-    """
+    """The record of a conversion, which is written beside the checkpoint that it made."""
 
     source: str  # the file or name that was converted
     attention: str  # what it had, in words
@@ -231,27 +212,16 @@ class Conversion:
 
     def __post_init__(self) -> None:
         check(self)
-        _require_keys(self.plan, "method", "spread", "rope_dim", "balance")
-        _require_keys(self.loss, "source", "converted")
-        _require_keys(self.asked, "heal_iters")
-        for layer in self.layers:
-            _require_keys(layer, "latent", "kept", "predicted")
 
-
-def _require_keys(part: dict[str, Any], *keys: str) -> None:
-    for key in keys:
-        if key not in part:
-            raise ValueError(f"it has no {key}")
+    def change(self, name: str) -> float:
+        """How much the loss of what was "converted" or "healed" is above the source's."""
+        return self.loss[name] - self.loss["source"]
 
 
 def read_conversion(folder: str | Path) -> Conversion | None:
-    """
-    The record of the conversion that made a run's weights; None if nothing says so.
-
-    Raises UserError if there is one and it cannot be read.
-    """
+    """The record in a run's folder, if there is one. Raises UserError if it cannot be read."""
     path = Path(folder) / RECORD
-    if not os.path.lexists(path):
+    if not path.exists():
         return None
     content = read_json(path)
     try:
@@ -291,15 +261,12 @@ def earlier_conversion(to: str, asked: dict[str, Any]) -> Conversion | None:
     """
     folder = Path(to).resolve()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--to={to} cannot be written: {existing} is a file")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--to={to} cannot be written: {existing} is read-only")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--to={to} cannot be written: {existing} is a file or read-only")
     if existing != folder or not any(folder.iterdir()):
         return None
     record = read_conversion(folder)
-    checkpoints = [folder / name for name in (checkpoint.LATEST, checkpoint.BEST)]
-    if record is None or not any(path.exists() for path in checkpoints):
+    if record is None:
         raise UserError(f"--to={to} holds other files; name a new or an empty folder")
     differing = []
     for name, value in asked.items():
@@ -331,8 +298,13 @@ def write_run(
     try:
         unfinished.mkdir(parents=True)
         checkpoint.save(unfinished, state, best=True)
-        for name, text in texts.items():
-            write_text(unfinished / name, text)
+        write_texts(unfinished, texts)
         unfinished.rename(folder)  # an empty folder of that name is replaced
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write files by name, each whole or not at all. Raises OSError."""
+    for name, text in texts.items():
+        write_text(folder / name, text)

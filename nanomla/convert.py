@@ -6,11 +6,10 @@ Letters as in model.py: C = n_embd, nh heads, nkv key/value heads, hs head size,
 numbers, rv value rank. Besides: n = nkv * hs, the keys of a token, which has as many values.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,15 +28,11 @@ def factorise_values(
     state: dict[str, Tensor], config: GPTConfig
 ) -> tuple[dict[str, Tensor], float]:
     """
-    Factorise the values of every layer in a GPT's state dict.
+    A GPT's state dict with factorised values for `config`, which has use_svd=True: attn.v_up
+    (nh, hs, rv) times attn.v_down.weight (nh * rv, C or L). With it, the share of the squared
+    singular values that is kept, averaged over the layers.
 
-    state: of a model without SVD, or of one whose svd_rank is at least config.svd_rank.
-    config: of the model to make, with use_svd=True.
-    Returns a state dict for `config`, whose values are attn.v_up (nh, hs, rv) times
-    attn.v_down.weight (nh * rv, C or L), and the share of the squared singular values that is kept,
-    averaged over the layers.
-    Raises ValueError if `state` has a lower rank than config.svd_rank, and KeyError if a weight is
-    missing.
+    Raises ValueError if `state` has SVD of a lower rank than config.svd_rank.
     """
     state = dict(state)
     shares = []
@@ -53,10 +48,7 @@ def factorise_values(
 
 def _pop_values(state: dict[str, Tensor], attn: str, config: GPTConfig) -> Tensor:
     """
-    Take a layer's value maps out of a state dict: (heads, hs, C or L), one for each head.
-
-    They are attn.v_up (heads, hs, rank) times attn.v_down.weight (heads * rank, C or L) with SVD,
-    attn.v_expand.weight (nh * hs, L) with MLA, else the last n rows of attn.c_attn.weight. A value
+    Take a layer's value maps out of a state dict: (heads, hs, C or L), one for each head. A value
     bias passes through attention unchanged, because the weights of the average sum to one. So it
     moves into c_proj's bias.
     """
@@ -76,15 +68,11 @@ def _pop_values(state: dict[str, Tensor], attn: str, config: GPTConfig) -> Tenso
     if attn + "c_attn.bias" in state:
         bias = state[attn + "c_attn.bias"]
         state[attn + "c_attn.bias"] = bias[:first].clone()
-        by_query_head = _for_query_heads(bias[first:].view(config.nkv, -1), config)
-        moved = state[attn + "c_proj.weight"] @ by_query_head.flatten()
+        of_key_heads = bias[first:].view(config.nkv, -1)
+        of_query_heads = of_key_heads.repeat_interleave(config.n_head // config.nkv, dim=0)
+        moved = state[attn + "c_proj.weight"] @ of_query_heads.flatten()
         state[attn + "c_proj.bias"] = state[attn + "c_proj.bias"] + moved
     return weight[first:].reshape(config.nkv, config.hs, -1)
-
-
-def _for_query_heads(of_key_heads: Tensor, config: GPTConfig) -> Tensor:
-    """What key heads have, (nkv, ...), repeated for the query heads that share them, (nh, ...)."""
-    return of_key_heads.repeat_interleave(config.n_head // config.nkv, dim=0)
 
 
 def crop_block_size(model: GPT, block_size: int) -> None:
@@ -133,7 +121,7 @@ class Plan:
 
     numbers: int  # cached per token and layer, rotary ones included
     method: str = "loss"
-    rope_dim: int = 0  # how many of the numbers are rotary; 0 without rotary positions
+    rope_dim: int = 0  # rotary numbers: even, at most n, 0 without rotary positions
     balance: float = 1.0  # the values' weight in F against the keys', for 'input' and 'output'
     spread: bool = True  # ranks by the singular values of all layers; else every layer's the same
     svd_method: str = "exact"
@@ -157,11 +145,9 @@ def to_mla(
     The result has mla_norm='none' and, unless the source has none and the method is 'plain', biases
     everywhere. It is exact from the rank of the map on: min(C, 2 n) numbers with learned positions;
     with rotary ones rope_dim = n and min(C, n) more.
-    Raises ValueError if plan.rope_dim does not work.
     """
     config = model.config
     n = config.nkv * config.hs
-    check_rope_dim(plan, config)
     layers = [_read_maps(block.attn) for block in model.transformer.h]
     moments = calibration.inputs
     if plan.method == "plain":
@@ -194,21 +180,15 @@ def to_mla(
         share = factors[i].squares[: ranks[i]].sum() / factors[i].total
         predicted = calibration.change_of_loss(error, i)
         reports.append(LayerReport(ranks[i], float(share), predicted))
-    return _assemble(_mla_config(config, plan, ranks, frequencies), state), reports
-
-
-def most_rotary_numbers(config: GPTConfig, numbers: int) -> int:
-    """How many of the cached numbers can be rotary: as many as keys have, and a latent is left."""
-    if not config.rotary_dim:
-        return 0
-    return min(config.nkv * config.hs, numbers - 1)
-
-
-def check_rope_dim(plan: Plan, config: GPTConfig) -> None:
-    """Raise ValueError if the numbers of a plan cannot be rotary."""
-    most = most_rotary_numbers(config, plan.numbers)
-    possible = plan.rope_dim % 2 == 0 and 0 <= plan.rope_dim <= most
-    require(possible, "rope_dim", plan.rope_dim, f"an even number from 0 to {most}")
+    config = dataclasses.replace(
+        config, use_mla=True, mla_latent_dim=tuple(ranks), mla_rope_dim=plan.rope_dim,
+        mla_nope_dim=config.hs, mla_norm="none", rope_freqs=frequencies,
+        bias=config.bias or plan.method != "plain",
+        # a source with ordinary attention may have these settings without effect
+        n_kv_head=None, mla_groups=1, mla_rope="decoupled", mla_q_latent_dim=None,
+        mla_share_latent=False,
+    )  # fmt: skip
+    return _assemble(config, state), reports
 
 
 class Maps(NamedTuple):
@@ -260,7 +240,8 @@ class Calibration:
 
 def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
     """
-    Run a model, of MHA or GQA without SVD, on batches of ids (B, T), at least one.
+    Run a model, of MHA or GQA without SVD, on batches of ids (B, T), at least one. It is left in
+    evaluation mode, and its weights without gradients.
 
     The result is on the CPU; products are in float64, those of gradients in float32 per batch.
     """
@@ -274,17 +255,21 @@ def calibrate(model: GPT, batches: Iterable[Tensor]) -> Calibration:
     tokens = 0
     generator = torch.Generator(device).manual_seed(0)
     recorded: list[tuple[Tensor, Tensor]] = []
-    with _recording(model, recorded):
-        for idx in batches:
-            recorded.clear()
-            _backward_from_drawn_targets(model, idx, generator)
-            with torch.autocast(device.type, enabled=False):
-                for layer, (x, added) in enumerate(recorded):
-                    x1 = F.pad(x.detach().flatten(0, 1).double(), (0, 1), value=1.0)
-                    g = added.grad.float().flatten(0, 1).flatten(1)  # (B * T, parts * n)
-                    inputs[layer] += x1.mT @ x1
-                    gradients[layer] += (g.mT @ g).double()
-            tokens += idx.numel()
+    model.eval().requires_grad_(False)
+    for block in model.transformer.h:
+        block.attn.forward = functools.partial(_recorded_attention, block.attn, recorded)
+    for idx in batches:
+        recorded.clear()
+        _backward_from_drawn_targets(model, idx, generator)
+        with torch.autocast(device.type, enabled=False):
+            for layer, (x, added) in enumerate(recorded):
+                x1 = F.pad(x.detach().flatten(0, 1).double(), (0, 1), value=1.0)
+                g = added.grad.float().flatten(0, 1).flatten(1)  # (B * T, parts * n)
+                inputs[layer] += x1.mT @ x1
+                gradients[layer] += (g.mT @ g).double()
+        tokens += idx.numel()
+    for block in model.transformer.h:
+        del block.attn.forward
     return Calibration(inputs.cpu().div_(tokens), gradients.cpu().div_(tokens), tokens)
 
 
@@ -293,32 +278,13 @@ def _backward_from_drawn_targets(model: GPT, idx: Tensor, generator: torch.Gener
     Backpropagate the sum of the cross-entropies of ids (B, T), whose targets are drawn from the
     model's own predictions p. Its gradient with respect to the logits is p - onehot(target).
     """
-    with torch.enable_grad():
-        logits = model(idx, all_logits=True)[0].flatten(0, 1).float()  # (B * T, V)
+    logits = model(idx, all_logits=True)[0].flatten(0, 1).float()  # (B * T, V)
     gradient = logits.detach().softmax(-1)
     # torch.multinomial draws a number for every entry, which takes longer than the model
     drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device)
     target = torch.searchsorted(gradient.cumsum(-1), drawn).clamp_max(logits.size(1) - 1)
     gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
     logits.backward(gradient)
-
-
-@contextlib.contextmanager
-def _recording(model: GPT, recorded: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Inside, attention blocks compute _recorded_attention, and nothing else has a gradient."""
-    training = model.training
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        for block in model.transformer.h:
-            block.attn.forward = functools.partial(_recorded_attention, block.attn, recorded)
-        yield
-    finally:
-        for block in model.transformer.h:
-            del block.attn.forward
-        for p in trained:
-            p.requires_grad_(True)
-        model.train(training)
 
 
 def _recorded_attention(
@@ -584,20 +550,6 @@ def _ranks(squares: list[Tensor], plan: Plan, config: GPTConfig) -> list[int]:
 
 
 # ---- The model that is made
-def _mla_config(
-    config: GPTConfig, plan: Plan, ranks: list[int], frequencies: tuple[float, ...] | None
-) -> GPTConfig:
-    """The settings of the model that is made."""
-    return dataclasses.replace(
-        config, use_mla=True, mla_latent_dim=tuple(ranks), mla_rope_dim=plan.rope_dim,
-        mla_nope_dim=config.hs, mla_norm="none", rope_freqs=frequencies,
-        bias=config.bias or plan.method != "plain",
-        # a source with ordinary attention may have these settings without effect
-        n_kv_head=None, mla_groups=1, mla_rope="decoupled", mla_q_latent_dim=None,
-        mla_share_latent=False,
-    )  # fmt: skip
-
-
 def _write_mla(
     state: dict[str, Tensor], attn: str, maps: Maps, keys: SplitKeys, up: Tensor, down: Tensor,
     value_means: Tensor,
@@ -657,9 +609,7 @@ def _assemble(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
         model = GPT(config)
     weights = {}
     for name, like in model.state_dict().items():
-        tensor = state.get(name)
-        if tensor is None and name.endswith(".bias"):
-            tensor = torch.zeros(like.shape)
+        tensor = state.get(name, torch.zeros(like.shape))
         weights[name] = tensor.detach().to("cpu", like.dtype, copy=True)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()

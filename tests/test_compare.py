@@ -5,7 +5,6 @@ Run: python -m pytest tests/test_compare.py -m "slow or not slow"
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -108,9 +107,8 @@ def test_a_comparison(dataset, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_comparison_goes_on(tmp_path, dataset, number):
-    """Its runs save and stop, also if it has no time to tell them; the next call goes on."""
+def test_a_stopped_comparison_goes_on(tmp_path, dataset):
+    """Its runs save and stop, and the next call goes on with them."""
     args = [*SHORT, f"--dataset={dataset}", f"--out_dir={tmp_path}", "--variants=MHA"]
     args += ["--lr_factors=1", "--seeds=1", "--equal_parameters=False", "--max_iters=1600"]
     args += ["--eval_interval=800", "--decode_context=0"]
@@ -119,19 +117,15 @@ def test_a_killed_comparison_goes_on(tmp_path, dataset, number):
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("runs/*/ckpt.pt")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    process.terminate()
     out, _ = process.communicate(timeout=60)
-    assert process.returncode
-    assert ("the same command goes on" in out) == (number == signal.SIGTERM)
+    assert process.returncode and "the same command goes on" in out
     (ckpt,) = tmp_path.glob("runs/*/ckpt.pt")
-    output = ckpt.parent / "output.txt"
-    while "stopped before iteration" not in output.read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)  # the run has been told, saves and ends
     stopped = checkpoint.load(ckpt).iter_num
     assert 0 < stopped < 1600
     again = run("tools.compare", *args)
     assert again.returncode == 0, again.stderr
-    assert f"iterations {stopped} to 1600" in output.read_text()
+    assert f"iterations {stopped} to 1600" in (ckpt.parent / "output.txt").read_text()
     seconds = [point[1] for point in results(tmp_path)[0]["curve"]]
     assert seconds == sorted(seconds) and len(seconds) >= 3
 
@@ -152,10 +146,9 @@ def test_variants_are_read():
             read_variants(text, base)
 
 
-@pytest.mark.parametrize(("nh", "C"), [(4, 128), (12, 768), (3, 96)])
-def test_default_variants_work_at_any_width(dataset, nh, C):
+def test_default_variants(dataset):
     """MLA's caches are 8x smaller than MHA's, and equal parameters are within 1%."""
-    jobs = jobs_of(dataset, f"--n_head={nh}", f"--n_embd={C}", "--n_layer=2")
+    jobs = jobs_of(dataset, "--n_head=3", "--n_embd=96", "--n_layer=2")
     assert len(jobs.variants) == 7
     for name, config in jobs.configs.items():
         if name.startswith("MLA"):
@@ -187,12 +180,9 @@ def test_pareto_front():
     [
         (["--variants=MHB"], ["unknown 'MHB'"]),
         (["--variants=a: n_kv_head=3"], ["variant a", "n_kv_head=3", "divisor"]),
-        (["--variants=a: seed=3"], ["seed cannot differ"]),
         (["--variants=a: mla_latent_dim=4"], ["mla_latent_dim has no effect"]),
-        (["--seeds=0"], ["seeds", "at least 1"]),
         (["--init_from=resume"], ["init_from does not work here"]),
-        (["--measure=costs"], ["measure, which is gone: experiments/"]),
-        (["--decode_context=4"], ["decode_context=4", "at least 16, or 0"]),
+        (["config/claims_norm.py", "config/claims_norm.py"], ["the title 'Claims: norms"]),
     ],
 )
 def test_wrong_calls(tmp_path, dataset, args, words):
@@ -202,11 +192,8 @@ def test_wrong_calls(tmp_path, dataset, args, words):
     assert not (tmp_path / "o").exists()
 
 
-def test_no_room(tmp_path, dataset):
-    """One line where nothing can be written, or another comparison is at work."""
-    (tmp_path / "file").write_text("")
-    out = compare(dataset, tmp_path / "file", "--variants=MHA")
-    assert fails_with_one_line(out, 1, "cannot be written")
+def test_one_comparison_at_a_time(tmp_path, dataset):
+    """Another one in the same folder is refused."""
     (tmp_path / "runs").mkdir()
     with locked(tmp_path / "runs", "training in it") as certain:
         out = compare(dataset, tmp_path, "--variants=MHA")

@@ -8,7 +8,6 @@ from experiments.norms_on_keys_and_values import normed_gpt
 from experiments.rotation_after_decompression import rotated_keys_gpt
 from experiments.svd_forward import SvdForwardAttention, project, svd_forward_gpt, truncate
 from experiments.three_step import ThreeStepAttention, three_step_gpt
-from experiments.xavier import xavier_gpt
 from model import ATTENTION, GPT, rotation_alone
 from nanomla.dataset import Dataset
 from tests.conftest import TINY_MLA, randomise, run, tiny_config
@@ -73,15 +72,6 @@ def test_norms_on_keys_and_values():
     for part in (k[..., : attn.nope], v):
         torch.testing.assert_close(part.square().mean(-1), torch.ones(2, 4, 5), atol=0.01, rtol=0)
     torch.testing.assert_close(k[..., attn.nope :], kr.expand(-1, 4, -1, -1))
-
-
-def test_xavier():
-    """The blocks' matrices have a variance of 2 / (rows + columns); embeddings keep 0.02."""
-    model = xavier_gpt(tiny_config(n_embd=96, n_head=4, block_size=16))
-    for name, p in model.transformer.h.named_parameters():
-        if p.dim() == 2:
-            assert abs(p.std().item() / (2 / sum(p.shape)) ** 0.5 - 1) < 0.1, name
-    assert abs(model.transformer.wte.weight.std().item() / 0.02 - 1) < 0.1
 
 
 # ---- Three steps

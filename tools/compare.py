@@ -38,7 +38,7 @@ from nanomla.settings import configure, flat, run_config_file
 from nanomla.start import padded_vocab, without_effect
 from tools.bench.timing import Rows, machine
 from tools.report import draw, report_text
-from tools.runs import Job, Pool, decode_rates, make_folder, measure, run_job
+from tools.runs import Job, Pool, decode_rates, measure, run_job
 from train import TrainConfig
 
 NOT_HERE = {"init_from": "scratch", "eval_only": False}
@@ -149,7 +149,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare_each(files: list[str], flags: list[str]) -> None:
     """A comparison for every config file with a title, which the files without one add to."""
-    titled = [name for name in files if run_config_file(name).get("title")]
+    titles = {name: run_config_file(name).get("title") for name in files}
+    titled = [name for name in files if titles[name]]
+    folders = [slug(titles[name]) for name in titled]
+    for name in titled:
+        if folders.count(slug(titles[name])) > 1:
+            raise UsageError(f"{name}: another file has the title {titles[name]!r}, too; change it")
     if len(titled) < 2:
         compare(*configure(CompareConfig, [*files, *flags], HINTS))
         return
@@ -291,7 +296,7 @@ def compare(cfg: CompareConfig, origins: dict[str, str]) -> None:
     if cfg.title:
         cfg.out_dir = str(Path(cfg.out_dir) / slug(cfg.title))
     jobs = Jobs(cfg, origins)
-    make_folder(jobs.folder)
+    jobs.folder.mkdir(parents=True, exist_ok=True)
     pool = Pool(cfg.jobs, cfg.train.device)
     with locked(jobs.folder, "training in it"):
         rows = train_all(cfg, jobs, pool)
@@ -313,8 +318,7 @@ def train_all(cfg: CompareConfig, jobs: Jobs, pool: Pool) -> Rows:
     for variant in jobs.variants:
         for lr_factor in cfg.lr_factors:
             search.append(jobs.make(variant, "tokens", lr_factor, seeds[0]))
-    later = (len(seeds) * len(kinds) - 1) * len(jobs.variants)
-    pool.run(search, later)
+    pool.run(search)
 
     best: dict[str, float] = {}  # the rate of every variant that has one
     for variant in jobs.variants:
@@ -359,14 +363,11 @@ def write_report(cfg: CompareConfig, rows: Rows, beside: str = "") -> None:
     text = report_text(cfg.title, rows, rates, cfg.decode_context, where)
     print0("", *text.splitlines(), "")
     folder = Path(cfg.out_dir)
-    make_folder(folder)
-    try:
-        lines = [json.dumps(row) + "\n" for row in rows]
-        write_text(folder / "results.jsonl", "".join(lines))
-        write_text(folder / "report.md", text + "\n")
-        draw(rows, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write_text(folder / "results.jsonl", "".join(lines))
+    write_text(folder / "report.md", text + "\n")
+    draw(rows, folder)
     print0(f"in {folder}")
 
 

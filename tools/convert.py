@@ -27,14 +27,14 @@ import train
 from nanomla import checkpoint, conversion, formats
 from nanomla.checks import Count, Natural, Positive, check
 from nanomla.conversion import Conversion, Source
-from nanomla.convert import METHODS, Plan, check_rope_dim, most_rotary_numbers
+from nanomla.convert import METHODS, Plan
 from nanomla.distributed import print0
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.files import write_text
 from nanomla.formats.folder import as_json
 from nanomla.settings import configure
 from tools.bench.timing import markdown
-from train import TrainConfig
+from tools.report import can_draw, new_axes, save, style
 
 RECORD, REPORT, HEAL = checkpoint.CONVERSION
 SWEEP_SIZES = ("2x", "4x", "8x", "16x", "32x")
@@ -125,7 +125,8 @@ class ConvertConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     cfg, origins = configure(ConvertConfig, argv)
     for name, meaning in (("init_from", "model"), ("data", "text"), ("to", "folder to write")):
         if getattr(cfg, name) is None:
@@ -160,10 +161,10 @@ def convert(cfg: ConvertConfig, source: Source) -> Conversion:
         conversion.write_run(folder, source, made.model, best_val_loss, texts)
     elif record.asked != asked:  # healing is asked for now
         record.asked = asked
-        write_texts(folder, record_texts(record, heal))
+        conversion.write_texts(folder, record_texts(record, heal))
     if heal and "healed" not in record.loss:
         record.loss["healed"] = train_and_measure(heal, source, "measuring the result")
-        write_texts(folder, record_texts(record, heal))
+        conversion.write_texts(folder, record_texts(record, heal))
     print0("", *report_text(record).splitlines(), "", f"in {cfg.to}")
     return record
 
@@ -194,18 +195,19 @@ def asked_plan(cfg: ConvertConfig, source: Source) -> Plan:
     if numbers > exact and (cfg.rope_dim is None or not rotary):
         print0(f"{exact} numbers are exact: more are of no use")
         numbers = exact
+    most = 0
+    if rotary:  # as many as keys have, and a latent is left
+        most = min(config.nkv * config.hs, numbers - 1)
     rope_dim = cfg.rope_dim
     if rope_dim is None:
-        rope_dim = most_rotary_numbers(config, numbers)
+        rope_dim = most
         if numbers < exact:  # half of the numbers to begin with
-            rope_dim = min(rope_dim, numbers // 4 * 2)
+            rope_dim = min(most, numbers // 4 * 2)
+    if rope_dim % 2 or rope_dim > most:
+        possible = f"an even number from 0 to {most}"
+        raise UserError(f"--rope_dim={rope_dim} does not work: it must be {possible}")
     spread = cfg.ranks != "uniform"
-    plan = Plan(numbers, cfg.method, rope_dim, cfg.balance or 1.0, spread, cfg.svd_method)
-    try:
-        check_rope_dim(plan, config)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    return plan
+    return Plan(numbers, cfg.method, rope_dim, cfg.balance or 1.0, spread, cfg.svd_method)
 
 
 def asked_numbers(cfg: ConvertConfig, source: Source) -> int:
@@ -224,9 +226,7 @@ def asked_numbers(cfg: ConvertConfig, source: Source) -> int:
 
 
 def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
-    """
-    The settings of the healing run. Raises UserError if train.py would refuse the source's.
-    """
+    """The settings of the healing run."""
     if source.block_size < source.config.block_size:
         only = f"heal_iters needs the whole context, {source.config.block_size}; leave one out"
         raise UserError(f"--block_size={cfg.block_size} does not work: {only}")
@@ -238,14 +238,9 @@ def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
     for name in RECIPE:
         if source.stored.config.get(name) is not None:
             recipe[name] = source.stored.config[name]
-    try:
-        valid = TrainConfig(**recipe)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source.stored.source}: its run's settings: {error}") from None
-    recipe = {name: getattr(valid, name) for name in recipe}
     highest = recipe["learning_rate"]
     scale = 0.5
-    if cfg.heal_lr and highest:
+    if cfg.heal_lr:
         scale = cfg.heal_lr / highest
     if "muon_learning_rate" in recipe:
         recipe["muon_learning_rate"] *= scale
@@ -271,12 +266,7 @@ def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
 def train_and_measure(settings: dict[str, Any], source: Source, title: str) -> float:
     """Run train.py with these settings; returns the validation loss of its best weights."""
     train.main([f"--{name}={value}" for name, value in settings.items()])
-    return measure_run(settings["out_dir"], source, title)
-
-
-def measure_run(folder: str, source: Source, title: str) -> float:
-    """The validation loss of the best weights of a run."""
-    model, _ = checkpoint.build(formats.open_weights(folder, prefer_best=True))
+    model, _ = checkpoint.build(formats.open_weights(settings["out_dir"], prefer_best=True))
     return source.validation_loss(model.eval(), title)
 
 
@@ -295,12 +285,6 @@ def record_texts(record: Conversion, heal: dict[str, Any]) -> dict[str, str]:
     return texts
 
 
-def write_texts(folder: Path, texts: dict[str, str]) -> None:
-    """Write files, each whole or not at all. Raises OSError."""
-    for name, text in texts.items():
-        write_text(folder / name, text)
-
-
 def report_text(record: Conversion) -> str:
     """The report as Markdown."""
     plan = record.plan
@@ -311,7 +295,7 @@ def report_text(record: Conversion) -> str:
         how.append(f"{plan['rope_dim']} rotary numbers in all layers")
     if plan["balance"] != 1.0:
         how.append(f"values weighted by {plan['balance']:g}")
-    measured = change(record, "converted")
+    measured = record.change("converted")
     predicted = sum(layer["predicted"] for layer in record.layers)
     layers = []
     for i, layer in enumerate(record.layers):
@@ -356,14 +340,9 @@ def loss_rows(record: Conversion) -> list[dict[str, str]]:
             "change": "",
         }
         if name != "source":
-            row["change"] = f"{change(record, name):+.4f}"
+            row["change"] = f"{record.change(name):+.4f}"
         rows.append(row)
     return rows
-
-
-def change(record: Conversion, name: str) -> float:
-    """How much the loss of what was "converted" or "healed" is above the source's."""
-    return record.loss[name] - record.loss["source"]
 
 
 # ---- all methods at several sizes
@@ -375,8 +354,6 @@ def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
     """
     source = Source(cfg)
     folder = Path(cfg.to)
-    if any((folder / name).exists() for name in (checkpoint.LATEST, checkpoint.BEST, RECORD)):
-        raise UserError(f"--to={cfg.to} holds a run; name another folder for the sweep")
     points = sweep_points(cfg, source, sizes)
     records = []
     for i, point in enumerate(points):
@@ -393,7 +370,8 @@ def run_sweep(cfg: ConvertConfig, sizes: list[str] | None) -> None:
     text = "\n".join([f"{note}.", "", *markdown(sweep_rows(records))])
     write_text(folder / "sweep.md", text + "\n")
     print0("", *text.splitlines(), "")
-    draw_sweep(records, longer, folder / "sweep.png")
+    if can_draw():
+        draw_sweep(records, longer, folder / "sweep.png")
 
 
 def sweep_points(
@@ -420,14 +398,10 @@ def sweep_points(
 def train_on(cfg: ConvertConfig, source: Source) -> float:
     """The source's validation loss after the training that healing is, for comparison."""
     folder = Path(cfg.to) / "source"
-    title = "measuring the source, trained on"
     settings = heal_settings(cfg, source) | {"out_dir": str(folder), "distill": None}
-    latest = folder / checkpoint.LATEST
-    if not latest.exists():
+    if not (folder / checkpoint.LATEST).exists():
         settings["init_from"] = cfg.init_from
-    elif checkpoint.load(latest).iter_num >= cfg.heal_iters:
-        return measure_run(str(folder), source, title)
-    return train_and_measure(settings, source, title)
+    return train_and_measure(settings, source, "measuring the source, trained on")
 
 
 def sweep_rows(records: list[Conversion]) -> list[dict[str, str]]:
@@ -437,9 +411,9 @@ def sweep_rows(records: list[Conversion]) -> list[dict[str, str]]:
         before, after = record.cached_numbers
         row = rows.setdefault(after, {"cached numbers": f"{after:g}"})
         row["smaller"] = f"{before / after:.3g}x"
-        cell = f"{change(record, 'converted'):+.4f}"
+        cell = f"{record.change('converted'):+.4f}"
         if "healed" in record.loss:
-            cell += f" ({change(record, 'healed'):+.4f})"
+            cell += f" ({record.change('healed'):+.4f})"
         row[record.plan["method"]] = cell
     return list(rows.values())
 
@@ -449,33 +423,23 @@ def draw_sweep(records: list[Conversion], longer: float | None, path: Path) -> N
     The change of the loss over the cache's size, a line for every method; dashed: after healing.
     longer: that of the source, trained on as long.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"warning: no {path.name}: it needs matplotlib", file=sys.stderr)
-        return
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="cached numbers per token and layer", ylabel="change of the validation loss (nats)"
-    )
+    axes = new_axes("cached numbers per token and layer", "change of the validation loss (nats)")
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=0.01)
     axes.axhline(0, color="black", lw=0.8)
     if longer is not None:
         axes.axhline(longer, color="black", lw=0.8, ls=":", label="source, trained on")
-    styles = zip(METHODS, "^sDo", ("#999999", "#E69F00", "#56B4E9", "#0072B2"), strict=True)
-    for method, marker, color in styles:
+    for i, method in enumerate(METHODS):
         for name, line in (("converted", "-"), ("healed", "--")):
             drawn = [r for r in records if r.plan["method"] == method and name in r.loss]
             if drawn:
                 sizes = [r.cached_numbers[1] for r in drawn]
-                changes = [change(r, name) for r in drawn]
+                changes = [r.change(name) for r in drawn]
                 label = method if name == "converted" else f"{method}, healed"
-                axes.plot(sizes, changes, line, marker=marker, color=color, label=label)
+                axes.plot(sizes, changes, line, label=label, **style(i))
     sizes = sorted({r.cached_numbers[1] for r in records})
     axes.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    save(axes, path)
 
 
 if __name__ == "__main__":

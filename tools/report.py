@@ -4,12 +4,13 @@ white and by colour-blind people: every variant has a marker of its own, in the 
 Ito. tools/compare.py makes the rows, which are the lines of results.jsonl.
 """
 
+import importlib.util
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 from model import GPTConfig
+from nanomla.distributed import warn0
 from tools.bench.timing import Rows, markdown
 
 MARKERS = "osD^vPX*<>hp"
@@ -90,8 +91,6 @@ def recipe(done: Rows, where: str) -> str:
         text += f" Positions differ: {'; '.join(kinds)}."
     if len({row["dataset"] for row in done}) > 1:
         text += " **The runs have different datasets: their losses cannot be compared.**"
-    elif len(tokens) > 1:
-        text += " The runs have seen different numbers of tokens."
     return text
 
 
@@ -171,31 +170,34 @@ def rate_table(rows: Rows) -> list[str]:
 
 
 # ---- Pictures
-def draw(rows: Rows, folder: Path) -> None:
-    """loss_cache.png and loss_seconds.png; nothing without matplotlib."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        print("warning: no pictures: they need matplotlib", file=sys.stderr)
-        return
-    draw_cache(best_runs(rows), best_runs(rows, "parameters"), folder / "loss_cache.png")
-    draw_seconds(best_runs(rows), folder / "loss_seconds.png")
+def can_draw() -> bool:
+    """Whether matplotlib is there; if not, a warning."""
+    if importlib.util.find_spec("matplotlib") is None:
+        warn0("no pictures: they need matplotlib")
+        return False
+    return True
 
 
-def new_figure(xlabel: str) -> tuple[Any, Any]:
-    """A figure for losses, and its axes."""
+def new_axes(xlabel: str, ylabel: str = "validation loss (nats per token)") -> Any:
+    """The axes of a new figure of matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    ylabel = "validation loss (nats per token)"
-    return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    return figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
-def save(figure: Any, axes: Any, path: Path) -> None:
+def save(axes: Any, path: Path) -> None:
     """Write a figure with its grid and its legend."""
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=100)
+    axes.figure.legend(loc="outside right upper", fontsize="small")
+    axes.figure.savefig(path, dpi=100)
+
+
+def draw(rows: Rows, folder: Path) -> None:
+    """loss_cache.png and loss_seconds.png; nothing without matplotlib."""
+    if can_draw():
+        draw_cache(best_runs(rows), best_runs(rows, "parameters"), folder / "loss_cache.png")
+        draw_seconds(best_runs(rows), folder / "loss_seconds.png")
 
 
 def style(i: int) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def draw_cache(tokens: dict[str, Rows], parameters: dict[str, Rows], path: Path)
     The final loss over cache bytes per token, full marks for equal tokens, whose Pareto front is
     drawn, and empty ones for equal parameters.
     """
-    figure, axes = new_figure("cache bytes per token at the trained context")
+    axes = new_axes("cache bytes per token at the trained context")
     axes.set_xscale("log", base=2)
     mark = {"ls": "", "capsize": 4, "lw": 1}
     sizes = set()
@@ -237,25 +239,21 @@ def draw_cache(tokens: dict[str, Rows], parameters: dict[str, Rows], path: Path)
         axes.plot([], [], "o", color="gray", fillstyle="none", ms=9, label="equal parameters")
     axes.set_xticks(sorted(sizes), [f"{x:,}" for x in sorted(sizes)], rotation=30)
     axes.minorticks_off()
-    save(figure, axes, path)
+    save(axes, path)
 
 
 def draw_seconds(best: dict[str, Rows], path: Path) -> None:
-    """The validation loss over seconds of training, of the median run in time of every variant."""
-    figure, axes = new_figure("seconds of training, evaluations and start-up included")
-    lowest = []
-    highest = []
+    """
+    The validation loss over seconds of training, of the median run in time of every variant,
+    without that of the start, which is far above.
+    """
+    axes = new_axes("seconds of training, evaluations and start-up included")
     for i, (name, runs) in enumerate(best.items()):
-        curves = [run["curve"] for run in runs if run["curve"]]
+        curves = [run["curve"][1:] for run in runs if len(run["curve"]) > 1]
         if not curves:
             continue
         curves.sort(key=lambda points: points[-1][1])
         _, seconds, losses = zip(*curves[len(curves) // 2], strict=True)
         line = ("-", "--", "-.", ":")[i % 4]
         axes.plot(seconds, losses, line, lw=1.2, ms=6, label=name, **style(i))
-        lowest.append(min(losses))
-        highest.append(losses[min(1, len(losses) - 1)])  # that of the start is far above
-    if lowest:
-        room = max(max(highest) - min(lowest), 0.01)
-        axes.set_ylim(min(lowest) - 0.05 * room, max(highest) + 0.1 * room)
-    save(figure, axes, path)
+    save(axes, path)

@@ -27,9 +27,8 @@ from nanomla.distributed import print0, resolve_device, resolve_dtype
 from nanomla.errors import UserError
 from nanomla.files import read_json, write_text
 from nanomla.settings import configure
-from tools.bench.timing import Timed, alternate, fill
-
-ROOT = Path(__file__).resolve().parents[1]
+from tools.bench.decode import decoding
+from tools.bench.timing import alternate
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Job:
 # ---- The process of one run
 def run_job(folder: Path) -> None:
     """Train and measure what job.json in this folder says, and write result.json."""
-    job = read_json(folder / "job.json")
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    job = read_json(folder / "job.json")
     flags = [*job["flags"], f"--out_dir={folder}"]
     if (folder / checkpoint.LATEST).exists():
         flags.append("--init_from=resume")
@@ -100,14 +99,12 @@ class Pool:
             if resolve_device(device) == "cpu":
                 size = min(cores, 4)
         self.size = size
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        threads = str(max(cores // size, 1))
-        self.environ = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+        self.environ = os.environ | {"OMP_NUM_THREADS": str(max(cores // size, 1))}
         self.errors: dict[Path, str] = {}  # why runs have failed, by their folders
         self.seconds: list[float] = []  # that every run took
 
-    def run(self, jobs: list[Job], later: int = 0) -> None:
-        """Run all that have no result yet. later: how many more there will be, for the estimate."""
+    def run(self, jobs: list[Job]) -> None:
+        """Run all that have no result yet."""
         jobs = list({job.folder: job for job in jobs}.values())  # some are the same run
         waiting = [job for job in jobs if job.result is None]
         if len(waiting) < len(jobs):
@@ -123,7 +120,9 @@ class Pool:
                     if process.poll() is not None:
                         del running[job]
                         self.seconds.append(time.perf_counter() - began)
-                        self._ended(job, process.returncode, len(waiting) + len(running) + later)
+                        outcome = self._outcome(job, process.returncode)
+                        left = self._time_left(len(waiting) + len(running))
+                        print0(f"{job}: {outcome} ({self.seconds[-1]:.0f} s; {left})")
         finally:
             for process, _ in running.values():
                 process.terminate()  # train.py saves its checkpoint, which takes a moment
@@ -133,7 +132,7 @@ class Pool:
                 print0("stopped; the same command goes on from here")
 
     def _start(self, job: Job) -> subprocess.Popen:
-        make_folder(job.folder)
+        job.folder.mkdir(parents=True, exist_ok=True)
         content = {"flags": job.flags, "eval_tokens": job.eval_tokens}
         write_text(job.folder / "job.json", json.dumps(content))
         with open(job.folder / "output.txt", "wb") as output:
@@ -146,28 +145,21 @@ class Pool:
                 start_new_session=True,  # Ctrl-C reaches this process, which ends the others
             )
 
-    def _ended(self, job: Job, status: int, left: int) -> None:
-        """Print how a run ended, and when the `left` others will have."""
+    def _time_left(self, runs: int) -> str:
+        """How many runs of these are left, and about how long they take, in words."""
+        if runs == 0:
+            return "the last of these"
+        seconds = statistics.median(self.seconds) * runs / self.size
+        return f"{runs} left of these, about {runlog.clock(seconds)}"
+
+    def _outcome(self, job: Job, status: int) -> str:
+        """How a run ended, in words."""
         if status == 0 and job.result is not None:
-            outcome = f"loss {job.result['val_loss']:.4f}"
-        else:
-            output = (job.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
-            lines = output.strip().splitlines() or [f"exit status {status}"]
-            self.errors[job.folder] = re.sub("^[a-z_.]+: error: ", "", lines[-1])
-            outcome = f"failed: {self.errors[job.folder]}"
-        rest = "the last of these"
-        if left:
-            seconds = statistics.median(self.seconds) * left / self.size
-            rest = f"{left} left, about {runlog.clock(seconds)}"
-        print0(f"{job}: {outcome} ({self.seconds[-1]:.0f} s; {rest})")
-
-
-def make_folder(folder: Path) -> None:
-    """Create it, and those above it. Raises UserError if that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror})") from None
+            return f"loss {job.result['val_loss']:.4f}"
+        output = (job.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        lines = output.strip().splitlines() or [f"exit status {status}"]
+        self.errors[job.folder] = re.sub("^[a-z_.]+: error: ", "", lines[-1])
+        return f"failed: {self.errors[job.folder]}"
 
 
 # ---- What a trained run shows
@@ -239,19 +231,8 @@ def learning_curve(entries: list[dict[str, Any]]) -> list[tuple[int, float, floa
 @torch.inference_mode()
 def decode_rates(models: dict[str, GPT], context: int, device: str) -> dict[str, float]:
     """Tokens/s of greedy decoding at a context, batch 1, in turn, by name."""
-    entries = [decoding(name, model, 1, context, 8) for name, model in models.items()]
+    entries = []
+    for name, model in models.items():
+        entries.append(decoding(name, model, 1, context, context, 8))
     took = alternate(entries, 9, device)
     return {name: 1 / entry.seconds for name, entry in took.items()}
-
-
-def decoding(name: str, model: GPT, batch_size: int, context: int, steps: int) -> Timed:
-    """Some steps of decoding that end at a context of so many tokens."""
-    cache = fill(model.make_cache(batch_size, context), context - steps)
-    token = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.lm_head.weight.device)
-
-    def run() -> None:
-        cache.rewind(context - steps)
-        for _ in range(steps):
-            model(token, cache=cache)[0][:, -1].argmax(-1)
-
-    return Timed(name, run, cache=cache, steps=steps)
