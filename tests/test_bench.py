@@ -99,9 +99,8 @@ def test_alternation_and_roofline():
         Timed("a", lambda: calls.append("a"), steps=2),
         Timed("b", lambda: calls.append("b"), slow=True),
     ]
-    took = alternate(entries, 5, "cpu")
-    assert "".join(calls) == "ab" * 4 + "a" * 2 and list(took) == ["a", "b"]
-    assert took["a"].seconds > 0
+    alternate(entries, 5, "cpu")
+    assert "".join(calls) == "ab" * 4 + "a" * 2 and entries[0].seconds > 0
     limits = Limits(10.0, {torch.float32: 100.0})
     for nbytes, flops, ratio in ((50, 100, "4.00"), (1, 1000, "2.00")):
         entry = Timed("a", calls, nbytes=nbytes, flops=flops, seconds=20.0)

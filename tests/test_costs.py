@@ -125,16 +125,10 @@ def test_flops_of_decoding_with_low_rank_values():
 
 
 def test_caches_in_words():
-    """Beside MHA's where they differ from it, fewer or more."""
-
-    def words_of(**settings):
-        return costs.cache_in_words(costs.on_meta(tiny_config(**settings)))
-
-    fewer = "9 cached numbers per token and layer, 5.33x fewer than MHA"
-    assert words_of(**TINY_MLA) == fewer
-    assert words_of() == "48 cached numbers per token and layer"
-    state = {"use_latent_tokens": True, "block_size": 16}
-    words = "a state of {} numbers per layer{}".format
-    more = words(48 * 40, ", 2.5x more than MHA at 16 tokens")
-    assert words_of(**state, n_latent_tokens=40) == more
-    assert words_of(**state, n_latent_tokens=16) == words(48 * 16, "")
+    """Beside MHA's where they differ from it."""
+    latents = costs.on_meta(tiny_config(**TINY_MLA))
+    words = "9 cached numbers per token and layer, 5.33x fewer than MHA"
+    assert costs.cache_in_words(latents) == words
+    state = costs.on_meta(tiny_config(use_latent_tokens=True, n_latent_tokens=40))
+    words = "a state of 1920 numbers per layer, 2.5x more than MHA at 16 tokens"
+    assert costs.cache_in_words(state) == words

@@ -115,16 +115,3 @@ def test_bytes_and_rows(kind):
         got = model(idx[1:2, 7:].expand(3, -1), cache=cache)[0]
         torch.testing.assert_close(got, want.expand(3, -1, -1), atol=1e-5, rtol=1e-5)
         cache.truncate(7)
-
-
-def test_generate():
-    """cache_dtype=torch.int8 gives what the same steps on an int8 cache give."""
-    model = make("MLA")
-    idx = torch.randint(23, (3, 5))
-    got = model.generate(idx, 6, temperature=0, cache_dtype=torch.int8)
-    cache = model.make_cache(3, 11, torch.int8)
-    tokens = idx
-    for _ in range(6):
-        new = model(tokens[:, cache.pos :], cache=cache)[0][:, -1].argmax(-1, keepdim=True)
-        tokens = torch.cat([tokens, new], dim=1)
-    assert torch.equal(got, tokens)

@@ -115,7 +115,6 @@ def test_equal_cuts_give_equal_numbers():
 
 def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, capsys):
     """What Triton needs is missing, or its numbers are wrong: one line, and torch computes."""
-    triton.try_out(torch.device(DEVICE))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     choose = kernels.on_gpu.__wrapped__
     device = torch.device("cuda")
@@ -130,8 +129,6 @@ def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, capsys):
     assert len(err.splitlines()) == 1 and "RuntimeError: Failed to find C compiler.)" in err
     monkeypatch.setattr(triton, "attend", lambda q, *_, **__: q)
     assert choose(device) is None and "results are off by" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose(device) is None and capsys.readouterr().err == ""
 
 
 def test_what_is_not_supported():
@@ -191,7 +188,7 @@ def compile_all(architecture):
             triton.attend_part, architecture, types, values,
             num_warps=plan.warps, num_stages=plan.stages,
         )  # fmt: skip
-        row = {"q": q, "stored": stored, "plan": plan, "shared": kernel.metadata.shared}
+        row = {"q": q, "stored": stored, "shared": kernel.metadata.shared}
         row |= {w: kernel.asm["ptx"].count(w) for w in ("mma", "cp.async.cg", "fma.rn.f32")}
         print(json.dumps(row), flush=True)
     types = {"averages": "*fp32", "sums": "*fp32", "out": "*bf16", "parts": "i32"}
