@@ -35,7 +35,6 @@ from tools.bench.timing import machine, write_json
 from train import HINTS, TrainConfig
 
 SEED = 1337  # of weights and inputs
-Rounds = Annotated[Count, Field(le=10_000)]
 
 
 @dataclass
@@ -56,8 +55,9 @@ class TimingConfig(JsonConfig):
 
     device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
     rounds: Annotated[
-        Rounds,
-        "The number of rounds that the medians are taken over; what takes long has a part of it.",
+        Count,
+        Field(le=10_000),
+        "The number of rounds that medians are taken over: fewer of what is slow, more of a run.",
     ] = 15
 
 
@@ -86,11 +86,10 @@ class ReportConfig(JsonConfig):
 
 
 @dataclass
-class ProfileConfig(JsonConfig):
-    """The settings of `profile`: a run's."""
+class ProfileConfig(TimingConfig):
+    """The settings of `profile`: a run's, too."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    rounds: Annotated[Rounds, "The number of iterations that the medians are taken over."] = 60
 
 
 QUESTIONS = {  # the settings of each, and a function of them and the device
@@ -101,7 +100,7 @@ QUESTIONS = {  # the settings of each, and a function of them and the device
     "lengths": (TimingConfig, lambda s, device: lengths.measure(device, s.rounds)),
     "serve": (TimingConfig, lambda s, device: serve.measure(device, s.rounds)),
     "svd": (TimingConfig, lambda s, device: svd.measure(device, s.rounds)),
-    "profile": (ProfileConfig, lambda s, device: profile.measure(device, s.rounds, s.train)),
+    "profile": (ProfileConfig, lambda s, device: profile.measure(device, 4 * s.rounds, s.train)),
     "--report": (ReportConfig, None),  # on no device
 }
 
@@ -122,8 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if getattr(settings, "vs_hf", False):
             importlib.import_module("transformers")  # or one line that says how to install it
-        run = getattr(settings, "train", settings)  # profile has those of a run
-        device = resolve_device(run.device)
+        device = resolve_device(settings.device)
         print(f"{machine(device)}, torch {torch.__version__}, seed {SEED}")
         torch.manual_seed(SEED)
         rows = measure(settings, device)

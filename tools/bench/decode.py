@@ -16,7 +16,6 @@ from tools.bench.timing import (
     Timed,
     alternate,
     fill,
-    in_ms,
     measure_limits,
     name_of,
     table,
@@ -152,7 +151,7 @@ def beside_mha(entries: list[Timed], unit: str, limits: Limits, dtype: torch.dty
     rows = []
     for e in entries:
         sequences = 1 if e.cache is None else e.cache.batch_size
-        row = {"model": e.name, f"ms/{unit}": in_ms(e.seconds)}
+        row = {"model": e.name, f"ms/{unit}": f"{e.seconds * 1e3:.2f}"}
         row["tokens/s"] = f"{sequences / e.seconds:.1f}"
         for name, other in others.items():
             row[f"{name} / this"] = f"{other.seconds / e.seconds:.2f}"

@@ -129,12 +129,6 @@ def markdown(rows: Rows) -> list[str]:
     return [lines[0], rule, *lines[1:]]
 
 
-def in_ms(seconds: float) -> str:
-    """Milliseconds, in three digits or more."""
-    ms = seconds * 1e3
-    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
-
-
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
