@@ -7,7 +7,6 @@ import torch
 
 from model import GPT, GPTConfig
 from nanomla.attention import cached_numbers_at
-from nanomla.errors import UserError
 
 # Dense bfloat16 matrix peak, FLOP/s, from the vendors' data sheets; float16 has the same rate.
 GPU_PEAKS = {
@@ -24,38 +23,27 @@ def on_meta(config: GPTConfig) -> GPT:
 
 
 def parameters(config: GPTConfig) -> int:
-    """
-    The model's parameters, shared ones once. Raises UserError for a model that is too large for
-    torch to count.
-    """
+    """The model's parameters, shared ones once."""
 
     def count(n_layer: int) -> int:
         block_size = config.block_size if config.pos_emb == "learned" else 1
         shape = dataclasses.replace(config, n_layer=n_layer, block_size=block_size)
         return sum(p.numel() for p in on_meta(shape).parameters())
 
-    try:
-        if isinstance(config.mla_latent_dim, tuple):  # no two layers need be alike
-            return count(config.n_layer)
-        first = count(1)
-        return first + (config.n_layer - 1) * (count(2) - first)
-    except RuntimeError:
-        problem = "a model of this size has matrices that no machine can hold"
-        raise UserError(f"{problem}; make it smaller") from None
+    if isinstance(config.mla_latent_dim, tuple):  # no two layers need be alike
+        return count(config.n_layer)
+    first = count(1)
+    return first + (config.n_layer - 1) * (count(2) - first)
 
 
-def training_bytes(
-    config: GPTConfig, sequences: int, optimizer_bytes_per_parameter: int = 8
-) -> int:
+def training_bytes(config: GPTConfig, sequences: int) -> int:
     """
     What training on so many sequences at a time takes at least, in bytes: weights, gradients and
-    optimizer state, logits and their gradient, and the residual stream before every layer.
+    AdamW's state, logits and their gradient, and the residual stream before every layer.
     """
-    float32 = 4
     tokens = sequences * config.block_size
     numbers = tokens * (2 * config.vocab_size + config.n_layer * config.n_embd)
-    per_parameter = 2 * float32 + optimizer_bytes_per_parameter
-    return parameters(config) * per_parameter + numbers * float32
+    return 4 * (4 * parameters(config) + numbers)  # float32
 
 
 def cached_numbers(model: GPT) -> float:

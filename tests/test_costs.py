@@ -1,6 +1,5 @@
 """What a model costs, by hand. Run: python -m pytest tests/test_costs.py"""
 
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,6 +22,7 @@ def test_analysis_counts_real_tensors():
     assert model.get_compression_ratio() == pytest.approx(2 * 24 * 25 / mla)
     assert model.get_memory_savings(100) == pytest.approx(48 / 9) == attn.get_memory_savings(5000)
     assert model.get_cache_size_ratio() == pytest.approx(9 / 48)
+    assert costs.count_kv_parameters(model) == 3 * mla
     dense = GPT(tiny_config())
     assert dense.get_compression_ratio() == dense.get_memory_savings(7) == 1
     shared = GPT(tiny_config(**{**TINY_MLA, "bias": True, "n_layer": 3, "mla_share_latent": True}))
@@ -78,27 +78,18 @@ def test_use_of_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_without_memory(kind):
-    """As many as the built model has, for every attention and what else changes their number."""
-    extra = {"mla_share_latent": kind == "MLA", "norm": "rmsnorm", "mlp": "swiglu"}
-    for changes in ({}, {**extra, "n_layer": 2, "tie_weights": False, "bias": False}):
+    """As many as the built model has; what no machine holds takes no time."""
+    for changes in ({}, {"mla_share_latent": kind == "MLA", "tie_weights": False, "bias": False}):
         config = tiny_config(**{**KINDS[kind], **changes})
         assert costs.parameters(config) == GPT(config).get_num_params(False), changes
-
-
-def test_parameters_of_what_cannot_be_built():
-    """What no machine holds takes no time; what torch cannot count is one line."""
     one = costs.parameters(GPTConfig(n_layer=1))
     assert costs.parameters(GPTConfig(n_layer=100_000)) == one + 99_999 * 7_087_872
-    with pytest.raises(UserError, match="^a model of this size has .*; make it smaller$"):
-        costs.parameters(GPTConfig(n_embd=12 * 10**12, use_mla=True, mla_share_latent=True))
 
 
 def test_what_does_not_fit_is_one_line(monkeypatch):
-    """Needed and free bytes in units that people read, and the remedy; also for a cache."""
+    """Needed and free bytes in units that people read, and the remedy."""
     monkeypatch.setattr(memory, "free_memory", lambda device: 22_100_000_000)
     memory.require_memory(22_100_000_000, "the model", "cpu", "try less")
-    with pytest.raises(UserError, match="^a run needs 4.0 TB, 22.1 GB are free; try less$"):
-        memory.require_memory(4 * 10**12, "a run", "cpu", "try less")
     with pytest.raises(UserError, match=r"the cache needs .* [TP]B, 22.1 GB are free; "):
         GPT(tiny_config(**TINY_MLA)).make_cache(10**12, 16)
 
@@ -110,44 +101,34 @@ def test_training_bytes_by_hand():
     tokens = 3 * 16
     numbers = 2 * 23 * tokens + 2 * 24 * tokens
     assert costs.training_bytes(config, 3) == 16 * parameters + 4 * numbers
-    assert costs.training_bytes(config, 3, 4) == 12 * parameters + 4 * numbers
 
 
-def test_flops_of_low_rank_values():
-    """Training multiplies by the dense map; decoding by down and, for every query head, by up. A
-    rotary latent is read by its factors in both."""
+def test_flops_of_decoding_with_low_rank_values():
+    """By hand: decoding multiplies by down and, for every query head, by up."""
     C, nh, hs, rank, L, n = 24, 4, 6, 2, 8, 10
     svd = {"use_svd": True, "svd_rank": rank, "n_layer": 1, "bias": False}
     rest = 23 * C + C * C + 2 * C * 4 * C  # lm_head, c_proj and the MLP
 
-    def flops(absorbed=False, **settings):
-        return costs.flops_per_token(GPT(tiny_config(**{**settings, **svd})), n, absorbed)
+    def flops(**settings):
+        return costs.flops_per_token(GPT(tiny_config(**{**settings, **svd})), n, absorbed=True)
 
-    keys = rest + C * C + C * 2 * hs  # of two key/value heads
+    keys = C * C + C * 2 * hs  # of two key/value heads
     factors = C * 2 * rank + nh * hs * rank
-    assert flops(n_kv_head=2) == 2 * (keys + C * 2 * hs + nh * n * 2 * hs)
-    assert flops(True, n_kv_head=2) == 2 * (keys + factors + nh * n * (hs + rank))
+    assert flops(n_kv_head=2) == 2 * (rest + keys + factors + nh * n * (hs + rank))
     latent = {**TINY_MLA, "mla_latent_dim": L}
-    keys = rest + C * C + C * (L + 2) + L * nh * 4
+    keys = C * C + C * (L + 2) + L * nh * 4
     factors = L * nh * rank + nh * hs * rank
-    assert flops(**latent) == 2 * (keys + L * nh * hs + nh * n * 2 * hs)
-    assert flops(True, **latent) == 2 * (keys + factors + nh * n * (2 * L + 2))
+    assert flops(**latent) == 2 * (rest + keys + factors + nh * n * (2 * L + 2))
     rotary = {**latent, "mla_rope": "latent", "mla_rope_dim": 4}
-    both = 2 * (rest + C * nh * L + C * L + factors + nh * n * 2 * L)
-    assert flops(**rotary) == flops(True, **rotary) == both
+    keys = C * nh * L + C * L
+    assert flops(**rotary) == 2 * (rest + keys + factors + nh * n * 2 * L)
 
 
 def test_caches_in_words():
-    """Beside MHA's where they differ from it, fewer or more."""
-
-    def words_of(**settings):
-        return costs.cache_in_words(costs.on_meta(tiny_config(**settings)))
-
-    fewer = "9 cached numbers per token and layer, 5.33x fewer than MHA"
-    assert words_of(**TINY_MLA) == fewer
-    assert words_of() == "48 cached numbers per token and layer"
-    state = {"use_latent_tokens": True, "block_size": 16}
-    words = "a state of {} numbers per layer{}".format
-    more = words(48 * 40, ", 2.5x more than MHA at 16 tokens")
-    assert words_of(**state, n_latent_tokens=40) == more
-    assert words_of(**state, n_latent_tokens=16) == words(48 * 16, "")
+    """Beside MHA's where they differ from it."""
+    latents = costs.on_meta(tiny_config(**TINY_MLA))
+    words = "9 cached numbers per token and layer, 5.33x fewer than MHA"
+    assert costs.cache_in_words(latents) == words
+    state = costs.on_meta(tiny_config(use_latent_tokens=True, n_latent_tokens=40))
+    words = "a state of 1920 numbers per layer, 2.5x more than MHA at 16 tokens"
+    assert costs.cache_in_words(state) == words

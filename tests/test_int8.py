@@ -7,7 +7,7 @@ from nanomla import kernels
 from nanomla.cache import Buffer
 from nanomla.kernels import blocks
 from nanomla.kernels.int8 import LARGEST, Quantized, dequantise, quantise
-from tests.conftest import GROWING, QUICK, Largest, fails_with_one_line, make, run
+from tests.conftest import GROWING, Largest, make
 
 
 @pytest.fixture(params=GROWING)
@@ -27,10 +27,9 @@ def exact(rows: Quantized) -> torch.Tensor:
     return rows.values.double() * rows.scale.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_rows_come_back_within_half_a_scale(dtype):
+def test_rows_come_back_within_half_a_scale():
     """Rounded to nearest, symmetric, one float16 scale per row, for rows from 1e-4 to 1e4."""
-    x = (torch.randn(2, 3, 50, 7) * 10 ** torch.linspace(-4, 4, 50)[:, None]).to(dtype)
+    x = torch.randn(2, 3, 50, 7) * 10 ** torch.linspace(-4, 4, 50)[:, None]
     rows = quantise(x)
     assert rows.values.dtype == torch.int8 and rows.scale.dtype == torch.float16
     assert rows.values.shape == x.shape and rows.scale.shape == (2, 3, 50, 1)
@@ -96,22 +95,19 @@ def test_logits_through_the_cache(kind, monkeypatch):
     torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
 
 
-def test_bytes_count_the_scales(kind):
-    """One byte per number and two per row of each head, in nbytes, nbytes_at, bytes_per_token."""
-    model, _ = kind
+def test_bytes_and_rows(kind):
+    """
+    One byte per number and two per row of each head; row writes into the whole cache,
+    broadcast_row copies rows with their scales, truncate.
+    """
+    model, idx = kind
+    want = through(model, model.make_cache(1, 12, torch.int8), idx[1:2], 7)[:, -1:]
     cache = model.make_cache(3, 12, torch.int8)
     per_token = 0
     for layer in model.make_cache(1, 1).layers:
         per_token += sum(heads * (width + 2) for heads, width in layer.sizes())
     assert cache.bytes_per_token == per_token and cache.nbytes_at(5) == 5 * 3 * per_token
     assert cache.nbytes == 12 * 3 * per_token == sum(t.nbytes for t in cache.tensors)
-
-
-def test_rows_and_rewinding(kind):
-    """row writes into the whole cache; broadcast_row copies rows with their scales; truncate."""
-    model, idx = kind
-    want = through(model, model.make_cache(1, 12, torch.int8), idx[1:2], 7)[:, -1:]
-    cache = model.make_cache(3, 12, torch.int8)
     model(idx[1:2, :7], cache=cache.row(1))
     cache.advance(7)
     cache.broadcast_row(1)
@@ -119,36 +115,3 @@ def test_rows_and_rewinding(kind):
         got = model(idx[1:2, 7:].expand(3, -1), cache=cache)[0]
         torch.testing.assert_close(got, want.expand(3, -1, -1), atol=1e-5, rtol=1e-5)
         cache.truncate(7)
-
-
-def test_what_int8_cannot_keep_is_refused():
-    """A latent's numbers beyond float16, before a token counts; the error names the remedy."""
-    model = make("MLA")
-    model.transformer.h[1].attn.latent_norm.weight.fill_(1e8)
-    cache = model.make_cache(1, 8, torch.int8)
-    with pytest.raises(ValueError, match="must be torch.float32"):
-        model(torch.randint(23, (1, 4)), cache=cache)
-    assert cache.pos == 0
-
-
-def test_generate_and_sample_py(dataset, tmp_path):
-    """cache_dtype=torch.int8 gives what the same steps on an int8 cache give; sample.py takes it,
-    and other dtypes are refused."""
-    model = make("MLA")
-    idx = torch.randint(23, (3, 5))
-    got = model.generate(idx, 6, temperature=0, cache_dtype=torch.int8)
-    cache = model.make_cache(3, 11, torch.int8)
-    tokens = idx
-    for _ in range(6):
-        new = model(tokens[:, cache.pos :], cache=cache)[0][:, -1].argmax(-1, keepdim=True)
-        tokens = torch.cat([tokens, new], dim=1)
-    assert torch.equal(got, tokens)
-    mla = ["--use_mla=True", "--mla_latent_dim=5", "--pos_emb=rope", "--mla_rope_dim=2"]
-    folders = [f"--dataset={dataset}", f"--out_dir={tmp_path}"]
-    with torch.enable_grad():
-        done = run("train.py", *folders, "--max_iters=2", *mla, *QUICK)
-    assert done.returncode == 0, done.stderr
-    args = ["sample.py", f"--out_dir={tmp_path}", "--max_new_tokens=5", "--device=cpu", "--start=t"]
-    done = run(*args, "--cache_dtype=int8")
-    assert done.returncode == 0 and "cache: 18 bytes per token" in done.stderr, done.stderr
-    assert fails_with_one_line(run(*args, "--cache_dtype=int4"), 2, "cache_dtype", "int8")

@@ -1,11 +1,9 @@
 """
 Time the attention variants against each other, against this machine's limits and transformers.
 
-    python -m tools.bench decode [--vs_hf] [--vs_compiled]
-                                            one layer at 32,768 tokens, a 124M GPT, a long batch; on
-                                            a GPU also how many rows fit in MHA's memory
+    python -m tools.bench decode [--vs_hf]  one layer at 32,768 tokens, a 124M GPT, a long batch
     python -m tools.bench kernel            attention over cached latents alone, in GB/s
-    python -m tools.bench prefill           time and memory of prompts of 512 to 32,768 tokens
+    python -m tools.bench prefill           time and memory of prompts of 512 to 8,192 tokens
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
     python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
     python -m tools.bench serve             tokens/s of tools.serve for 1 client and for 16
@@ -16,37 +14,35 @@ Time the attention variants against each other, against this machine's limits an
                                             a config's parameters, bytes and FLOPs beside MHA's
 
 All that is compared runs in turn in one process, round after round; figures are medians over the
-rounds, but for prefill's last table, of one pass each. --json=FILE writes them to a file too.
+rounds. --json=FILE writes them to a file too.
 """
 
 import importlib
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
 from model import GPTConfig
-from nanomla.checks import Count, Natural, check
+from nanomla.checks import Count, check
 from nanomla.distributed import resolve_device
 from nanomla.errors import UsageError, run_script
 from nanomla.settings import configure, declared
 from tools.bench import decode, kernel, lengths, prefill, profile, report, serve, svd, train
-from tools.bench.timing import Rows, machine, write_json
+from tools.bench.timing import machine, write_json
 from train import HINTS, TrainConfig
 
-Rounds = Annotated[Count, Field(le=10_000)]
+SEED = 1337  # of weights and inputs
 
 
 @dataclass
-class BenchConfig:
-    """The settings of `svd`, and of every command that times something."""
+class JsonConfig:
+    """What every question takes."""
 
-    headings: ClassVar[dict[str, str]] = {"device": "bench"}
+    headings: ClassVar[dict[str, str]] = {"json": "bench"}
 
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
-    seed: Annotated[Natural, Field(le=10**18), "The seed of weights and inputs."] = 1337
     json: Annotated[str | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
@@ -54,50 +50,29 @@ class BenchConfig:
 
 
 @dataclass
-class RoundsConfig(BenchConfig):
-    """The settings of `kernel`, `prefill` and `lengths`."""
+class TimingConfig(JsonConfig):
+    """The settings of what is timed."""
 
-    rounds: Annotated[Rounds, "The number of rounds that the medians are taken over."] = 15
+    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    rounds: Annotated[
+        Count,
+        Field(le=10_000),
+        "The number of rounds that medians are taken over: fewer of what is slow, more of a run.",
+    ] = 15
 
 
 @dataclass
-class TimingConfig(RoundsConfig):
-    """The settings of `train`, and with one more of `decode`."""
+class DecodeConfig(TimingConfig):
+    """The settings of `decode`, and of `train`."""
 
     vs_hf: Annotated[bool, "The GPT-2 and DeepSeek-V3 of transformers are timed too."] = False
 
 
 @dataclass
-class DecodeConfig(TimingConfig):
-    """The settings of `decode`."""
-
-    vs_compiled: Annotated[
-        bool,
-        "MHA over a static cache, compiled by torch.compile as gpt-fast does it, is timed too.",
-    ] = False
-
-
-@dataclass
-class LoadConfig(BenchConfig):
-    """The settings of `serve`."""
-
-    clients: Annotated[Count, Field(le=1000), "The number of clients at once."] = 16
-    tokens: Annotated[
-        Count,
-        Field(le=4096),
-        "The number of tokens that each client asks for; of the 124M model, a quarter of it.",
-    ] = 128
-    rounds: Annotated[Rounds, "The number of rounds that the medians are taken over."] = 5
-
-
-@dataclass
-class ReportConfig:
-    """The settings of --report: a model's, and what it is counted at."""
-
-    headings: ClassVar[dict[str, str]] = {"report": "report"}
+class ReportConfig(JsonConfig):
+    """The settings of --report: a model's, and where it comes from."""
 
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
-    report: Annotated[bool, "The model is counted and nothing is timed."] = False
     init_from: Annotated[
         str | None, "A run, an export or other weights whose model is counted instead."
     ] = None
@@ -108,49 +83,31 @@ class ReportConfig:
         str | None,
         "The dataset: a folder below data/, or a path. None stands for the token ids of GPT-2.",
     ] = None
-    context: Annotated[
-        Annotated[Count, Field(le=10**9)] | None,
-        "The number of tokens that a decoded token attends to. None stands for block_size.",
-    ] = None
-    json: Annotated[str | None, "A file that the figures are written to as well."] = None
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass
-class ProfileConfig:
-    """The settings of `profile`: a run's."""
-
-    headings: ClassVar[dict[str, str]] = {"rounds": "profile"}
+class ProfileConfig(TimingConfig):
+    """The settings of `profile`: a run's, too."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    rounds: Annotated[Rounds, "The number of iterations that the medians are taken over."] = 60
-    json: Annotated[str | None, "A file that the figures are written to as well."] = None
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 QUESTIONS = {  # the settings of each, and a function of them and the device
-    "decode": (
-        DecodeConfig, lambda s, device: decode.measure(device, s.rounds, s.vs_hf, s.vs_compiled),
-    ),
-    "kernel": (RoundsConfig, lambda s, device: kernel.measure(device, s.rounds)),
-    "prefill": (RoundsConfig, lambda s, device: prefill.measure(device, s.rounds)),
-    "train": (TimingConfig, lambda s, device: train.measure(device, s.rounds, s.vs_hf)),
-    "lengths": (RoundsConfig, lambda s, device: lengths.measure(device, s.rounds)),
-    "serve": (LoadConfig, lambda s, device: serve.measure(device, s.rounds, s.clients, s.tokens)),
-    "svd": (BenchConfig, lambda s, device: svd.measure(device)),
-    "profile": (ProfileConfig, lambda s, device: profile.measure(device, s.rounds, s.train)),
+    "decode": (DecodeConfig, lambda s, device: decode.measure(device, s.rounds, s.vs_hf)),
+    "kernel": (TimingConfig, lambda s, device: kernel.measure(device, s.rounds)),
+    "prefill": (TimingConfig, lambda s, device: prefill.measure(device, s.rounds)),
+    "train": (DecodeConfig, lambda s, device: train.measure(device, s.rounds, s.vs_hf)),
+    "lengths": (TimingConfig, lambda s, device: lengths.measure(device, s.rounds)),
+    "serve": (TimingConfig, lambda s, device: serve.measure(device, s.rounds)),
+    "svd": (TimingConfig, lambda s, device: svd.measure(device, s.rounds)),
+    "profile": (ProfileConfig, lambda s, device: profile.measure(device, 4 * s.rounds, s.train)),
     "--report": (ReportConfig, None),  # on no device
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    asked = [arg.removesuffix("=True") for arg in argv]
-    asked = [arg for arg in asked if arg in QUESTIONS]
+    asked = [arg for arg in argv if arg in QUESTIONS]
     if not asked and ("--help" in argv or "-h" in argv):
         asked = ["decode"]
     if len(asked) != 1:
@@ -160,30 +117,26 @@ def main(argv: list[str] | None = None) -> None:
     settings, origins = configure(config_class, flags, HINTS, declared(TrainConfig))
     if measure is None:
         device = "cpu"
-        rows = counted(settings, origins)
+        rows = report.measure(asked_config(settings, origins))
     else:
         if getattr(settings, "vs_hf", False):
             importlib.import_module("transformers")  # or one line that says how to install it
-        run = getattr(settings, "train", settings)  # profile has those of a run
-        device = resolve_device(run.device)
-        print(f"{machine(device)}, torch {torch.__version__}, seed {run.seed}")
-        torch.manual_seed(run.seed)
+        device = resolve_device(settings.device)
+        print(f"{machine(device)}, torch {torch.__version__}, seed {SEED}")
+        torch.manual_seed(SEED)
         rows = measure(settings, device)
     if settings.json:
         write_json(settings.json, device, rows)
 
 
-def counted(settings: ReportConfig, origins: dict[str, str]) -> Rows:
-    """The table of --report."""
-    if settings.init_from:
-        for name in origins:
-            part = declared(ReportConfig)[name].part
-            if part == "model" or name in ("vocab_size", "dataset"):
-                raise UsageError(f"init_from has its own {name}; leave out one of them")
-        return report.measure(report.stored_config(settings.init_from), settings.context)
-    default = settings.model.vocab_size
-    vocab_size = report.token_ids(settings.vocab_size, settings.dataset, default)
-    return report.measure(replace(settings.model, vocab_size=vocab_size), settings.context)
+def asked_config(settings: ReportConfig, origins: dict[str, str]) -> GPTConfig:
+    """The config of the model that --report counts."""
+    if settings.init_from is None:
+        return report.with_token_ids(settings.model, settings.vocab_size, settings.dataset)
+    for name in origins:
+        if name not in ("init_from", "json"):
+            raise UsageError(f"init_from has its own {name}; leave out one of them")
+    return report.stored_config(settings.init_from)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
-"""
-What one more token takes: a layer on a long cache, a 124M GPT, several long sequences, and on a GPU
-how many sequences fit in the memory of MHA's cache.
-"""
+"""What one more token takes: a layer on a long cache, a 124M GPT, and several long sequences."""
 
 import dataclasses
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +9,6 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanomla import costs
 from nanomla.generate import DecodingStep
-from nanomla.memory import free_memory, in_units
 from tools.bench import comparison
 from tools.bench.timing import (
     Limits,
@@ -21,18 +16,34 @@ from tools.bench.timing import (
     Timed,
     alternate,
     fill,
-    in_ms,
     measure_limits,
     name_of,
     table,
 )  # fmt: skip
 
+MLA = {"use_mla": True, "mla_latent_dim": 192}
+LAYERS = {  # what is timed alone; MHA and MLA come first
+    "MHA": {},
+    "MLA": MLA,
+    "GQA, 6 key/value heads": {"n_kv_head": 6},
+    "MQA": {"n_kv_head": 1},
+    "MLA, 4 groups": {"use_mla": True, "mla_latent_dim": 48, "mla_groups": 4},
+    "MLA + SVD": MLA | {"use_svd": True, "svd_rank": 16},
+    "MLA, rotary latent": MLA | {"pos_emb": "rope", "mla_rope": "latent"},
+    "64 latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 64},
+}
+MODELS = {
+    "MHA": {},
+    "GQA, 3 key/value heads": {"n_kv_head": 3},
+    "MLA, L = 192": MLA,
+    "MLA, L = 192, rotary 32": MLA | {"pos_emb": "rope", "mla_rope_dim": 32},
+    "MLA, rotary latent, L = 192": MLA | {"pos_emb": "rope", "mla_rope": "latent"},
+}
+
 
 @torch.inference_mode()
-def measure(device: str, rounds: int, vs_hf: bool, vs_compiled: bool) -> Rows:
-    """All tables. Raises UserError where torch.compile is asked for and does not work."""
-    if vs_compiled:
-        comparison.require_compiler(device)
+def measure(device: str, rounds: int, vs_hf: bool) -> Rows:
+    """All tables."""
     limits = measure_limits(device)
     on_gpu = device.startswith("cuda")
     fewer = max(rounds // 3, 3)  # for what takes long
@@ -42,37 +53,21 @@ def measure(device: str, rounds: int, vs_hf: bool, vs_compiled: bool) -> Rows:
         for dtype in dtypes:
             rows += one_layer(device, rounds, dtype, limits, vs_hf)
     for dtype in dtypes:
-        rows += gpt(device, rounds, dtype, limits, vs_hf, vs_compiled)
+        rows += gpt(device, rounds, dtype, limits, vs_hf)
     rows += long_context(device, fewer, limits, 8192, 8, torch.float32)
     if on_gpu:  # takes minutes on a CPU
         rows += long_context(device, fewer, limits, 32768, 1, torch.bfloat16)
-        rows += equal_memory(device, fewer, GPTConfig(block_size=8192), 16)
     return rows
-
-
-def layer_variants(L: int) -> dict[str, dict[str, Any]]:
-    """The settings of every attention that is timed alone; MHA and MLA come first."""
-    latent = {"use_mla": True, "mla_latent_dim": L}
-    return {
-        "MHA": {},
-        "MLA": latent,
-        "GQA, 6 key/value heads": {"n_kv_head": 6},
-        "MQA": {"n_kv_head": 1},
-        "MLA, 4 groups": {"use_mla": True, "mla_latent_dim": L // 4, "mla_groups": 4},
-        "MLA + SVD": latent | {"use_svd": True, "svd_rank": 16},
-        "MLA, rotary latent": latent | {"pos_emb": "rope", "mla_rope": "latent"},
-        "64 latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 64},
-    }
 
 
 def one_layer(device: str, rounds: int, dtype: torch.dtype, limits: Limits, vs_hf: bool) -> Rows:
     """One attention layer of 24 heads of 32, one new token on 32,768 cached ones; L = 192."""
-    S, L, C, nh = 32768, 192, 768, 24
+    S, C, nh = 32768, 768, 24
     base = {"block_size": S, "vocab_size": 64, "n_layer": 1, "n_head": nh, "bias": False}
     x = torch.randn(1, 1, C, device=device, dtype=dtype)
     entries = []
     models = {}
-    for name, settings in layer_variants(L).items():
+    for name, settings in LAYERS.items():
         model = GPT(GPTConfig(**base, **settings)).to(device, dtype).eval()
         models[name] = model
         attn = model.transformer.h[0].attn
@@ -107,7 +102,7 @@ def one_layer(device: str, rounds: int, dtype: torch.dtype, limits: Limits, vs_h
     name = "MLA, expanding every step"
     entries.append(dataclasses.replace(mla, name=name, run=expand, slow=True, flops=0))
     if vs_hf:
-        run = comparison.deepseek_layer(nh, S, L, x)
+        run = comparison.deepseek_layer(nh, S, MLA["mla_latent_dim"], x)
         entries.append(Timed("transformers DeepseekV3Attention", run, slow=True))
     alternate(entries, rounds, device)
     rows = []
@@ -148,16 +143,17 @@ def decoding(name: str, model: GPT, B: int, context: int, max_len: int, n: int) 
     return Timed(name, run, cache=cache, nbytes=nbytes, flops=flops, steps=n)
 
 
-def beside_mha(
-    entries: list[Timed], unit: str, limits: Limits, dtype: torch.dtype, others: dict[str, Timed]
-) -> Rows:
-    """Rows of whole models, the first of which is MHA; others: what each is compared with, too."""
+def beside_mha(entries: list[Timed], unit: str, limits: Limits, dtype: torch.dtype) -> Rows:
+    """Rows of whole models, the first of which is MHA; the last may be of transformers."""
+    others = {"MHA": entries[0]}
+    if "transformers" in entries[-1].name:
+        others["transformers"] = entries[-1]
     rows = []
     for e in entries:
         sequences = 1 if e.cache is None else e.cache.batch_size
-        row = {"model": e.name, f"ms/{unit}": in_ms(e.seconds)}
+        row = {"model": e.name, f"ms/{unit}": f"{e.seconds * 1e3:.2f}"}
         row["tokens/s"] = f"{sequences / e.seconds:.1f}"
-        for name, other in ({"MHA": entries[0]} | others).items():
+        for name, other in others.items():
             row[f"{name} / this"] = f"{other.seconds / e.seconds:.2f}"
         if e.cache is not None:
             row["cache bytes/token"] = f"{e.cache.bytes_per_token:,}"
@@ -166,39 +162,23 @@ def beside_mha(
     return rows
 
 
-def gpt(
-    device: str, rounds: int, dtype: torch.dtype, limits: Limits, vs_hf: bool, vs_compiled: bool
-) -> Rows:
+def gpt(device: str, rounds: int, dtype: torch.dtype, limits: Limits, vs_hf: bool) -> Rows:
     """A 124M GPT, batch 1, 8 greedy tokens from a context of 1,000."""
     context = 1000
     n = 8
-    latent = {"use_mla": True, "mla_latent_dim": 192}
-    variants = {
-        "MHA": {},
-        "GQA, 3 key/value heads": {"n_kv_head": 3},
-        "MLA, L = 192": latent,
-        "MLA, L = 192, rotary 32": latent | {"pos_emb": "rope", "mla_rope_dim": 32},
-        "MLA, rotary latent, L = 192": latent | {"pos_emb": "rope", "mla_rope": "latent"},
-    }
     idx = torch.randint(50257, (1, context), device=device)
-    models = {
-        name: GPT(GPTConfig(**settings)).to(device, dtype).eval()
-        for name, settings in variants.items()
-    }
-    entries = [decoding(name, model, 1, context, 1024, n) for name, model in models.items()]
+    models = {}
+    entries = []
+    for name, settings in MODELS.items():
+        models[name] = GPT(GPTConfig(**settings)).to(device, dtype).eval()
+        entries.append(decoding(name, models[name], 1, context, 1024, n))
     uncached = lambda: models["MHA"](idx)[0].argmax(-1)
     entries.append(Timed("MHA, no cache (1 token)", uncached, slow=True))
-    others = {}
     if vs_hf:
         run = comparison.gpt2_decoding(device, dtype, idx, n)
-        others["transformers"] = Timed("transformers GPT2LMHeadModel.generate", run, steps=n)
-    if vs_compiled:
-        run = comparison.compiled_decoding(models["MHA"], idx, n)
-        name = "MHA, static cache, torch.compile (as gpt-fast)"
-        others["compiled MHA"] = Timed(name, run, steps=n)
-    entries += others.values()
+        entries.append(Timed("transformers GPT2LMHeadModel.generate", run, steps=n))
     alternate(entries, rounds, device)
-    rows = beside_mha(entries, "token", limits, dtype, others)
+    rows = beside_mha(entries, "token", limits, dtype)
     return table(f"A 124M GPT, context 1,000, batch 1, greedy, {name_of(dtype)}", rows)
 
 
@@ -214,45 +194,6 @@ def long_context(
         model = GPT(config).to(device, dtype).eval()
         entries.append(decoding(name, model, B, S, S, n))
     alternate(entries, rounds, device)
-    rows = beside_mha(entries, "step", limits, dtype, {})
+    rows = beside_mha(entries, "step", limits, dtype)
     shape = f"The same at {S:,} tokens of context, batch {B}, rotary"
     return table(f"{shape}, {name_of(dtype)}", rows)
-
-
-def equal_memory(device: str, rounds: int, base: GPTConfig, sequences: int) -> Rows:
-    """
-    A model with rotary positions at base.block_size tokens of context, bfloat16: MHA with so many
-    sequences, or fewer where two such caches take over half of the free memory, and MLA of an
-    eighth of the numbers with as many sequences as fit in the bytes of MHA's cache.
-    """
-    S = base.block_size
-    C = base.n_embd
-    dtype = torch.bfloat16
-    rotary = C // 24
-    L = C // 4 - rotary
-    mha = dataclasses.replace(base, pos_emb="rope")
-    mla = dataclasses.replace(mha, use_mla=True, mla_latent_dim=L, mla_rope_dim=rotary)
-    mha_bytes = costs.on_meta(mha).make_cache(1, S, dtype).nbytes  # of one sequence
-    mla_bytes = costs.on_meta(mla).make_cache(1, S, dtype).nbytes
-    free = free_memory(device)
-    while free is not None and sequences > 1 and 2 * sequences * mha_bytes > free / 2:
-        sequences //= 2
-    more = sequences * mha_bytes // mla_bytes
-    entries = []
-    for name, config, B in (
-        ("MHA", mha, sequences),
-        (f"MLA, L = {L}, rotary {rotary}", mla, more),
-    ):
-        model = GPT(config).to(device, dtype).eval()
-        entries.append(decoding(name, model, B, S, S, min(8, S)))
-    alternate(entries, rounds, device)
-    rows = []
-    for e in entries:
-        B = e.cache.batch_size
-        rate = B / e.seconds
-        row = {"model": e.name, "rows": f"{B:,}", "cache": in_units(e.cache.nbytes)}
-        row |= {"ms/step": in_ms(e.seconds), "tokens/s": f"{rate:,.0f}"}
-        row["this / MHA"] = f"{rate * entries[0].seconds / sequences:.2f}"
-        rows.append(row)
-    shape = f"{base.n_layer} layers, {C} wide, {S:,} tokens of context"
-    return table(f"Throughput at equal memory, {shape}, rotary, {name_of(dtype)}", rows)

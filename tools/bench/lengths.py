@@ -7,6 +7,12 @@ from model import ATTENTION, GPTConfig
 from tools.bench.timing import Rows, Timed, alternate, name_of, table
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+SHAPE = {"block_size": LENGTHS[-1], "n_embd": 128, "n_head": 4, "bias": False}
+CONFIGS = {
+    "MHA": GPTConfig(**SHAPE),
+    "16 latent tokens": GPTConfig(**SHAPE, use_latent_tokens=True, n_latent_tokens=16),
+    "64 latent tokens": GPTConfig(**SHAPE, use_latent_tokens=True, n_latent_tokens=64),
+}
 
 
 def measure(device: str, rounds: int) -> Rows:
@@ -19,11 +25,7 @@ def measure(device: str, rounds: int) -> Rows:
 
 def one_layer(device: str, rounds: int, dtype: torch.dtype) -> Rows:
     """What a token costs in the forward and backward pass of one layer, over the length T."""
-    base = {"block_size": LENGTHS[-1], "n_embd": 128, "n_head": 4, "bias": False}
-    configs = {"MHA": GPTConfig(**base)}
-    for m in (16, 64):
-        configs[f"{m} latent tokens"] = GPTConfig(**base, use_latent_tokens=True, n_latent_tokens=m)
-    layers = {name: ATTENTION[c.attention_name](c).to(device) for name, c in configs.items()}
+    layers = {name: ATTENTION[c.attention_name](c).to(device) for name, c in CONFIGS.items()}
 
     def train(layer: nn.Module, x: Tensor) -> None:
         for _ in range(max(4096 // x.size(1), 1)):  # short passes vary, so several are one run
@@ -34,7 +36,7 @@ def one_layer(device: str, rounds: int, dtype: torch.dtype) -> Rows:
 
     entries = []
     for T in LENGTHS:
-        x = torch.randn(1, T, base["n_embd"], device=device, requires_grad=True)
+        x = torch.randn(1, T, SHAPE["n_embd"], device=device, requires_grad=True)
         for name, layer in layers.items():
             run = lambda layer=layer, x=x: train(layer, x)
             entries.append(Timed(f"{name}, {T}", run, steps=max(T, 4096)))

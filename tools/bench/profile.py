@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT
-from nanomla import costs
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_dtype
-from nanomla.memory import require_memory
 from nanomla.optim import make_optimizers
 from nanomla.start import padded_vocab
 from tools.bench.timing import Rows, name_of, table
@@ -28,8 +26,6 @@ def measure(device: str, rounds: int, recipe: TrainConfig) -> Rows:
     data = Dataset(recipe.dataset, recipe.model.block_size)
     vocab_size = recipe.vocab_size or padded_vocab(data)
     config = dataclasses.replace(recipe.model, vocab_size=vocab_size)
-    least = costs.training_bytes(config, recipe.batch_size, optimizer_bytes_per_parameter=4)
-    require_memory(least, "the run", device, "use a smaller model or --batch_size")
     model = GPT(config).to(device)
     optimizers = make_optimizers(model, recipe, kind)
     dtype = getattr(torch, resolve_dtype(recipe.dtype, kind, config.n_embd))

@@ -14,11 +14,10 @@ from nanomla.start import padded_vocab
 from tools.bench.timing import Rows, table
 
 
-def measure(config: GPTConfig, context: int | None) -> Rows:
+def measure(config: GPTConfig) -> Rows:
     """
     Parameters by part, cache bytes per token and FLOPs per token of a config, beside those of MHA
-    with as many key/value heads as heads. context: what a decoded token attends to; None for
-    block_size.
+    with as many key/value heads as heads.
     """
     changes = {"use_mla": False, "use_svd": False, "use_latent_tokens": False}
     changes |= {"n_kv_head": None, "rope_freqs": None, "mla_latent_dim": None}
@@ -26,8 +25,7 @@ def measure(config: GPTConfig, context: int | None) -> Rows:
         changes["pos_emb"] = "learned"
     model = costs.on_meta(config)
     mha = costs.on_meta(dataclasses.replace(config, **changes))
-    if context is None:
-        context = config.block_size
+    context = config.block_size
 
     def parameters(model: GPT, *parts: str) -> int:
         named = model.named_parameters()
@@ -48,16 +46,16 @@ def measure(config: GPTConfig, context: int | None) -> Rows:
             m, context, absorbed=True
         ),
         "FLOPs per trained token (forward and backward)": lambda m: (
-            3 * costs.flops_per_token(m, config.block_size)
+            3 * costs.flops_per_token(m, context)
         ),
     }
     rows = []
     for name, figure in figures.items():
         this = figure(model)
         beside = figure(mha)
-        ratio = f"{beside / this:.2f}" if this else "constant state"
-        rows.append({"": name, "this config": f"{this:,}", "MHA": f"{beside:,}"})
-        rows[-1]["MHA / this"] = ratio
+        row = {"": name, "this config": f"{this:,}", "MHA": f"{beside:,}"}
+        row["MHA / this"] = f"{beside / this:.2f}" if this else "constant state"
+        rows.append(row)
     shape = f"{config.n_layer} layers, {config.n_embd} wide, vocabulary {config.vocab_size:,}"
     return table(f"Counted from the tensors themselves: {shape}", rows)
 
@@ -68,14 +66,11 @@ def stored_config(source: str) -> GPTConfig:
     return model.config
 
 
-def token_ids(vocab_size: int | None, dataset: str | None, default: int) -> int:
-    """The vocab_size that a run with these settings has; the default without the data, too."""
-    if vocab_size is not None:
-        return vocab_size
-    if dataset is None:
-        return default
-    try:
-        return padded_vocab(Dataset(dataset, 1))
-    except UserError as error:
-        warn0(f"{error}; counted with a vocabulary of {default:,}")
-        return default
+def with_token_ids(config: GPTConfig, vocab_size: int | None, dataset: str | None) -> GPTConfig:
+    """The config with the vocab_size that a run with these settings has."""
+    if vocab_size is None and dataset is not None:
+        try:
+            vocab_size = padded_vocab(Dataset(dataset, 1))
+        except UserError as error:
+            warn0(f"{error}; counted with a vocabulary of {config.vocab_size:,}")
+    return dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size)

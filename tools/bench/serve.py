@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,34 +22,27 @@ import torch
 from model import GPT, GPTConfig
 from nanomla.checkpoint import Checkpoint, save
 from nanomla.errors import UserError
-from nanomla.settings import declared, run_config_file
+from nanomla.settings import configure
 from tools.bench.timing import Rows, table
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+CLIENTS = 16
 
 
-@dataclass
-class Load:
-    """What all clients of one measurement got."""
-
-    tokens: int
-    seconds: float
-    first: list[float]  # seconds to the first token of every request
-
-
-def measure(device: str, rounds: int, clients: int, tokens: int) -> Rows:
+def measure(device: str, rounds: int) -> Rows:
     """A server of train_mla.py's model and one of a 124M model, each for 1 client and for many."""
-    recipe = run_config_file(str(ROOT / "config/train_mla.py"))
-    shape = {name: value for name, value in recipe.items() if name in declared(GPTConfig)}
-    small = GPTConfig(**{**shape, "bias": False, "vocab_size": 65})
+    recipe, _ = configure(TrainConfig, [str(ROOT / "config/train_mla.py")])
+    small = dataclasses.replace(recipe.model, vocab_size=65)
     large = GPTConfig(bias=False, use_mla=True, mla_latent_dim=160, pos_emb="rope", mla_rope_dim=32)
+    rounds = max(rounds // 3, 3)
     rows: Rows = []
-    for name, config, n in (
-        ("config/train_mla.py", small, tokens),
-        ("a 124M GPT with MLA, L = 160, r = 32", large, max(tokens // 4, 1)),
+    for name, config, tokens in (
+        ("config/train_mla.py", small, 128),
+        ("a 124M GPT with MLA, L = 160, r = 32", large, 32),
     ):
-        title = f"{name}: {n} tokens behind a prompt of 16, {rounds} rounds"
-        rows += table(title, under_load(config, device, clients, n, rounds))
+        title = f"{name}: {tokens} tokens behind a prompt of 16, {rounds} rounds"
+        rows += table(title, under_load(config, device, CLIENTS, tokens, rounds))
     return rows
 
 
@@ -58,46 +50,46 @@ def under_load(config: GPTConfig, device: str, clients: int, tokens: int, rounds
     """Rows of figures of a model of random weights: medians over rounds, taken in turn."""
     prompts = torch.randint(config.vocab_size, (4 * clients, min(16, config.block_size))).tolist()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        run = random_run(Path(folder) / "run", config)
+        save_random(Path(folder), config)
         flags = (f"--device={device}", "--queue=1000")
-        batched = stack.enter_context(server(run, f"--rows={clients}", *flags))
-        one = stack.enter_context(server(run, "--rows=1", *flags))
+        batched = stack.enter_context(server(folder, f"--rows={clients}", *flags))
+        one = stack.enter_context(server(folder, "--rows=1", *flags))
         cases = {  # address, clients, requests of each
             "1 client": (batched, 1, 4),
             f"{clients} clients": (batched, clients, 2),
             f"{clients} clients, one text at a time": (one, clients, 1),
         }
-        loads: dict[str, list[Load]] = {name: [] for name in cases}
+        rates: dict[str, list[float]] = {name: [] for name in cases}
+        first: dict[str, list[float]] = {name: [] for name in cases}
         for i in range(-1, rounds):  # the first round warms up
             for name, (address, n, each) in cases.items():
-                measured = load(address, n, each, prompts, tokens)
+                rate, seconds = load(address, n, each, prompts, tokens)
                 if i >= 0:
-                    loads[name].append(measured)
-    rates = {name: statistics.median(x.tokens / x.seconds for x in loads[name]) for name in cases}
+                    rates[name].append(rate)
+                    first[name] += seconds
     rows = []
-    for name, rate in rates.items():
-        first = sorted(seconds for x in loads[name] for seconds in x.first)
+    alone = statistics.median(rates["1 client"])
+    for name in cases:
+        rate = statistics.median(rates[name])
+        seconds = sorted(first[name])
         row = {"server": name, "tokens/s": f"{rate:,.0f}"}
-        row["of 1 client's"] = f"{rate / rates['1 client']:.1f}x"
-        row["first token, median"] = f"{statistics.median(first) * 1e3:,.0f} ms"
-        row["95% within"] = f"{first[int(0.95 * (len(first) - 1))] * 1e3:,.0f} ms"
+        row["of 1 client's"] = f"{rate / alone:.1f}x"
+        row["first token, median"] = f"{statistics.median(seconds) * 1e3:,.0f} ms"
+        row["95% within"] = f"{seconds[int(0.95 * (len(seconds) - 1))] * 1e3:,.0f} ms"
         rows.append(row)
     return rows
 
 
-def random_run(folder: Path, config: GPTConfig) -> Path:
-    """A run's folder with a model of random weights, and an alphabet of as many characters."""
-    letters = (c for c in range(256, 0x110000) if not 0xD800 <= c < 0xE000)
-    chars = "".join(chr(next(letters)) for _ in range(config.vocab_size))
-    tokenizer = {"kind": "char", "chars": chars}
+def save_random(folder: Path, config: GPTConfig) -> None:
+    """A run's checkpoint of random weights, with an alphabet of as many characters."""
+    letters = (chr(c) for c in range(256, 0x110000) if not 0xD800 <= c < 0xE000)
+    tokenizer = {"kind": "char", "chars": "".join(next(letters) for _ in range(config.vocab_size))}
     weights = GPT(config).state_dict()
-    folder.mkdir()
     save(folder, Checkpoint(weights, dataclasses.asdict(config), tokenizer=tokenizer), best=False)
-    return folder
 
 
 @contextlib.contextmanager
-def server(folder: Path, *flags: str) -> Iterator[str]:
+def server(folder: Path | str, *flags: str) -> Iterator[str]:
     """tools.serve on a free port of this machine, in a process of its own; gives HOST:PORT."""
     command = [sys.executable, "-m", "tools.serve", f"--out_dir={folder}", "--port=0", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -113,21 +105,23 @@ def server(folder: Path, *flags: str) -> Iterator[str]:
             process.kill()
 
 
-def load(address: str, clients: int, each: int, prompts: list[list[int]], tokens: int) -> Load:
-    """`clients` at once, each with `each` requests after another, no two with one prompt."""
+def load(
+    address: str, clients: int, each: int, prompts: list[list[int]], tokens: int
+) -> tuple[float, list[float]]:
+    """
+    `clients` at once, each with `each` requests after another, no two with one prompt: tokens/s,
+    and the seconds to the first token of every request.
+    """
 
     def client(number: int) -> list[tuple[int, float]]:
         numbers = range(number, clients * each, clients)
         return [ask(address, prompts[i], tokens, seed=i) for i in numbers]
 
     began = time.perf_counter()
-    try:
-        with ThreadPoolExecutor(clients) as pool:
-            answers = [answer for some in pool.map(client, range(clients)) for answer in some]
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"a client failed: {error}") from None
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [answer for some in pool.map(client, range(clients)) for answer in some]
     seconds = time.perf_counter() - began
-    return Load(sum(made for made, _ in answers), seconds, [first for _, first in answers])
+    return sum(made for made, _ in answers) / seconds, [first for _, first in answers]
 
 
 def ask(address: str, prompt: list[int], tokens: int, seed: int) -> tuple[int, float]:
@@ -140,15 +134,14 @@ def ask(address: str, prompt: list[int], tokens: int, seed: int) -> tuple[int, f
     began = time.perf_counter()
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
-    response = connection.getresponse()
     first = 0.0
     last = b""
-    for line in response:
+    for line in connection.getresponse():
         if line.startswith(b"data: {"):
             first = first or time.perf_counter() - began
             last = line
     connection.close()
     usage = json.loads(last.removeprefix(b"data: ") or b"{}").get("usage")
-    if response.status != 200 or not usage:
-        raise UserError(f"the server answered {response.status}: {last.decode()[:200]}")
+    if not usage:
+        raise UserError(f"the server did not answer as it should: {last.decode()[:200]}")
     return usage["completion_tokens"], first

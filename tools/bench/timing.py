@@ -16,6 +16,7 @@ import torch
 
 from nanomla.cache import Cache
 from nanomla.errors import UserError
+from nanomla.files import write_text
 
 Rows = list[dict[str, Any]]
 
@@ -30,8 +31,6 @@ class Timed:
     cache: Cache | None = None
     nbytes: float = 0.0  # bytes that a step has to read, for the roofline
     flops: float = 0.0  # operations that a step has to compute; 0 stands for no roofline
-    baseline: str = ""  # the name of what its time is divided by
-    parameters: int = 0
     steps: int = 1  # tokens or iterations in one run
     seconds: float = 0.0  # the measured median of one step
 
@@ -61,13 +60,10 @@ class Limits:
     bandwidth: float
     rate: dict[torch.dtype, float]
 
-    def seconds(self, nbytes: float, flops: float, dtype: torch.dtype) -> float:
-        """The roofline: no less time than the bytes take to move or the operations to compute."""
-        return max(nbytes / self.bandwidth, flops / self.rate[dtype])
-
     def beside(self, entry: Timed, dtype: torch.dtype) -> str:
-        """An entry's time over that of the roofline."""
-        return f"{entry.seconds / self.seconds(entry.nbytes, entry.flops, dtype):.2f}"
+        """An entry's time over what its bytes take to move or its operations to be computed."""
+        least = max(entry.nbytes / self.bandwidth, entry.flops / self.rate[dtype])
+        return f"{entry.seconds / least:.2f}"
 
 
 def measure_bandwidth(device: str) -> float:
@@ -91,20 +87,16 @@ def measure_limits(device: str) -> Limits:
     if device.startswith("cuda"):
         n = 4096
         products = 20
-    entries = []
+    limits = Limits(measure_bandwidth(device), {})
+    print(f"limits: copy {limits.bandwidth / 1e9:.1f} GB/s")
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.randn(n, n, device=device).to(dtype)
         square = lambda matrix=matrix: [matrix @ matrix for _ in range(products)]
-        entries.append(Timed(name_of(dtype), square, steps=products))
-    took = alternate(entries, 7, device)
-    fp32 = 2 * n**3 / took["float32"].seconds
-    bf16 = 2 * n**3 / took["bfloat16"].seconds
-    bandwidth = measure_bandwidth(device)
-    print(
-        f"limits: copy {bandwidth / 1e9:.1f} GB/s, matrix products {fp32 / 1e9:.0f} GFLOP/s in "
-        f"float32, {bf16 / 1e9:.0f} in bfloat16"
-    )
-    return Limits(bandwidth, {torch.float32: fp32, torch.bfloat16: bf16})
+        entry = Timed("product", square, steps=products)
+        alternate([entry], 7, device)
+        limits.rate[dtype] = 2 * n**3 / entry.seconds
+        print(f"matrix products {limits.rate[dtype] / 1e9:.0f} GFLOP/s in {name_of(dtype)}")
+    return limits
 
 
 def machine(device: str) -> str:
@@ -137,12 +129,6 @@ def markdown(rows: Rows) -> list[str]:
     return [lines[0], rule, *lines[1:]]
 
 
-def in_ms(seconds: float) -> str:
-    """Milliseconds, in three digits or more."""
-    ms = seconds * 1e3
-    return f"{ms:.1f}" if ms >= 10 else f"{ms:.3f}"
-
-
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -164,8 +150,7 @@ def write_json(path: str, device: str, rows: Rows) -> None:
     """Write figures and what they were taken on to a file; UserError if that is impossible."""
     figures = {"machine": machine(device), "torch": torch.__version__, "rows": rows}
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+        write_text(path, json.dumps(figures, indent=1))
     except OSError as error:
         raise UserError(f"--json={path}: cannot be written ({error.strerror})") from None
 
