@@ -161,14 +161,14 @@ def test_every_setting_is_declared_in_full():
     from data.openwebtext.prepare import PrepareConfig as OpenWebText
     from data.text.prepare import PrepareConfig as Text
     from sample import SampleConfig
-    from tools.bench.__main__ import DecodeConfig, ReportConfig
+    from tools.bench.__main__ import ReportConfig, TimingConfig
     from tools.compare import CompareConfig
     from tools.convert import ConvertConfig
     from tools.export import ExportConfig
     from tools.serve import ServeConfig
 
     scripts = (
-        TrainConfig, SampleConfig, DecodeConfig, ReportConfig, CompareConfig, ConvertConfig,
+        TrainConfig, SampleConfig, TimingConfig, ReportConfig, CompareConfig, ConvertConfig,
         ExportConfig, ServeConfig, Text, OpenWebText,
     )  # fmt: skip
     for config_class in scripts:

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 
 from model import GPTConfig
-from nanomla.checks import Count, check
+from nanomla.checks import Count, Seed, check
 from nanomla.distributed import resolve_device
 from nanomla.errors import UsageError, run_script
 from nanomla.settings import configure, declared
@@ -34,15 +34,19 @@ from tools.bench import decode, kernel, lengths, prefill, profile, report, serve
 from tools.bench.timing import machine, write_json
 from train import HINTS, TrainConfig
 
-SEED = 1337  # of weights and inputs
+GONE = {
+    "vs_compiled": ", which is gone: attention that grows was slower compiled, see docs/log.md",
+}
 
 
 @dataclass
-class JsonConfig:
-    """What every question takes."""
+class BenchConfig:
+    """The settings of `svd`, and of every question that times something."""
 
-    headings: ClassVar[dict[str, str]] = {"json": "bench"}
+    headings: ClassVar[dict[str, str]] = {"device": "bench"}
 
+    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    seed: Annotated[Seed, "The seed of weights and inputs."] = 1337
     json: Annotated[str | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
@@ -50,27 +54,41 @@ class JsonConfig:
 
 
 @dataclass
-class TimingConfig(JsonConfig):
-    """The settings of what is timed."""
+class RoundsConfig(BenchConfig):
+    """The settings of `kernel`, `prefill` and `lengths`."""
 
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
     rounds: Annotated[
-        Count,
-        Field(le=10_000),
-        "The number of rounds that medians are taken over: fewer of what is slow, more of a run.",
+        Count, Field(le=10_000), "The number of rounds that the medians are taken over."
     ] = 15
 
 
 @dataclass
-class DecodeConfig(TimingConfig):
-    """The settings of `decode`, and of `train`."""
+class TimingConfig(RoundsConfig):
+    """The settings of `decode` and `train`."""
 
     vs_hf: Annotated[bool, "The GPT-2 and DeepSeek-V3 of transformers are timed too."] = False
 
 
 @dataclass
-class ReportConfig(JsonConfig):
-    """The settings of --report: a model's, and where it comes from."""
+class LoadConfig(RoundsConfig):
+    """The settings of `serve`."""
+
+    clients: Annotated[Count, Field(le=1000), "The number of clients at once."] = 16
+    tokens: Annotated[
+        Count,
+        Field(le=4096),
+        "The number of tokens that each client asks for; of the 124M model, a quarter of it.",
+    ] = 128
+    rounds: Annotated[
+        Count, Field(le=10_000), "The number of rounds that the medians are taken over."
+    ] = 5
+
+
+@dataclass
+class ReportConfig:
+    """The settings of --report: a model's, and what it is counted at."""
+
+    headings: ClassVar[dict[str, str]] = {"init_from": "report"}
 
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     init_from: Annotated[
@@ -83,30 +101,56 @@ class ReportConfig(JsonConfig):
         str | None,
         "The dataset: a folder below data/, or a path. None stands for the token ids of GPT-2.",
     ] = None
+    context: Annotated[
+        Count | None,
+        "The number of tokens that a decoded token attends to. None stands for block_size.",
+    ] = None
+    json: Annotated[str | None, "A file that the figures are written to as well."] = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass
-class ProfileConfig(TimingConfig):
-    """The settings of `profile`: a run's, too."""
+class ProfileConfig:
+    """The settings of `profile`: a run's."""
+
+    headings: ClassVar[dict[str, str]] = {"rounds": "profile"}
 
     train: TrainConfig = field(default_factory=TrainConfig)
+    rounds: Annotated[
+        Count, Field(le=10_000), "The number of iterations that the medians are taken over."
+    ] = 60
+    json: Annotated[str | None, "A file that the figures are written to as well."] = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def device(self) -> str:
+        return self.train.device
+
+    @property
+    def seed(self) -> int:
+        return self.train.seed
 
 
 QUESTIONS = {  # the settings of each, and a function of them and the device
-    "decode": (DecodeConfig, lambda s, device: decode.measure(device, s.rounds, s.vs_hf)),
-    "kernel": (TimingConfig, lambda s, device: kernel.measure(device, s.rounds)),
-    "prefill": (TimingConfig, lambda s, device: prefill.measure(device, s.rounds)),
-    "train": (DecodeConfig, lambda s, device: train.measure(device, s.rounds, s.vs_hf)),
-    "lengths": (TimingConfig, lambda s, device: lengths.measure(device, s.rounds)),
-    "serve": (TimingConfig, lambda s, device: serve.measure(device, s.rounds)),
-    "svd": (TimingConfig, lambda s, device: svd.measure(device, s.rounds)),
-    "profile": (ProfileConfig, lambda s, device: profile.measure(device, 4 * s.rounds, s.train)),
+    "decode": (TimingConfig, lambda s, device: decode.measure(device, s.rounds, s.vs_hf)),
+    "kernel": (RoundsConfig, lambda s, device: kernel.measure(device, s.rounds)),
+    "prefill": (RoundsConfig, lambda s, device: prefill.measure(device, s.rounds)),
+    "train": (TimingConfig, lambda s, device: train.measure(device, s.rounds, s.vs_hf)),
+    "lengths": (RoundsConfig, lambda s, device: lengths.measure(device, s.rounds)),
+    "serve": (LoadConfig, lambda s, device: serve.measure(device, s.rounds, s.clients, s.tokens)),
+    "svd": (BenchConfig, lambda s, device: svd.measure(device)),
+    "profile": (ProfileConfig, lambda s, device: profile.measure(device, s.rounds, s.train)),
     "--report": (ReportConfig, None),  # on no device
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    argv = [arg.replace("--report=True", "--report") for arg in argv]
     asked = [arg for arg in argv if arg in QUESTIONS]
     if not asked and ("--help" in argv or "-h" in argv):
         asked = ["decode"]
@@ -114,16 +158,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"say one of: {', '.join(QUESTIONS)}")
     config_class, measure = QUESTIONS[asked[0]]
     flags = [arg for arg in argv if arg not in QUESTIONS]
-    settings, origins = configure(config_class, flags, HINTS, declared(TrainConfig))
+    settings, origins = configure(config_class, flags, HINTS | GONE, declared(TrainConfig))
     if measure is None:
         device = "cpu"
-        rows = report.measure(asked_config(settings, origins))
+        rows = report.measure(asked_config(settings, origins), settings.context)
     else:
         if getattr(settings, "vs_hf", False):
             importlib.import_module("transformers")  # or one line that says how to install it
         device = resolve_device(settings.device)
-        print(f"{machine(device)}, torch {torch.__version__}, seed {SEED}")
-        torch.manual_seed(SEED)
+        print(f"{machine(device)}, torch {torch.__version__}, seed {settings.seed}")
+        torch.manual_seed(settings.seed)
         rows = measure(settings, device)
     if settings.json:
         write_json(settings.json, device, rows)
@@ -134,7 +178,7 @@ def asked_config(settings: ReportConfig, origins: dict[str, str]) -> GPTConfig:
     if settings.init_from is None:
         return report.with_token_ids(settings.model, settings.vocab_size, settings.dataset)
     for name in origins:
-        if name not in ("init_from", "json"):
+        if name not in ("init_from", "context", "json"):
             raise UsageError(f"init_from has its own {name}; leave out one of them")
     return report.stored_config(settings.init_from)
 

@@ -14,18 +14,21 @@ from nanomla.start import padded_vocab
 from tools.bench.timing import Rows, table
 
 
-def measure(config: GPTConfig) -> Rows:
+def measure(config: GPTConfig, context: int | None) -> Rows:
     """
     Parameters by part, cache bytes per token and FLOPs per token of a config, beside those of MHA
     with as many key/value heads as heads.
+
+    context: of the decoded token; None stands for block_size.
     """
+    if context is None:
+        context = config.block_size
     changes = {"use_mla": False, "use_svd": False, "use_latent_tokens": False}
     changes |= {"n_kv_head": None, "rope_freqs": None, "mla_latent_dim": None}
     if config.hs % 2:  # MHA cannot rotate heads of an odd size
         changes["pos_emb"] = "learned"
     model = costs.on_meta(config)
     mha = costs.on_meta(dataclasses.replace(config, **changes))
-    context = config.block_size
 
     def parameters(model: GPT, *parts: str) -> int:
         named = model.named_parameters()
@@ -46,7 +49,7 @@ def measure(config: GPTConfig) -> Rows:
             m, context, absorbed=True
         ),
         "FLOPs per trained token (forward and backward)": lambda m: (
-            3 * costs.flops_per_token(m, context)
+            3 * costs.flops_per_token(m, config.block_size)
         ),
     }
     rows = []

@@ -27,22 +27,23 @@ from tools.bench.timing import Rows, table
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-CLIENTS = 16
 
 
-def measure(device: str, rounds: int) -> Rows:
-    """A server of train_mla.py's model and one of a 124M model, each for 1 client and for many."""
+def measure(device: str, rounds: int, clients: int, tokens: int) -> Rows:
+    """
+    A server of train_mla.py's model and one of a 124M model, each for 1 client and for many. Each
+    asks for so many tokens, of the 124M model for a quarter of them.
+    """
     recipe, _ = configure(TrainConfig, [str(ROOT / "config/train_mla.py")])
     small = dataclasses.replace(recipe.model, vocab_size=65)
     large = GPTConfig(bias=False, use_mla=True, mla_latent_dim=160, pos_emb="rope", mla_rope_dim=32)
-    rounds = max(rounds // 3, 3)
     rows: Rows = []
-    for name, config, tokens in (
-        ("config/train_mla.py", small, 128),
-        ("a 124M GPT with MLA, L = 160, r = 32", large, 32),
+    for name, config, asked in (
+        ("config/train_mla.py", small, tokens),
+        ("a 124M GPT with MLA, L = 160, r = 32", large, max(tokens // 4, 1)),
     ):
-        title = f"{name}: {tokens} tokens behind a prompt of 16, {rounds} rounds"
-        rows += table(title, under_load(config, device, CLIENTS, tokens, rounds))
+        title = f"{name}: {asked} tokens behind a prompt of 16, {rounds} rounds"
+        rows += table(title, under_load(config, device, clients, asked, rounds))
     return rows
 
 
