@@ -184,7 +184,7 @@ def test_dataset_errors_say_what_to_do(tmp_path, dataset):
         ('{"dtype": "int8"}', "dtype is neither uint16 nor uint32"),
         ('{"vocab_size": "65"}', "vocab_size='65' does not work: .* None or a whole number .*"),
         ('{"tokenizer": "gpt2"}', "tokenizer='gpt2' does not work: .* None or an object .*"),
-        ('{"tokens": {"train": "9"}}', r"tokens\['train'\]='9' does not work: .* whole number .*"),
+        ('{"tokens": {"train": "9"}}', "tokens={'train': '9'} does not work: .* whole number .*"),
     ],
 )
 def test_a_wrong_meta_file(content, message, tmp_path):
