@@ -26,10 +26,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from model import GPT
 from nanomla.batch import Batch, Request, Sampling
 from nanomla.chat import Chat
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne
+from nanomla.costs import cache_in_words
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.generate import PREFILL_CHUNK, stream_tokens
 from nanomla.inference import ModelSettings, Opened, open_model
@@ -106,22 +106,12 @@ class SampleConfig(ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         several = self.one_per_line or self.json or self.num_samples > 1
-        if self.interactive and (several or not self.use_cache):
-            raise ValueError(
-                "interactive takes one prompt at a time and keeps its cache; leave out other modes"
-            )
-        if self.interactive and self.start != "\n":
-            raise ValueError("interactive reads its prompts from the keyboard; leave out start")
-        if self.stop == "":
-            raise ValueError("stop='' does not work: it must be some text, or None")
+        if self.interactive and (several or self.start != "\n"):
+            raise ValueError("interactive takes prompts one by one; leave out start and modes")
+        if not self.use_cache and (several or self.interactive):
+            raise ValueError("use_cache=False makes one sample only; leave out other modes")
         if self.svd_rank is not None and not self.use_svd:
             raise ValueError("svd_rank without use_svd has no effect; add --use_svd=True")
-
-    def factors(self) -> dict[str, Any]:
-        """The settings of the model's values that differ from those of the checkpoint."""
-        if not self.use_svd:
-            return {}
-        return {"use_svd": True, "svd_rank": self.svd_rank, "svd_method": self.svd_method}
 
     def sampling(self) -> Sampling:
         """How samples are drawn, and where they end."""
@@ -136,9 +126,14 @@ def main(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:]
     cfg, _ = configure(SampleConfig, argv)
     prompt = read_prompt(cfg.start)
-    opened = open_model(cfg, cfg.read(), **cfg.factors())
-    if cfg.compile:
-        compile_mlps(opened.model)
+    changes: dict[str, Any] = {}
+    if cfg.use_svd:
+        changes = {"use_svd": True, "svd_rank": cfg.svd_rank, "svd_method": cfg.svd_method}
+    opened = open_model(cfg, cfg.read(), **changes)
+    if cfg.compile:  # the MLPs alone, as attention's shapes change with every token in the cache
+        print("compiling (the first tokens take longer)", file=sys.stderr)
+        for block in opened.model.transformer.h:
+            block.mlp.compile()
     if cfg.interactive:
         made, seconds = converse(cfg, opened)
     elif cfg.one_per_line:
@@ -148,56 +143,26 @@ def main(argv: list[str] | None = None) -> None:
     else:
         made, seconds = print_one(cfg, opened, prompt)
 
-    dtype_name = str(opened.dtype).removeprefix("torch.")
-    cache_size = "no cache"
+    line = f"{tokens_per_second(made, seconds)} on {opened.device} in {opened.dtype}; "
     if cfg.use_cache:
-        cache_size = describe_cache(opened)
-    rate = tokens_per_second(made, seconds)
-    print(f"{rate} on {opened.device} in {dtype_name}; {cache_size}", file=sys.stderr)
+        line += f"{cache_in_words(opened.model)}, in {opened.cache_dtype or opened.dtype}"
+    else:
+        line += "no cache"
+    say(line.replace("torch.", ""), sys.stderr)
 
 
 def read_prompt(start: str) -> str:
-    """The prompt's text. Raises UserError if it is empty or its file cannot be read."""
+    """The prompt's text. Raises UsageError if it is empty, OSError if its file cannot be read."""
     if start.startswith("FILE:"):
-        path = start.removeprefix("FILE:")
-        try:
-            start = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--start=FILE:{path}: cannot be read ({reason})") from None
+        start = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
     if not start:
         raise UsageError("--start: the prompt is empty; give at least one character")
     return start
 
 
-def compile_mlps(model: GPT) -> None:
-    """Compile the MLPs alone, as attention's shapes change with every token in the cache."""
-    print("compiling (the first tokens take longer)", file=sys.stderr)
-    for block in model.transformer.h:
-        block.mlp.compile()
-
-
 def tokens_per_second(made: int, seconds: float) -> str:
     """The rate of so many tokens that were made in so many seconds."""
     return f"{made / max(seconds, 1e-9):,.0f} tokens/s"
-
-
-def describe_cache(opened: Opened) -> str:
-    """The bytes of a cache of one sequence and one token, compared with MHA's if they differ."""
-    cache = opened.model.make_cache(1, 1, opened.cache_dtype)
-    context = opened.model.config.block_size
-    size = f"cache: {cache.bytes_per_token:,} bytes per token"
-    if cache.bytes_per_token == 0:
-        size = f"cache: {cache.nbytes:,} bytes at any length"
-    ratio = opened.model.get_memory_savings(context)
-    if f"{ratio:.3g}" == "1":
-        return size
-    comparison = f"{ratio:.3g}x smaller than MHA's"
-    if ratio < 1:
-        comparison = f"{1 / ratio:.3g}x larger than MHA's"
-    if not cache.grows:
-        comparison += f" at {context:,} tokens"
-    return f"{size}, {comparison}"
 
 
 # ---- One sample, as it is made
@@ -240,12 +205,8 @@ def print_several(cfg: SampleConfig, opened: Opened, prompts: list[str]) -> tupl
         raise UsageError("--start: there is no prompt in it")
     encoded = [encode_prompt(prompt, opened.tokenizer, opened.model.config) for prompt in prompts]
     began = time.perf_counter()
-    if cfg.use_cache:
-        samples = draw_in_batch(cfg, opened, encoded)
-    else:
-        samples = draw_without_cache(cfg, opened, encoded)
+    samples = draw_in_batch(cfg, opened, encoded)
     seconds = time.perf_counter() - began
-    utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
     for i, sample in enumerate(samples):
         prompt = prompts[i // cfg.num_samples]
         if cfg.json:
@@ -255,7 +216,7 @@ def print_several(cfg: SampleConfig, opened: Opened, prompts: list[str]) -> tupl
                 "tokens": len(sample.tokens),
                 "seconds": round(sample.seconds, 4),
             }
-            print(json.dumps(record, ensure_ascii=not utf8))
+            print(json.dumps(record, ensure_ascii=False))
         else:
             print(prompt + sample.text + "\n---------------")
     return sum(len(sample.tokens) for sample in samples), seconds
@@ -265,8 +226,8 @@ def draw_in_batch(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -
     """num_samples continuations of every prompt, prompt after prompt, up to ROWS side by side."""
     rows = min(len(prompts) * cfg.num_samples, ROWS)
     block_size = opened.model.config.block_size
-    longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
     chunk = cfg.prefill_chunk or block_size
+    longest = max(len(prompt) for prompt in prompts) + cfg.max_new_tokens
     max_len = min(longest, block_size)
     batch = Batch(opened.model, opened.tokenizer, rows, opened.cache_dtype, chunk, max_len)
     counts = [min(rows, cfg.num_samples - i) for i in range(0, cfg.num_samples, rows)]
@@ -277,8 +238,7 @@ def draw_in_batch(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -
     for prompt, seeds_of_prompt in zip(prompts, seeds, strict=True):
         for count, seed in zip(counts, seeds_of_prompt, strict=True):
             requests.append(Request(prompt, cfg.sampling(), count, seed))
-    for request in requests:
-        batch.submit(request)
+            batch.submit(requests[-1])
     began = time.perf_counter()
     while batch.busy:
         for piece in batch.step():
@@ -290,28 +250,6 @@ def draw_in_batch(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -
     return [sample for request in requests for sample in request.samples]
 
 
-def draw_without_cache(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -> list[Sample]:
-    """The same, with the samples of one prompt side by side."""
-    sampling = cfg.sampling()
-    sampler = sampling.sampler(cfg.seed, opened.device)
-    samples = []
-    for prompt in prompts:
-        began = time.perf_counter()
-        idx = torch.tensor([prompt] * cfg.num_samples, device=opened.device)
-        some = [Sample(opened.tokenizer, sampling.stop) for _ in idx]
-        for tokens in stream_tokens(opened.model, idx, cfg.max_new_tokens, sampler, False):
-            for sample, token in zip(some, tokens[:, 0].tolist(), strict=True):
-                if not sample.done:
-                    sample.push(token)
-            if all(sample.done for sample in some):
-                break
-        for sample in some:
-            sample.finish()
-            sample.seconds = time.perf_counter() - began
-        samples += some
-    return samples
-
-
 # ---- A conversation
 def converse(cfg: SampleConfig, opened: Opened) -> tuple[int, float]:
     """
@@ -319,12 +257,16 @@ def converse(cfg: SampleConfig, opened: Opened) -> tuple[int, float]:
 
     On a terminal, Ctrl-C stops an answer or empties a line; two in a row end the conversation.
     """
-    how = (cfg.sampling(), cfg.seed, opened.cache_dtype, cfg.prefill_chunk)
-    chat = Chat(opened.model, opened.tokenizer, *how)
+    chat = Chat(
+        opened.model,
+        opened.tokenizer,
+        cfg.sampling(),
+        cfg.seed,
+        opened.cache_dtype,
+        cfg.prefill_chunk,
+    )
     seconds = 0.0
     terminal = sys.stdin.isatty()
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 should not end it
     if terminal:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives input() line editing and a history
@@ -341,11 +283,7 @@ def converse(cfg: SampleConfig, opened: Opened) -> tuple[int, float]:
 
 
 def print_answer(chat: Chat, text: str, terminal: bool) -> float:
-    """
-    Print the answer to a text, or why there is none; returns the seconds that the answer took.
-
-    On a terminal, Ctrl-C stops the answer.
-    """
+    """Print the answer to a text, or why there is none; returns the seconds that it took."""
     interruptible = contextlib.nullcontext([])
     if terminal:
         interruptible = interrupts_counted()
