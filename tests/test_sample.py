@@ -16,7 +16,7 @@ import sample
 from nanomla import checkpoint
 from nanomla.errors import run_script
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import QUICK, fails_with_one_line, run
+from tests.conftest import QUICK, run
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +77,6 @@ def test_samples_seeds_and_files(draw, tmp_path):
     assert draw(*args).stdout == first
     for change in ("--seed=2", "--temperature=0.5", "--top_k=2", "--top_p=0.3"):
         assert draw(*args, change).stdout != first, change
-
-
-@pytest.mark.parametrize(
-    ("args", "status", "words"),
-    [
-        (["--start=ROMEO"], 1, ["character 'R'", "vocabulary"]),
-        (["--start=to be or not to be to be"], 1, ["24 tokens", "context 16"]),
-        (["--start=FILE:/no/such/file"], 1, ["/no/such/file: No such file"]),
-        (["--out_dir=nowhere"], 1, ["no checkpoint in nowhere"]),
-        (["--svd_rank=2"], 2, ["use_svd"]),
-        (["--interactive", "--json"], 2, ["interactive takes prompts one by one"]),
-        (["--use_cache=False", "--json"], 2, ["use_cache=False makes one sample"]),
-    ],
-)
-def test_bad_input_is_one_line(trained, args, status, words):
-    """One line on stderr, the right exit status, nothing on stdout."""
-    done = run("sample.py", f"--out_dir={trained}", "--start=to", "--max_new_tokens=3", *args)
-    assert fails_with_one_line(done, status, *words) and done.stdout == ""
 
 
 def test_factors_keep_their_rank(trained, dataset, tmp_path, draw):
