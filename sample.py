@@ -107,7 +107,7 @@ class SampleConfig(ModelSettings):
         super().__post_init__()
         several = self.one_per_line or self.json or self.num_samples > 1
         if self.interactive and (several or self.start != "\n"):
-            raise ValueError("interactive takes prompts one by one; leave out start and modes")
+            raise ValueError("interactive reads lines one by one; leave out start and other modes")
         if not self.use_cache and (several or self.interactive):
             raise ValueError("use_cache=False makes one sample only; leave out other modes")
         if self.svd_rank is not None and not self.use_svd:

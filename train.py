@@ -309,10 +309,6 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return float(distributed.full(norm))
 
-    def can_go_on(self, loss: float, norm: float) -> bool:
-        """Whether loss and norm are finite, or float16's loss scale may still come down."""
-        return math.isfinite(loss) and (math.isfinite(norm) or self.scaler.get_scale() > 1)
-
     def update(self, norm: float) -> None:
         """A step of all optimizers, or of none if the gradients' norm is not finite."""
         if math.isfinite(norm):
@@ -440,7 +436,9 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
         norm = trainer.clip()
         loss_sum, signals = world.sum(mean_loss, stop.received)
         loss = loss_sum / world.size  # the mean over the rows of all ranks
-        if not trainer.can_go_on(loss, norm):
+        # float16's gradients may be infinite as long as its loss scale can come down
+        norm_works = math.isfinite(norm) or trainer.scaler.get_scale() > 1
+        if not math.isfinite(loss) or not norm_works:
             losses = f"loss {loss}, gradient norm {norm}"
             raise diverged(cfg, it, losses, folder.last_checkpoint())
 

@@ -79,17 +79,6 @@ def test_samples_seeds_and_files(draw, tmp_path):
         assert draw(*args, change).stdout != first, change
 
 
-def test_factors_keep_their_rank(trained, dataset, tmp_path, draw):
-    """use_svd alone keeps the rank of a checkpoint that has factors; svd_rank factorises again."""
-    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}", f"--init_from={trained}"]
-    done = run("train.py", *args, "--use_svd=True", "--svd_rank=4", "--max_iters=1")
-    assert done.returncode == 0, done.stderr
-    kept = draw(f"--out_dir={tmp_path}", "--use_svd=True")
-    assert kept.stdout == draw(f"--out_dir={tmp_path}").stdout and "factorised" not in kept.stderr
-    again = draw(f"--out_dir={tmp_path}", "--use_svd=True", "--svd_rank=2")
-    assert "rank 2 of 8" in again.stderr
-
-
 def test_prompts_one_per_line(draw, tmp_path):
     """Prompts of several lengths give each its own greedy continuation, as text and as JSON, up to
     a stop string."""

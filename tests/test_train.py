@@ -154,12 +154,15 @@ def test_dense_checkpoint_opened_with_svd(tmp_path, dataset):
     args = [*QUICK, *MLA, f"--dataset={dataset}", f"--out_dir={folder}"]
     assert run("train.py", *args, "--max_iters=10").returncode == 0
     svd = ["--use_svd=True", "--svd_rank=2"]
-    done = run("sample.py", f"--out_dir={folder}", *svd, "--start=to", "--max_new_tokens=5")
+    sample = ["sample.py", f"--out_dir={folder}", "--start=to", "--max_new_tokens=5"]
+    done = run(*sample, *svd)
     assert done.returncode == 0 and "rank 2 of 8" in done.stderr
     assert "% of the squared singular values kept" in done.stderr
     done = run("train.py", *args, "--init_from=resume", *svd, "--max_iters=20")
     assert done.returncode == 0 and "values kept" in done.stderr
     assert any(k.endswith("v_up") for k in weights(folder))
+    kept = run(*sample, "--use_svd=True")  # alone it keeps the rank
+    assert kept.returncode == 0 and "factorised" not in kept.stderr
     done = run("sample.py", f"--ckpt={folder}/ckpt.pt", "--use_svd=True", "--svd_rank=4")
     assert fails_with_one_line(done, 1, "svd_rank=4", "holds rank 2")
 
