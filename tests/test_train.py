@@ -23,6 +23,12 @@ def entries(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def iterations(folder):
+    """The iterations of the log's step lines and of its evaluations, in order."""
+    log = entries(folder)
+    return [e["iter"] for e in log if "loss" in e], [e["iter"] for e in log if "val_loss" in e]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, optimizer):
     """
@@ -76,8 +82,7 @@ def test_log_and_checkpoints_say_what_happened(tmp_path, dataset):
         assert text in done.stdout, (text, done.stdout)
     best = checkpoint.load(tmp_path / "o" / "best.pt")
     log = entries(tmp_path / "o")
-    assert [e["iter"] for e in log if "loss" in e] == [0, 5, 10, 15]
-    assert [e["iter"] for e in log if "val_loss" in e] == [0, 10, 20]
+    assert iterations(tmp_path / "o") == ([0, 5, 10, 15], [0, 10, 20])
     assert best.best_val_loss == min(e["val_loss"] for e in log if "val_loss" in e)
     assert best.tokenizer["kind"] == "char"
     assert best.config["n_layer"] == 2 and best.config["batch_size"] == 4
