@@ -386,9 +386,8 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     if cfg.eval_only:
         print0(f"iteration {first}: {evaluation_text(trainer.evaluate())}")
         return
-    if cfg.init_from == "resume" and first >= cfg.max_iters:
-        print0(f"nothing to do: iteration {first} of {cfg.max_iters}; raise --max_iters")
-        return
+    if cfg.init_from == "resume" and first >= cfg.max_iters:  # it may not have been evaluated
+        print0(f"nothing to train: iteration {first} of {cfg.max_iters}; raise --max_iters")
 
     with folder.training():
         log = None
