@@ -72,6 +72,8 @@ def resumed_settings(
     cfg = settings.build(config_class, taken | given, config_class(model=stored))
 
     not_used = warn_of_other_shape(asked, origins, cfg.model, ckpt.source)
+    if "use_mla" in not_used and asked["use_mla"]:
+        warn0(f"to give it latent attention, convert it: {conversion_command(cfg, cfg.out_dir)}")
     used = {name: where for name, where in origins.items() if name not in not_used}
     of_the_model = shape & ckpt.model_args.keys()
     return cfg, dict.fromkeys([*taken, *sorted(of_the_model)], ckpt.source) | used
@@ -201,11 +203,16 @@ def open_weights(cfg: Settings, origins: dict[str, str]) -> Checkpoint:
     where = origins.get("use_mla") or origins.get("attention")
     latent = ckpt.model_args.get("use_mla") or ckpt.model_args.get("use_latent_tokens")
     if cfg.model.use_mla and where and not latent:
-        command = f"python -m tools.convert --init_from={cfg.init_from} --cache=8x "
-        command += f"--data={cfg.dataset} --to=FOLDER"
+        command = conversion_command(cfg, cfg.init_from)
         problem = f"use_mla=True ({where}), but {ckpt.source} has ordinary attention"
         raise UserError(f"{problem}; convert it first: {command}, then --init_from=FOLDER")
     return ckpt
+
+
+def conversion_command(cfg: Settings, source: str) -> str:
+    """The command that gives weights with ordinary attention a latent cache."""
+    flags = f"--init_from={source} --cache=8x --data={cfg.dataset}"
+    return f"python -m tools.convert {flags} --to=FOLDER"
 
 
 def best_so_far(cfg: Settings, ckpt: Checkpoint) -> float:
