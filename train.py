@@ -34,7 +34,6 @@ from nanomla.runlog import RunLog, evaluation_text
 from nanomla.start import (
     check_model,
     keep_the_later,
-    nothing_left,
     open_model,
     open_teacher,
     resumed_settings,
@@ -190,21 +189,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for name in ("out_dir", "init_from", "dataset"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}='' does not work: {name} must be some text")
-
-    def lr_factor(self, it: int) -> float:
-        """The learning rate at an iteration, as a share of the highest."""
-        return optim.lr_factor(self, it)
 
 
 class Trainer:
     """
-    A model in training: its data, optimizers and precision, and this rank's share of the work.
-
-    evaluate(), gradients(), clip() and state() exchange data between the ranks, so all ranks must
-    call them together.
+    A model in training: its data, optimizers and precision, and this rank's share of the work. All
+    ranks must call evaluate(), gradients(), clip() and state() together.
     """
 
     def __init__(
@@ -248,10 +238,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """
-        The mean losses over fixed windows of each split, as train_loss and val_loss, on every rank.
-
-        Also val_loss as perplexity and, if the dataset records the bytes of its text, as
-        bits_per_byte.
+        The mean losses over fixed windows of each split, on every rank, and the second as
+        perplexity and, if the dataset records the bytes of its text, as bits per byte.
         """
         self.net.eval()
         train_loss = self.mean_loss("train")
@@ -321,10 +309,6 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         return float(distributed.full(norm))
 
-    def can_go_on(self, loss: float, norm: float) -> bool:
-        """Whether loss and norm are finite, or float16's loss scale may still come down."""
-        return math.isfinite(loss) and (math.isfinite(norm) or self.scaler.get_scale() > 1)
-
     def update(self, norm: float) -> None:
         """A step of all optimizers, or of none if the gradients' norm is not finite."""
         if math.isfinite(norm):
@@ -375,7 +359,8 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     if cfg.init_from in ("scratch", "resume"):
         block_size = cfg.model.block_size
     data = Dataset(cfg.dataset, block_size)
-    print0("settings:", *(f"  {line}" for line in settings.describe(cfg, origins)))
+    described = settings.describe(cfg, origins)
+    print0("settings:", *(f"  {line}" for line in described))
     torch.manual_seed(cfg.seed)
     folder = RunFolder(cfg.out_dir, cfg.init_from == "resume", world)
     model, state = open_model(cfg, origins, data)
@@ -401,30 +386,23 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     if cfg.eval_only:
         print0(f"iteration {first}: {evaluation_text(trainer.evaluate())}")
         return
-    if nothing_left(cfg, first):
-        print0(f"nothing to do: iteration {first} of {cfg.max_iters}; raise --max_iters")
-        return
+    if cfg.init_from == "resume" and first >= cfg.max_iters:  # it may not have been evaluated
+        print0(f"nothing to train: iteration {first} of {cfg.max_iters}; raise --max_iters")
 
     with folder.training():
         log = None
         if world.is_main:
-            log = open_log(cfg, origins, folder, first)
+            log = RunLog(cfg.out_dir, first, described)
+            if cfg.wandb_log:
+                folder.wandb_run_id = log.start_wandb(
+                    cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg), folder.wandb_run_id
+                )
         world.barrier()  # no rank trains before rank 0 has the folder
         progress = Progress(
             cfg, world, model, data, trainer.dtype, first, tokens_per_iter, began, log
         )
         with progress, StopSignals(announce=world.is_main) as stop:
             loop(trainer, folder, progress, stop)
-
-
-def open_log(cfg: TrainConfig, origins: dict[str, str], folder: RunFolder, first: int) -> RunLog:
-    """The run's log, and its run in wandb if that is asked for; a resumed one goes on."""
-    log = RunLog(cfg.out_dir, first, settings.describe(cfg, origins, most=1000))
-    if cfg.wandb_log:
-        folder.wandb_run_id = log.start_wandb(
-            cfg.wandb_project, cfg.wandb_run_name, settings.flat(cfg), folder.wandb_run_id
-        )
-    return log
 
 
 def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSignals) -> None:
@@ -434,7 +412,7 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
     it = first = progress.first
     while True:
         # set the learning rates of this iteration
-        optim.set_learning_rates(trainer.optimizers, cfg.lr_factor(it))
+        optim.set_learning_rates(trainer.optimizers, optim.lr_factor(cfg, it))
 
         # evaluate, and save what that shows
         if it % cfg.eval_interval == 0 or it >= cfg.max_iters:
@@ -457,7 +435,9 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
         norm = trainer.clip()
         loss_sum, signals = world.sum(mean_loss, stop.received)
         loss = loss_sum / world.size  # the mean over the rows of all ranks
-        if not trainer.can_go_on(loss, norm):
+        # float16's gradients may be infinite as long as its loss scale can come down
+        norm_works = math.isfinite(norm) or trainer.scaler.get_scale() > 1
+        if not math.isfinite(loss) or not norm_works:
             losses = f"loss {loss}, gradient norm {norm}"
             raise diverged(cfg, it, losses, folder.last_checkpoint())
 
@@ -487,10 +467,7 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
 
 
 def save_last(it: int, trainer: Trainer, folder: RunFolder) -> str:
-    """
-    Save the end of a run, once more if its evaluation could not. Returns what is on the disk, in
-    words; raises UserError if nothing is.
-    """
+    """Save the end of a run. Returns what is on the disk; raises UserError if nothing is."""
     if folder.saved_at != it:
         folder.save(it, trainer.state())
     return folder.require_checkpoint(it)

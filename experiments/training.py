@@ -99,7 +99,7 @@ def train(
     model.to(cfg.device)
     optimizers = optim.make_optimizers(model, recipe, cfg.device.partition(":")[0])
     for it in range(cfg.max_iters):
-        optim.set_learning_rates(optimizers, recipe.lr_factor(it))
+        optim.set_learning_rates(optimizers, optim.lr_factor(recipe, it))
         x, y = data.batch(cfg.seed, it, range(recipe.batch_size))
         loss = model(x.to(cfg.device), y.to(cfg.device))[1]
         loss.backward()

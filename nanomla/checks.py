@@ -4,8 +4,6 @@ The one check of values that come from outside: settings, records in files, requ
 A dataclass declares what each of its fields may hold, and calls check(self) when it is made:
 
     n_layer: Annotated[Count, "The number of transformer blocks."] = 12
-
-The types below are the bounds that many fields share; pydantic's Field adds others to one field.
 """
 
 import dataclasses
@@ -48,7 +46,6 @@ NAMES = {
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 200  # brief cuts to 60 itself
 _SHORT.maxother = 200
-_SHORT.maxlong = 200
 
 
 def brief(value: Any) -> str:
@@ -67,9 +64,8 @@ def require(holds: bool, field: str, value: object, works: str) -> None:
 
 def check(instance: object) -> None:
     """
-    Hold every field of a dataclass instance to its declared type and bounds, and store the plain
-    Python values that `fit` returns. Fields that are dataclasses themselves were checked when they
-    were made.
+    Hold every field of a dataclass instance, but for dataclasses, to its declared type and bounds,
+    and store the plain Python values that `fit` returns.
 
     Raises ValueError with one line that names the field, its value and what works.
     """
@@ -77,9 +73,9 @@ def check(instance: object) -> None:
         value = getattr(instance, name)
         try:
             plain = fit(value, hint)
-        except ValidationError as error:
-            wrong = _wrong_part(name, value, error)
-            raise ValueError(f"{wrong} does not work: {name} must be {in_words(hint)}") from None
+        except ValidationError:
+            wrong = f"{name}={brief(value)} does not work"
+            raise ValueError(f"{wrong}: {name} must be {in_words(hint)}") from None
         object.__setattr__(instance, name, plain)  # the instance may be frozen
 
 
@@ -97,7 +93,7 @@ def fit(value: Any, hint: Any) -> Any:
     except ValidationError as error:
         try:
             return adapter.validate_python(_plain(value))
-        except (ValidationError, RecursionError):
+        except ValidationError:
             raise error from None  # the first error, which is about the value as it was given
 
 
@@ -124,13 +120,9 @@ def _adapter(hint: Any) -> TypeAdapter:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a related class as a plain Python value, in lists and dicts too."""
-    if isinstance(value, dict):
-        return {_plain(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, tuple):
-        return tuple(_plain(inner) for inner in value)
+    """A value of a related class as a plain Python value, in a list or tuple too."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(inner) for inner in value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
@@ -138,20 +130,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def _wrong_part(name: str, value: Any, error: ValidationError) -> str:
-    """Which part of a field does not fit, and its value: tokens['train']='x'."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    for part in first["loc"]:
-        # Beside keys and positions, pydantic names which type of a union it tried.
-        is_key = isinstance(value, dict) and part in value
-        is_position = isinstance(value, (list, tuple)) and isinstance(part, int)
-        if not is_key and not is_position:
-            break
-        value = value[part]
-        name = f"{name}[{brief(part)}]"
-    return f"{name}={brief(value)}"
 
 
 def in_words(hint: Any) -> str:
@@ -169,8 +147,6 @@ def in_words(hint: Any) -> str:
         return f"several, each {in_words(arguments[0])}"
     if origin is list:
         return f"a list, each {in_words(arguments[0])}"
-    if origin is dict and arguments[1] is Any:
-        return f"an object with {in_words(arguments[0])} for keys"
     if origin is dict:
         keys, values = map(in_words, arguments)
         return f"an object with {keys} for keys and {values} for each value"

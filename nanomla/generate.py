@@ -9,8 +9,6 @@ sample.py and the page use.
 A model is anything with config.block_size, make_cache and `logits, _ = model(idx, cache=cache)`.
 """
 
-import math
-import numbers
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nanomla.cache import Cache
-from nanomla.checks import require
+from nanomla.checks import Natural, NonNegative, UpToOne, check, fits, require
 from nanomla.errors import UserError
 from nanomla.kernels import on_gpu
 
@@ -38,20 +36,13 @@ class Sampler:
     Raises ValueError for values out of range.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: NonNegative = 1.0
+    top_k: Natural | None = None
+    top_p: UpToOne | None = None
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        finite = _is_finite(self.temperature) and self.temperature >= 0
-        require(finite, "temperature", self.temperature, "0 (greedy) or more, and finite")
-        if self.top_k is not None:
-            whole = isinstance(self.top_k, numbers.Integral) and self.top_k >= 0
-            require(whole, "top_k", self.top_k, "a whole number from 1, or None or 0 for off")
-        if self.top_p is not None:
-            share = _is_finite(self.top_p) and 0 < self.top_p <= 1
-            require(share, "top_p", self.top_p, "above 0 and at most 1, or None for off")
+        check(self)
 
     def __call__(self, logits: Tensor) -> Tensor:
         if not bool(logits.isfinite().all()):
@@ -103,10 +94,6 @@ def draw_each(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return tokens
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
-
-
 # ---- The loop
 def stream_tokens(
     model: nn.Module,
@@ -120,16 +107,14 @@ def stream_tokens(
     prefill_chunk: int | None = PREFILL_CHUNK,
 ) -> Iterator[Tensor]:
     """
-    The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout: a model in training
-    mode is in evaluation mode until the last. prefill_chunk: how many tokens of a prompt a pass
-    reads into a cache; None: all. With a cache narrower than the weights it changes the rounding.
-    The other arguments are those of GPT.generate. A prompt that all sequences share is read once.
+    The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout. A prompt that all
+    sequences share is read once.
+
+    prefill_chunk: how many tokens of a prompt a pass reads into a cache; None: all. With a cache
+    narrower than the weights it changes the rounding. The other arguments are GPT.generate's.
     """
-    whole = isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 0
-    require(whole, "max_new_tokens", max_new_tokens, "a whole number from 0")
-    if prefill_chunk is not None:
-        whole = isinstance(prefill_chunk, numbers.Integral) and prefill_chunk >= 1
-        require(whole, "prefill_chunk", prefill_chunk, "a whole number from 1, or None for all")
+    whole = fits(max_new_tokens, Natural)
+    require(whole, "max_new_tokens", max_new_tokens, "a whole number of at least 0")
     block_size = model.config.block_size
     ends = torch.tensor(stop_ids(stop), device=idx.device)
     if idx.dim() != 2 or idx.size(1) == 0:
@@ -166,15 +151,13 @@ def stream_tokens(
 
 
 def stop_ids(stop: int | Iterable[int] | None) -> list[int]:
-    """The token ids that end a sequence: integers of any type, also a tensor's; else ValueError."""
+    """The token ids that end a sequence: integers of any type, also a tensor's."""
     if stop is None:
         return []
-    single = getattr(stop, "ndim", 1) == 0 or not isinstance(stop, Iterable)
     try:
-        return [operator.index(token) for token in ([stop] if single else stop)]
+        return [operator.index(stop)]
     except TypeError:
-        wrong = f"stop={stop!r} does not work"
-        raise ValueError(f"{wrong}: stop must be None, a token id or several") from None
+        return [operator.index(token) for token in stop]
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int, longest: int | None = None) -> None:

@@ -1,12 +1,7 @@
-"""
-The optimizers of a run (AdamW, or AdamW and Muon), their state in checkpoints, learning rates.
-
-train.py's TrainConfig declares the settings that are read here.
-"""
+"""The optimizers of a run (AdamW, or AdamW and Muon), their state in checkpoints, its rates."""
 
 import math
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +12,9 @@ from nanomla.distributed import full, load_optimizer_state, sharded_like
 from nanomla.errors import UserError
 
 Optimizers = dict[str, torch.optim.Optimizer]  # "adamw" and, with Muon, "muon"
-Settings = Any  # a TrainConfig, or what has the same settings
+# A TrainConfig, or what has the same settings. train.py declares it, so that its settings are read
+# where its loop is, and nothing here can import that.
+Settings = Any
 
 
 def lr_factor(cfg: Settings, it: int) -> float:
@@ -87,7 +84,7 @@ def orthogonalise(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     A = A / scale
     A2 = A2 / scale.square()
     X = X / scale.sqrt()
-    if dtype == torch.float32:
+    if dtype == torch.float32:  # bfloat16 is too coarse for products of the small matrices alone
         return product_of_polynomials(A, A2) @ X
     X = polynomial(A, A2, POLYNOMIALS[0]) @ X
     for coefficients in POLYNOMIALS[1:]:
@@ -97,11 +94,7 @@ def orthogonalise(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def product_of_polynomials(A: Tensor, A2: Tensor) -> Tensor:
-    """
-    What all the polynomials multiply X by, (b, m, m), from A = X X^T and A2 = A A.
-
-    Only the small matrices are multiplied; bfloat16 is too coarse for that.
-    """
+    """What all the polynomials multiply X by, (b, m, m), from A = X X^T and A2 = A A."""
     P = polynomial(A, A2, POLYNOMIALS[0])
     product = P
     for coefficients in POLYNOMIALS[1:]:
@@ -158,38 +151,44 @@ class Muon(torch.optim.Optimizer):
 
     def _updates(self, params: list[nn.Parameter], ahead: list[Tensor]) -> list[Tensor]:
         """The scaled and orthogonalised matrices of `ahead`, whole on every rank."""
-        parts = []  # for every parameter, its maps
+        maps = []  # of all parameters, one after the other
+        counts = []
         for p, x in zip(params, ahead, strict=True):
-            rows = self.maps.get(p, p.size(0))
-            parts.append(list(full(x).split(rows)))
-        same_shape = defaultdict(list)  # places in parts, by the shape of what lies there
-        for i, maps in enumerate(parts):
-            for j, x in enumerate(maps):
-                same_shape[tuple(sorted(x.shape))].append((i, j))
+            of_parameter = full(x).split(self.maps.get(p, p.size(0)))
+            maps += of_parameter
+            counts.append(len(of_parameter))
+        same_shape = defaultdict(list)  # places in maps, by shape
+        for i, x in enumerate(maps):
+            same_shape[tuple(sorted(x.shape))].append(i)
 
-        for (shorter, longer), places in same_shape.items():
-            wide = []
-            for i, j in places:
-                x = parts[i][j]
-                if x.size(0) > x.size(1):
-                    x = x.mT
-                wide.append(x)
+        for (_, longer), places in same_shape.items():
+            batch = torch.stack([wide(maps[i]) for i in places])
             dtype = torch.bfloat16
-            if wide[0].device.type == "cpu":
+            if batch.device.type == "cpu":
                 dtype = torch.float32
-            scaled = 0.2 * math.sqrt(longer) * orthogonalise(torch.stack(wide), dtype)
-            for (i, j), x in zip(places, scaled, strict=True):
-                if parts[i][j].size(0) > shorter:
+            scaled = 0.2 * math.sqrt(longer) * orthogonalise(batch, dtype)
+            for i, x in zip(places, scaled, strict=True):
+                if maps[i].shape != x.shape:
                     x = x.mT
-                parts[i][j] = x
+                maps[i] = x
 
         updates = []
-        for maps in parts:
-            if len(maps) == 1:
-                updates.append(maps[0])
+        end = 0
+        for count in counts:
+            begin = end
+            end += count
+            if count == 1:  # without a copy, which would cost 5% of the step
+                updates.append(maps[begin])
             else:
-                updates.append(torch.cat(maps))
+                updates.append(torch.cat(maps[begin:end]))
         return updates
+
+
+def wide(x: Tensor) -> Tensor:
+    """A matrix, or its transpose, with no more rows than columns."""
+    if x.size(0) > x.size(1):
+        return x.mT
+    return x
 
 
 def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
@@ -216,9 +215,8 @@ def make_optimizers(model: nn.Module, cfg: Settings, device_type: str) -> Optimi
     The optimizers of a model's trainable parameters, by name.
 
     'adamw' groups them as nanoGPT does: weight decay on tensors of two or more dimensions only.
-    With cfg.optimizer == "muon", 'muon' takes the blocks' 2-D weights and 'adamw' the rest (Muon:
-    kellerjordan.github.io/posts/muon; its steps are scaled to AdamW's root mean square as in
-    arXiv:2502.16982). Every group has a highest_lr, which set_learning_rates scales.
+    With cfg.optimizer == "muon", 'muon' takes the blocks' 2-D weights and 'adamw' the rest. Every
+    group has a highest_lr, which set_learning_rates scales.
     """
     in_muon = []
     matrices = []  # and the other tensors of several dimensions, of AdamW
@@ -273,7 +271,7 @@ def optimizer_state(optimizers: Optimizers) -> dict[str, Any]:
     return states["adamw"]
 
 
-def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: str | Path) -> None:
+def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: str) -> None:
     """
     Load what optimizer_state gave. The groups keep this run's settings, such as weight decay.
 
@@ -290,24 +288,17 @@ def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: st
             "weights with --init_from=PATH"
         )
     for name, optimizer in optimizers.items():
+        # moments of another shape, as nanoGPT's until 2023, which torch notices in the first step
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(params):
+            for key, value in states[name]["state"].get(i, {}).items():
+                if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
+                    shapes = f"{tuple(value.shape)}, expected {tuple(p.shape)}"
+                    problem = "its optimizer state does not fit this model"
+                    raise UserError(f"{source}: {problem} ({key} of parameter {i} has {shapes})")
         settings = []  # of this run, which loading would replace
         for group in optimizer.param_groups:
             settings.append({key: value for key, value in group.items() if key != "params"})
-        try:
-            _check_shapes(optimizer, states[name])
-            load_optimizer_state(optimizer, states[name])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            problem = f"its optimizer state does not fit this model ({error})"
-            raise UserError(f"{source}: {problem}") from None
+        load_optimizer_state(optimizer, states[name])
         for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
             group.update(group_settings)
-
-
-def _check_shapes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raise ValueError for a state of another shape; torch would find it in the first step only."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(params):
-        for key, value in state["state"].get(i, {}).items():
-            if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
-                shapes = f"{tuple(value.shape)}, expected {tuple(p.shape)}"
-                raise ValueError(f"{key} of parameter {i} has shape {shapes}")

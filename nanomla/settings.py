@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from nanomla.checks import brief, fit, fits, in_words
-from nanomla.errors import UsageError, UserError
+from nanomla.errors import UsageError
 
 Config = TypeVar("Config")
 
@@ -103,12 +103,7 @@ def configure(
     ignored_in_files: Collection[str] = (),
     files: list[str] | None = None,
 ) -> tuple[Config, dict[str, str]]:
-    """
-    Build a `config_class` from command-line arguments, which are those of read_arguments.
-
-    Returns the config and, for every key that was set, where it came from.
-    Raises UsageError for an unknown key, a wrong value, a missing or broken file.
-    """
+    """A `config_class` from the arguments of read_arguments, and where each setting came from."""
     values, origins = read_arguments(config_class, argv, hints, ignored_in_files, files)
     return build(config_class, values), origins
 
@@ -246,14 +241,6 @@ def build(
         raise UsageError(str(error)) from None
 
 
-def replace(config: Config, values: dict[str, Any], where: str) -> Config:
-    """A copy of a config with the settings out of a file; UserError names it if one is wrong."""
-    try:
-        return build(type(config), values, config)
-    except UsageError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
 def run_config_file(path: str) -> dict[str, Any]:
     """What a config file assigns, without modules, functions, classes and _private names."""
     try:
@@ -275,11 +262,8 @@ def run_config_file(path: str) -> dict[str, Any]:
     return assigned
 
 
-def describe(config: object, origins: dict[str, str], most: int = 8) -> list[str]:
-    """
-    The settings that have another value than their default, by where they came from, in at most so
-    many lines of 100 characters; the last then says how many are left out.
-    """
+def describe(config: object, origins: dict[str, str]) -> list[str]:
+    """Lines with the settings that differ from their defaults, by where they came from."""
     settings = declared(type(config))
     values = flat(config)
     places: dict[str, list[str]] = {}
@@ -290,9 +274,6 @@ def describe(config: object, origins: dict[str, str], most: int = 8) -> list[str
     lines = []
     for place, texts in places.items():
         lines += _wrap(f"{place}: {', '.join(texts)}", subsequent_indent="   ")
-    if len(lines) > most:
-        left_out = len(lines) - most + 1
-        lines[most - 1 :] = [f"  ... and {left_out} more lines"]
     return lines
 
 

@@ -15,13 +15,11 @@ from nanomla import checkpoint, convert, costs, formats, optim, settings
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, warn0
-from nanomla.errors import UsageError, UserError
+from nanomla.errors import UserError
 from nanomla.memory import require_memory
 from nanomla.optim import Settings
-from nanomla.runlog import read_log
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
-# The names of attention that a flag stands for.
 NAMES_OF_FLAGS = {"use_mla": ("mla", "rotary_latent"), "use_latent_tokens": ("latent_tokens",)}
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
 NANOGPT_MACHINE = ("device", "dtype", "backend", "compile")
@@ -30,19 +28,15 @@ Config = TypeVar("Config")
 
 def keep_the_later(asked: dict[str, Any], origins: dict[str, str]) -> None:
     """
-    Drop what a later argument contradicts: use_mla and use_latent_tokens say with flags what
-    attention says by a name, and of those that disagree the one that was given last counts.
-
-    asked, origins: what settings.read_arguments returned.
+    Of a flag and a name of attention that disagree, drop the one that was given earlier from what
+    settings.read_arguments returned.
     """
     for flag, names in NAMES_OF_FLAGS.items():
-        if flag in asked and "attention" in asked:
-            says_so = asked["attention"] in names
-            if asked[flag] != says_so:
-                order = list(asked)
-                earlier = min("attention", flag, key=order.index)
-                del asked[earlier]
-                del origins[earlier]
+        both = flag in asked and "attention" in asked
+        if both and asked[flag] != (asked["attention"] in names):
+            earlier = min("attention", flag, key=list(asked).index)
+            del asked[earlier]
+            del origins[earlier]
 
 
 # ---- The settings of a resumed run
@@ -57,19 +51,17 @@ def resumed_settings(
     asked, origins: what settings.read_arguments returned. What was not given is taken from the
     checkpoint, which may be nanoGPT's. So is the model's shape, even if another one was given: a
     warning then names each setting that is not used.
-    Raises UserError if there is no checkpoint, or for a stored setting that does not work.
+    Raises UserError if there is no checkpoint, or for a setting that does not work.
     """
-    shape = {field.name for field in dataclasses.fields(GPTConfig)}
-    cfg = settings.build(config_class, {k: v for k, v in asked.items() if k not in shape})
-    ckpt = checkpoint.load(checkpoint.find(cfg.out_dir), verify=False)  # open_model verifies it
+    out_dir = asked.get("out_dir", config_class.out_dir)
+    ckpt = checkpoint.load(checkpoint.find(out_dir), verify=False)  # open_model verifies it
     stored = checkpoint.stored_config(ckpt)
+    shape = {field.name for field in dataclasses.fields(GPTConfig)}
 
-    changes = {name: asked[name] for name in changeable(stored, asked) if name in asked}
-    try:
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(stored, **changes))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
+    changeable = {"dropout"}
+    if asked.get("use_svd", stored.use_svd):
+        changeable |= {"use_svd", "svd_rank", "svd_method"}
+    given = {k: v for k, v in asked.items() if k not in shape or k in changeable}
     not_taken = (set(OF_THIS_RUN) | asked.keys()) - shape  # the shape is always the checkpoint's
     if is_nanogpts(ckpt):
         not_taken.update(NANOGPT_MACHINE)
@@ -77,26 +69,14 @@ def resumed_settings(
     for name, setting in settings.declared(config_class).items():
         if setting.part is None and name in ckpt.config and name not in not_taken:
             taken[name] = ckpt.config[name]
-    cfg = settings.replace(cfg, taken, ckpt.source)
+    cfg = settings.build(config_class, taken | given, config_class(model=stored))
 
     not_used = warn_of_other_shape(asked, origins, cfg.model, ckpt.source)
     if "use_mla" in not_used and asked["use_mla"]:
         warn0(f"to give it latent attention, convert it: {conversion_command(cfg, cfg.out_dir)}")
     used = {name: where for name, where in origins.items() if name not in not_used}
-    sources = dict.fromkeys(taken, ckpt.source)
-    for name in ckpt.model_args:
-        if name in shape:
-            sources[name] = ckpt.source
-    for name in used:
-        sources.pop(name, None)
-    return cfg, sources | used
-
-
-def changeable(stored: GPTConfig, asked: dict[str, Any]) -> list[str]:
-    """The model's settings that a resumed run may change: dropout, and to factorise its values."""
-    if asked.get("use_svd", stored.use_svd):
-        return ["dropout", "use_svd", "svd_rank", "svd_method"]
-    return ["dropout"]
+    of_the_model = shape & ckpt.model_args.keys()
+    return cfg, dict.fromkeys([*taken, *sorted(of_the_model)], ckpt.source) | used
 
 
 def warn_of_other_shape(
@@ -132,10 +112,8 @@ def is_nanogpts(ckpt: Checkpoint) -> bool:
 
 def changed_settings(before: dict[str, Any], cfg: Settings, it: int) -> list[str]:
     """
-    The settings that decide a run's numbers and that differ from those in its checkpoint.
-
-    it: the iteration of the checkpoint. Under WSD the length of the run and of its decay may change
-    as long as the decay has not begun.
+    The settings that decide a run's numbers and that differ from those in its checkpoint, which is
+    of iteration `it`. Under WSD the length of the run and of its decay may change before the decay.
     """
     now = settings.flat(cfg)
     pairs = {}
@@ -156,29 +134,21 @@ def changed_settings(before: dict[str, Any], cfg: Settings, it: int) -> list[str
     return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
 
 
-def nothing_left(cfg: Settings, first: int) -> bool:
-    """Whether a run that is resumed at this iteration has been trained and evaluated to its end."""
-    if cfg.init_from != "resume" or first < cfg.max_iters:
-        return False
-    log = read_log(Path(cfg.out_dir) / "log.jsonl")
-    if not log:
-        return True
-    evaluated = any("val_loss" in entry and entry["iter"] >= first for entry in log)
-    return evaluated and (Path(cfg.out_dir) / checkpoint.BEST).is_file()
-
-
 # ---- The model
 
 
 def open_model(cfg: Settings, origins: dict[str, str], data: Dataset) -> tuple[GPT, Checkpoint]:
     """
-    The model that --init_from names, on the CPU, and the state of the run that goes on with it.
+    The model that --init_from names, on the CPU, and the state of the run that goes on with it: a
+    checkpoint without weights, and an empty one unless a run is resumed.
 
-    The state is a checkpoint without weights, and an empty one unless a run is resumed.
     Raises UserError if the weights cannot be opened.
     """
     if cfg.init_from == "scratch":
-        return new_model(cfg, data), Checkpoint(model={}, model_args={})
+        config = dataclasses.replace(cfg.model, vocab_size=cfg.vocab_size or padded_vocab(data))
+        if not cfg.eval_only:
+            require_room(cfg, config)
+        return GPT(config), Checkpoint(model={}, model_args={})
 
     # open the weights, and factorise their values if that is asked for
     ckpt = open_weights(cfg, origins)
@@ -222,15 +192,6 @@ def open_model(cfg: Settings, origins: dict[str, str], data: Dataset) -> tuple[G
     return model, Checkpoint(model={}, model_args={})
 
 
-def new_model(cfg: Settings, data: Dataset) -> GPT:
-    """A model with random weights. Raises UserError if training it cannot fit in the memory."""
-    vocab_size = cfg.vocab_size or padded_vocab(data)
-    config = dataclasses.replace(cfg.model, vocab_size=vocab_size)
-    if not cfg.eval_only:
-        require_room(cfg, config)
-    return GPT(config)
-
-
 def open_weights(cfg: Settings, origins: dict[str, str]) -> Checkpoint:
     """
     What --init_from names. Raises UserError if it cannot be opened, or has ordinary attention while
@@ -238,29 +199,20 @@ def open_weights(cfg: Settings, origins: dict[str, str]) -> Checkpoint:
     """
     if cfg.init_from == "resume":
         return checkpoint.load(checkpoint.find(cfg.out_dir), cfg.verify)
-    asks_for_mla = cfg.model.use_mla and ("use_mla" in origins or "attention" in origins)
-    if asks_for_mla and cfg.init_from in formats.PRETRAINED:
-        raise not_latent(cfg, origins, cfg.init_from)  # before anything is fetched
     ckpt = formats.open_weights(cfg.init_from, verify=cfg.verify)
+    where = origins.get("use_mla") or origins.get("attention")
     latent = ckpt.model_args.get("use_mla") or ckpt.model_args.get("use_latent_tokens")
-    if asks_for_mla and not latent:
-        raise not_latent(cfg, origins, ckpt.source)
+    if cfg.model.use_mla and where and not latent:
+        command = conversion_command(cfg, cfg.init_from)
+        problem = f"use_mla=True ({where}), but {ckpt.source} has ordinary attention"
+        raise UserError(f"{problem}; convert it first: {command}, then --init_from=FOLDER")
     return ckpt
-
-
-def not_latent(cfg: Settings, origins: dict[str, str], source: str) -> UserError:
-    """The error for use_mla=True on weights with ordinary attention; it names the way out."""
-    where = origins.get("use_mla") or origins["attention"]
-    problem = f"use_mla=True ({where}), but {source} has ordinary attention"
-    command = conversion_command(cfg, cfg.init_from)
-    return UserError(f"{problem}; convert it first: {command}, then --init_from=FOLDER")
 
 
 def conversion_command(cfg: Settings, source: str) -> str:
     """The command that gives weights with ordinary attention a latent cache."""
-    return (
-        f"python -m tools.convert --init_from={source} --cache=8x --data={cfg.dataset} --to=FOLDER"
-    )
+    flags = f"--init_from={source} --cache=8x --data={cfg.dataset}"
+    return f"python -m tools.convert {flags} --to=FOLDER"
 
 
 def best_so_far(cfg: Settings, ckpt: Checkpoint) -> float:
@@ -292,10 +244,8 @@ def require_room(cfg: Settings, config: GPTConfig) -> None:
 
 def open_teacher(source: str | None, config: GPTConfig, device: str) -> GPT | None:
     """
-    The model of --distill, for reading only; None without one.
-
-    Raises UserError if it cannot be opened, or has another vocab_size or a shorter context than
-    `config`.
+    The model of --distill, for reading only; None without one. Raises UserError if it cannot teach
+    a model of `config`.
     """
     if source is None:
         return None

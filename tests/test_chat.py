@@ -41,12 +41,11 @@ def test_every_answer_follows_all_that_was_said(settings):
         assert "".join(talk.reply(line)) == TOKENIZER.decode(new)
     assert talk.tokens_made == 15
     talk.reset()
-    assert "".join(talk.reply("ab")) == TOKENIZER.decode(
-        generated(talk.model, TOKENIZER.encode("ab\n"))
-    )
+    new = generated(talk.model, TOKENIZER.encode("ab\n"))
+    assert "".join(talk.reply("ab")) == TOKENIZER.decode(new)
 
 
-@pytest.mark.parametrize("listened", [1, 4, 99])
+@pytest.mark.parametrize("listened", [1, 4])
 def test_an_answer_that_is_cut_short(listened):
     """The context is what the cache holds and the last token, also when the caller stops."""
     talk = chat(new=6)

@@ -224,7 +224,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
         ({"weights": 1}, "no model and no model_args"),
         ({"model": {}, "model_args": {}, "format": 99}, "format 99"),
         ({"model": {}, "model_args": {}, "iter_num": "seven"}, "iter_num='seven'"),
-        ({"model": {"a": 1}, "model_args": {}}, r"model\['a'\]=1"),
+        ({"model": {"a": 1}, "model_args": {}}, r"model=\{'a': 1\}"),
         ({"model": {}, "model_args": {}, "config": [1]}, r"config=\[1\]"),
     ],
 )

@@ -21,7 +21,6 @@ class Record:
     on: bool = False
     maybe: int | None = None
     counts: dict[str, int] = field(default_factory=dict)
-    rows: list[dict[str, int | float]] = field(default_factory=list)
     rate: Annotated[Number, "The rate."] = 0.5
     kind: Literal["a", "b"] = "a"
     pair: Several[int] = (1, 2)
@@ -35,18 +34,17 @@ class Record:
 @pytest.mark.parametrize(
     ("name", "value", "plain"),
     [
-        ("size", np.int64(7), 7), ("size", torch.tensor([[7]]), 7), ("size", 1e1, 10),
-        ("loss", np.float32(0.5), 0.5), ("loss", 2, 2.0), ("loss", torch.tensor(0.5), 0.5),
-        ("loss", float("inf"), float("inf")), ("name", np.str_("a"), "a"), ("name", Path("a"), "a"),
-        ("on", np.True_, True), ("maybe", np.uint8(3), 3), ("counts", {"a": np.int64(3)}, {"a": 3}),
-        ("pair", (np.int64(1),), (1,)), ("pair", [1, 2.0], (1, 2)),
+        ("size", np.int64(7), 7), ("size", 1e1, 10), ("loss", 2, 2.0),
+        ("loss", torch.tensor(0.5), 0.5), ("loss", float("inf"), float("inf")),
+        ("name", Path("a"), "a"), ("on", np.True_, True), ("maybe", np.uint8(3), 3),
+        ("pair", [np.int64(1), 2.0], (1, 2)),
     ],
 )  # fmt: skip
 def test_related_values_become_plain(name, value, plain):
     """Of exactly the declared type, inside containers too."""
     stored = getattr(Record(**{name: value}), name)
     assert stored == plain and type(stored) is type(plain)
-    if isinstance(plain, (dict, tuple)):
+    if isinstance(plain, tuple):
         assert [type(inner) for inner in stored] == [type(inner) for inner in plain]
 
 
@@ -62,15 +60,13 @@ def test_tensors_stay_tensors():
         ("size", True, "size=True does not work: size must be a whole number of at least 1"),
         ("size", 0, "must be a whole number of at least 1 and below 100"),
         ("size", 1.5, "a whole number"), ("size", "7", "size='7'"),
-        ("size", torch.ones(2), "size="),
         ("loss", "low", "loss='low' does not work: loss must be a number"),
         ("rate", float("nan"), "rate must be a finite number"),
-        ("name", 7, "name must be text"), ("name", ["x" * 10**6], "name="),
+        ("name", ["x" * 10**6], "name must be text"),
         ("on", 1, "on=1 does not work: on must be True or False"),
         ("kind", "c", "kind='c' does not work: kind must be one of a, b"),
         ("maybe", "x", "maybe='x' does not work: maybe must be None or a whole number"),
-        ("counts", {"a": "b"}, "counts['a']='b' does not work: counts must be an object with text"),
-        ("rows", [{"a": "b"}], "rows[0]['a']='b' does not work"),
+        ("counts", {"a": "b"}, "counts={'a': 'b'} does not work: counts must be an object with"),
         ("pair", 1, "pair=1 does not work: pair must be several, each a whole number"),
         ("weight", 1, "None or a tensor"),
     ],

@@ -168,6 +168,24 @@ def test_dataset_errors_say_what_to_do(tmp_path, dataset):
         Dataset(str(tmp_path), 4)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ('{"dtype": "int8"}', "dtype is neither uint16 nor uint32"),
+        ('{"vocab_size": "65"}', "vocab_size='65' does not work: .* None or a whole number .*"),
+        ('{"tokenizer": "gpt2"}', "tokenizer='gpt2' does not work: .* None or an object .*"),
+        ('{"tokens": {"train": "9"}}', "tokens={'train': '9'} does not work: .* whole number .*"),
+    ],
+)
+def test_a_wrong_meta_file(content, message, tmp_path):
+    """One line that names file and field."""
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=rf"meta.json: .*{message}") as caught:
+        read_meta(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_nanogpt_meta_pkl(tmp_path):
     """nanoGPT's meta.pkl is understood; one that would run code is refused without running it."""
     chars = "\n ab"

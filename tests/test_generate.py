@@ -64,35 +64,27 @@ def test_stopping_and_seeds():
         assert stop not in row or set(row[row.index(stop) :]) == {stop}
     assert stopped.shape[1] <= drawn.shape[1]
     assert model.generate(idx[:1], 12, temperature=0, stop=range(23)).shape == (1, 3)
-    for ids in (np.int64(stop), torch.tensor(stop), np.array([stop]), iter([stop])):
+    for ids in (torch.tensor(stop), np.array([stop])):
         assert torch.equal(draw(stop=ids), stopped)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 1.5}, {"max_new_tokens": 2.5},
-        {"stop": "end"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_settings_that_do_not_work_are_named(wrong):
-    """ValueError with the field, its value and what works, before anything is computed."""
-    (field,) = wrong
-    with pytest.raises(ValueError, match=f"{field}={wrong[field]!r} does not work"):
-        make("MHA").generate(torch.zeros(1, 1, dtype=torch.long), **{"max_new_tokens": 1, **wrong})
-
-
-def test_prompts_that_do_not_work():
-    """An empty one, ids that the model lacks, and logits that are no numbers are one line each."""
+def test_what_does_not_work_is_named():
+    """Settings with their values and what works, prompts, and logits that are no numbers."""
     model = make("MHA")
+    for name, value in (("temperature", float("nan")), ("top_k", -1), ("max_new_tokens", 2.5)):
+        with pytest.raises(ValueError, match=f"{name}={value!r} does not work: {name} must be"):
+            model.generate(torch.zeros(1, 1).long(), **{"max_new_tokens": 1, name: value})
     with pytest.raises(ValueError, match="at least one token"):
         model.generate(torch.zeros(1, 0, dtype=torch.long), 1)
     with pytest.raises(UserError, match="the token id 23, the model knows 23"):
         model.generate(torch.tensor([[1], [23]]), 1)
-    for temperature in (0, 0.8):
-        with pytest.raises(UserError, match="logits are not finite; try --dtype=float32"):
-            Sampler(temperature)(torch.tensor([[0, float("nan")]]))
+    cache = model.make_cache(1, 9)
+    with torch.no_grad():
+        model(torch.zeros(1, 6).long(), cache=cache)
+    with pytest.raises(ValueError, match="holds 6 tokens, idx 4: it must begin with those"):
+        model.generate(torch.zeros(1, 4).long(), 3, cache=cache)
+    with pytest.raises(UserError, match="logits are not finite; try --dtype=float32"):
+        Sampler(0)(torch.tensor([[0, float("nan")]]))
 
 
 def test_generation_is_without_dropout_and_restores_the_mode():
@@ -131,7 +123,7 @@ def test_sampling_filters():
 
 
 # ---- Prompts and caches
-@pytest.mark.parametrize("kind", ["MHA", "MLA", "rotary latent", "latent tokens"])
+@pytest.mark.parametrize("kind", ["MLA", "rotary latent", "latent tokens"])
 def test_a_prompt_in_chunks_gives_equal_logits(kind):
     """Prompts of unequal and of equal rows, whatever a pass reads, and beside no cache."""
     model, seen = make(kind).double(), []
@@ -147,8 +139,6 @@ def test_a_prompt_in_chunks_gives_equal_logits(kind):
             list(stream_tokens(model, idx, 6, Seen(0), prefill_chunk=chunk))
             torch.testing.assert_close(seen[-6:], seen[:6], atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(seen[0], model(idx)[0][:, -1], atol=1e-10, rtol=1e-10)
-    with pytest.raises(ValueError, match="prefill_chunk=0"):
-        list(stream_tokens(model, idx, 6, Sampler(0), prefill_chunk=0))
 
 
 def test_sequences_of_a_shared_prompt_differ():
@@ -174,7 +164,7 @@ def test_the_memory_of_a_long_prompt():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["MLA", "latent tokens"])
-@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 7])
 def test_a_cache_shorter_than_the_prompt(kind, length):
     """The newest tokens that it can hold are the context of the first token; when it is full, it
     goes on with half of them, and is not filled again at every token."""
@@ -192,25 +182,6 @@ def test_a_cache_shorter_than_the_prompt(kind, length):
     for a, b in zip(again.tensors, cache.tensors, strict=True):
         end = cache.pos if cache.grows else None
         torch.testing.assert_close(a[..., :end, :], b[..., :end, :], atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_generate_leaves_a_cache_that_it_refuses():
-    """Of another model, or of another text: what it holds stays."""
-    model = make("latent tokens")
-    idx = torch.randint(23, (2, 6))
-    for maker, prompt, words in (
-        (make("latent tokens", n_layer=1), idx, "the cache was made for another model"),
-        (model, idx[:1], "the cache has 2 rows, the input 1"),
-        (model, idx[:, :4], "the cache holds 6 tokens, idx 4: it must begin with those"),
-    ):
-        cache = maker.make_cache(2, 9)
-        maker(idx, cache=cache)
-        before = [tensor.clone() for tensor in cache.tensors]
-        with pytest.raises(ValueError, match=words):
-            model.generate(prompt, 3, cache=cache)
-        assert cache.pos == 6
-        assert all(torch.equal(a, b) for a, b in zip(before, cache.tensors, strict=True))
 
 
 # ---- The decoding step
@@ -259,20 +230,6 @@ def test_a_graph_changes_no_number(kind, dtype):
         captured, plain = (step(idx[:, t : t + 1]) for step in steps)
         assert torch.equal(captured, plain)
     assert steps[0].graph is not None and steps[1].graph is None
-
-
-@torch.inference_mode()
-def test_a_pass_that_was_interrupted_leaves_nothing():
-    """A state that a first layer has moved on, and no second, is forgotten."""
-    model = on_device("latent tokens")
-    idx = torch.randint(23, (2, 5), device=DEVICE)
-    plain, cache = model.make_cache(2, 14), model.make_cache(2, 14)
-    step = DecodingStep(model, cache)
-    model.transformer.h[0](torch.randn(2, 1, 24, device=DEVICE), cache.layers[0])
-    assert cache.layers[0].pending is not None
-    for t in range(5):
-        want, _ = model(idx[:, t : t + 1], cache=plain)
-        torch.testing.assert_close(step(idx[:, t : t + 1]), want, atol=1e-5, rtol=1e-5)
 
 
 FEW = [("MLA", None), ("MLA, groups", torch.int8), ("latent tokens", None)]

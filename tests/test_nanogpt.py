@@ -17,6 +17,7 @@ import nanomla.dataset
 import train
 from nanomla import checkpoint, formats, optim, start
 from nanomla.checkpoint import Checkpoint
+from nanomla.errors import UserError
 from nanomla.settings import configure
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 
@@ -94,16 +95,18 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_optimizer_state_reaches_its_own_parameters(root, bias):
-    """nanoGPT's AdamW state is by position: every weight gets its own moments back, by name."""
-    want = write_run(root / "out", bias=bias)
+def test_optimizer_state_reaches_its_own_parameters(root):
+    """
+    nanoGPT's AdamW state is by position: every weight gets its own moments back, by name. Positions
+    in another order, as until 2023, are an error.
+    """
+    want = write_run(root / "out", bias=True)
     flags = ["--init_from=resume", "--dataset=letters", "--block_size=16", "--beta2=0.99"]
     cfg, _ = configure(train.TrainConfig, [f"--out_dir={root}/out", *flags])
     data = nanomla.dataset.Dataset("letters", 16)
     model, state = start.open_model(cfg, {}, data)
     optimizers = optim.make_optimizers(model, cfg, "cpu")
-    optim.restore_optimizers(optimizers, state.optimizer, root)
+    optim.restore_optimizers(optimizers, state.optimizer, "ckpt.pt")
     assert state.iter_num == 7 and state.best_val_loss == 3.125
     named = dict(model.named_parameters())
     assert named.keys() == want.keys()
@@ -112,6 +115,10 @@ def test_optimizer_state_reaches_its_own_parameters(root, bias):
         assert torch.equal(named[name], weight) and restored["step"] == 7
         for moment in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(restored[moment], moments[moment])
+    moved = state.optimizer["state"]
+    state.optimizer["state"] = {i: moved[(i + 1) % len(moved)] for i in moved}
+    with pytest.raises(UserError, match="ckpt.pt: its optimizer state does not .* of parameter 0"):
+        optim.restore_optimizers(optimizers, state.optimizer, "ckpt.pt")
 
 
 def test_a_run_is_resumed_and_sampled(root):
@@ -123,7 +130,6 @@ def test_a_run_is_resumed_and_sampled(root):
     sample = [f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5", "--temperature=0"]
     before = run("sample.py", *sample)
     assert before.returncode == 0 and before.stdout.startswith("the bag"), before.stderr
-    assert "checkpoint" in run("sample.py", f"--ckpt={root}/out/none.pt").stderr
     resume = ["--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=40"]
     done = run("train.py", *QUICK, *resume)
     assert done.returncode == 0 and "iterations 7 to 40" in done.stdout, done.stderr
@@ -153,28 +159,23 @@ def test_weights_are_fine_tuned_and_exported(root):
 def test_what_its_tokens_mean_is_never_guessed(root):
     """
     Another dataset of the name or none is an error; GPT-2's size means GPT-2's BPE. --dataset takes
-    a name below data/, a folder, a meta.json or a meta.pkl instead.
+    a name below data/, a meta.json or a meta.pkl instead.
     """
     write_run(root / "out")
     letters = root / "data" / "letters"
     sample = ["sample.py", f"--out_dir={root}/out", "--start=the bag", "--max_new_tokens=5"]
     shutil.copytree(letters, root / "data" / "older")
-    shutil.copytree(letters, root / "mine")
     other = {"tokenizer": {"kind": "char", "chars": "ab"}, "tokens": {"train": 3, "val": 3}}
     (letters / "meta.json").write_text(json.dumps(other))
     assert fails_with_one_line(run(*sample), 1, "knows 25 characters", "letters has 2")
     spec = {"kind": "char", "chars": CHARS}
     (root / "any.json").write_text(json.dumps({"tokenizer": spec}))
     texts = set()
-    for name in ("older", root / "mine", letters / "meta.pkl", root / "any.json"):
+    for name in ("older", letters / "meta.pkl", root / "any.json"):
         done = run(*sample, f"--dataset={name}")
         assert done.returncode == 0, done.stderr
         texts.add(done.stdout)
     assert len(texts) == 1 and texts.pop().startswith("the bag")
-    done = run("tools.export", f"--out_dir={root}/out", f"--to={root}/hf", "--dataset=older")
-    assert done.returncode == 0 and formats.read_pretrained(root / "hf").tokenizer == spec
-    exported = [*sample[:1], f"--init_from={root}/hf", *sample[2:], "--dataset=letters"]
-    assert fails_with_one_line(run(*exported), 1, "has a tokenizer of its own")
     shutil.rmtree(letters)
     words = ("25 token ids", str(letters), "--dataset=NAME")
     assert fails_with_one_line(run(*sample), 1, *words)
@@ -200,23 +201,11 @@ def test_the_documented_meta_pkl_is_nanogpts(dataset, tmp_path):
     assert (found.tokenizer, found.vocab_size) == (want.tokenizer, want.vocab_size)
 
 
-def test_a_state_of_another_order_is_one_line(root):
-    """
-    nanoGPT sorted the parameters by name until 2023. This is found before the first step, with one
-    line that names the first parameter.
-    """
-    write_run(root / "out")
-    saved = torch.load(root / "out" / "ckpt.pt")
-    state = saved["optimizer"]["state"]
-    saved["optimizer"]["state"] = {i: state[(i + 1) % len(state)] for i in state}
-    torch.save(saved, root / "out" / "ckpt.pt")
-    args = ["--dataset=letters", f"--out_dir={root}/out", "--init_from=resume", "--max_iters=9"]
-    words = ("ckpt.pt", "optimizer state does not fit", "parameter 0")
-    assert fails_with_one_line(run("train.py", *QUICK, *args), 1, *words)
-
-
 def test_a_resume_keeps_the_best_weights(root):
-    """nanoGPT's ckpt.pt is its best: it becomes best.pt, which a worse run leaves alone."""
+    """
+    nanoGPT's ckpt.pt is its best: it becomes best.pt, which a worse run leaves alone. Losses over
+    other validation windows do not compare: best.pt is then of the new ones.
+    """
     write_run(root / "out")
     before = checkpoint.load(root / "out" / "ckpt.pt")
     stored = torch.load(root / "out" / "ckpt.pt", weights_only=True)
@@ -228,13 +217,7 @@ def test_a_resume_keeps_the_best_weights(root):
     assert best.iter_num == 7
     assert all(torch.equal(best.model[name], tensor) for name, tensor in before.model.items())
     assert checkpoint.load(root / "out" / "ckpt.pt").iter_num == 20
-
-
-def test_other_validation_windows_begin_another_best(root):
-    """Losses over other windows do not compare: best.pt is then of the new ones."""
-    write_run(root / "out")
     here = [f"--out_dir={root}/out", "--init_from=resume"]
-    assert run("train.py", *QUICK, *here, "--max_iters=20").returncode == 0
     done = run("train.py", *here, "--max_iters=30", "--eval_iters=3")
     assert done.returncode == 0 and "the best loss, and best.pt, start anew" in done.stderr
     assert checkpoint.load(root / "out" / "best.pt").iter_num > 7
