@@ -70,6 +70,10 @@ class World:
             if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
                 # SIGTERM when torchrun is gone, which also kill -9 may have ended.
                 ctypes.CDLL(None).prctl(SIGNAL_OF_A_DEAD_PARENT, signal.SIGTERM)
+            # Imported later, its functions would have the group as a default value. The group, and
+            # threads of gloo, would then still be there when Python ends, which can abort.
+            import torch.distributed.nn  # noqa: F401
+
             try:
                 dist.init_process_group(backend=self.backend, device_id=device)
             except (ValueError, RuntimeError) as error:  # a missing address, a port in use
