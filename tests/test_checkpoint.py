@@ -1,7 +1,6 @@
 """Checkpoints survive or fail with one line. Run: python -m pytest tests/test_checkpoint.py"""
 
 import dataclasses
-import math
 import os
 import pickle
 import random
@@ -48,8 +47,8 @@ VARIANTS = [
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_round_trip(tmp_path, settings):
     """
-    What was saved comes back bit by bit, also under the names torch.compile and DDP give. On disk
-    are nanoGPT's seven settings and what differs from the defaults.
+    What was saved comes back bit by bit, also under the names torch.compile and DDP give and with
+    GPT-2's old mask. On disk are nanoGPT's seven settings and what differs from the defaults.
     """
     model = save(tmp_path, **settings)
     stored = checkpoint.load(tmp_path / "ckpt.pt")
@@ -57,12 +56,16 @@ def test_round_trip(tmp_path, settings):
     if set(settings) <= NANOGPT:
         assert set(stored.model_args) == NANOGPT
     stored.model = {"_orig_mod.module." + k: v for k, v in stored.model.items()}
+    stored.model["module.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     twin, note = checkpoint.build(stored)
     assert note is None and twin.config == model.config and same_weights(model, twin)
 
 
 def test_every_field_is_a_key_on_disk(tmp_path):
-    """The file has nanoGPT's keys and ours, plain values only; each comes back as it was."""
+    """
+    The file has nanoGPT's keys and ours, plain values only; each comes back as it was. All but
+    weights and model_args may be missing, or be of a type that converts.
+    """
     model = GPT(tiny_config())
     stored = Checkpoint(
         model.state_dict(),
@@ -85,6 +88,11 @@ def test_every_field_is_a_key_on_disk(tmp_path):
     for field in dataclasses.fields(Checkpoint):
         if field.name not in ("model", "model_args", "source"):
             assert getattr(again, field.name) == getattr(stored, field.name), field.name
+    bare = {"model": stored.model, "model_args": {}, "best_val_loss": torch.tensor(2.0)}
+    torch.save(bare, tmp_path / "ckpt.pt")
+    again = checkpoint.load(tmp_path / "ckpt.pt")
+    assert type(again.best_val_loss) is float and again.best_val_loss == 2.0
+    assert (again.iter_num, again.config, again.optimizer) == (0, {}, None)
 
 
 @pytest.mark.parametrize("settings", [{"pos_emb": "rope"}, SHARED])
@@ -126,21 +134,6 @@ def test_best_and_latest_are_kept_apart(tmp_path):
     assert sorted(contents(tmp_path)) == ["best.pt", "ckpt.pt"]
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.find(tmp_path / "nowhere")
-
-
-def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
-    """Ctrl-C while the bytes are written: the old files, and no temporary one."""
-    save(tmp_path)
-    before = contents(tmp_path)
-
-    def interrupted(_, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path)
-    assert contents(tmp_path) == before
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -247,30 +240,3 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, keys, settings, weights, wor
         checkpoint.build(checkpoint.load(tmp_path / "ckpt.pt"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # kB
-
-
-def test_nanogpt_checkpoint_opens(tmp_path):
-    """model_args of nanoGPT alone, its compile prefix, its old mask buffers, keys of a fork."""
-    model = GPT(tiny_config())
-    state = {"_orig_mod." + k: v for k, v in model.state_dict().items()}
-    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
-    saved = {
-        "model": state,
-        "optimizer": {},
-        "model_args": {k: getattr(model.config, k) for k in NANOGPT},
-        "iter_num": 7,
-        "best_val_loss": torch.tensor(2.0),
-        "config": {},
-        "fork": [1],
-    }
-    torch.save(saved, tmp_path / "ckpt.pt")
-    stored = checkpoint.load(tmp_path / "ckpt.pt")
-    assert stored.iter_num == 7 and stored.tokenizer is None and stored.scaler is None
-    assert type(stored.best_val_loss) is float and stored.best_val_loss == 2.0
-    twin, _ = checkpoint.build(stored)
-    assert twin.config == model.config and same_weights(model, twin)
-    for name in ("iter_num", "best_val_loss", "config", "optimizer"):
-        del saved[name]
-    torch.save(saved, tmp_path / "ckpt.pt")
-    stored = checkpoint.load(tmp_path / "ckpt.pt")
-    assert (stored.iter_num, stored.best_val_loss, stored.config) == (0, math.inf, {})
