@@ -291,17 +291,11 @@ def full_state_dict(state: Any, keep: bool = True) -> Any:
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict of full tensors into an optimizer whose parameters may be sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {**state, "state": dict(state["state"])}
+    states = {}
     for i, values in state["state"].items():
-        p = params[i]
-        if not isinstance(p, DTensor):
-            continue
-        sharded = dict(values)
+        states[i] = dict(values)
         for name, value in values.items():
-            if value.shape == p.shape:
-                sharded[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-        state["state"][i] = sharded
-    optimizer.load_state_dict(state)
+            if torch.is_tensor(value) and value.shape == params[i].shape:
+                states[i][name] = sharded_like(value.to(params[i].device), params[i])
+    optimizer.load_state_dict({**state, "state": states})
