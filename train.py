@@ -189,6 +189,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for name in ("out_dir", "init_from", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}='' does not work: {name} must be some text")
 
 
 class Trainer:

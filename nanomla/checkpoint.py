@@ -15,10 +15,9 @@ import shutil
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from model import GPT, GPTConfig
@@ -26,7 +25,7 @@ from nanomla.checks import Natural, check
 from nanomla.convert import factorise_values
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
-from nanomla.files import one_line, replacing, require_file
+from nanomla.files import one_line, replacing
 from nanomla.tokenizer import check_spec
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
@@ -44,16 +43,14 @@ class Checkpoint:
     """
     Weights and what belongs to them.
 
-    All fields but `source` are the keys on disk. Weights that do not come from a run
-    (nanomla/formats/) have model, model_args and tokenizer; the other fields keep their defaults.
-    Raises ValueError for a value of another type.
+    All fields but `source` are the keys on disk. Raises ValueError for a value of another type.
     """
 
     model: dict[str, Tensor]  # the state dict
     model_args: dict[str, Any]  # the fields of GPTConfig
     optimizer: dict[str, Any] | None = None  # as nanomla.optim.optimizer_state returns it
     scaler: dict[str, Any] | None = None  # the state of float16's GradScaler
-    iter_num: Annotated[Natural, Field(le=10**15)] = 0  # iterations done
+    iter_num: Natural = 0  # iterations done
     best_val_loss: float = math.inf  # nats per token
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings by name
     tokenizer: dict[str, Any] | None = None  # what nanomla.tokenizer.Tokenizer is made from
@@ -89,7 +86,7 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
             with open(unfinished, "wb") as file:
                 torch.save(content, file)
             if best:
-                _second_name(unfinished, folder / BEST)
+                second_name(unfinished, folder / BEST)
     except (OSError, RuntimeError) as error:
         failed = error
         if isinstance(error.__context__, OSError):  # torch has a RuntimeError for a full disk
@@ -98,24 +95,17 @@ def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
         raise UserError(f"no checkpoint written to {folder}: {reason}") from None
 
 
-def _second_name(file: Path, name: Path) -> None:
-    """Give `file` a second name, replacing what has it; a copy where hard links do not work."""
+def second_name(file: Path, name: Path) -> None:
+    """
+    Give `file` a second name, replacing what has it; a copy where hard links do not work.
+
+    Raises OSError.
+    """
     with replacing(name) as unfinished:
         try:
             os.link(file, unfinished)
         except OSError:
             shutil.copyfile(file, unfinished)
-
-
-def keep_as_best(out_dir: str | Path) -> None:
-    """Give out_dir/ckpt.pt the second name best.pt. Raises OSError if that is impossible."""
-    _second_name(Path(out_dir) / LATEST, Path(out_dir) / BEST)
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove the unfinished files of killed runs; the caller must hold the run's lock."""
-    for unfinished in Path(folder).glob(".*.tmp"):
-        unfinished.unlink()
 
 
 def load(path: str | Path, verify: bool = True) -> Checkpoint:
@@ -128,7 +118,6 @@ def load(path: str | Path, verify: bool = True) -> Checkpoint:
     wrong with it.
     """
     try:
-        require_file(path)
         with zipfile.ZipFile(path) as archive:  # what torch.save writes
             damaged = archive.testzip() if verify else None
         if damaged:
@@ -209,7 +198,7 @@ def build(checkpoint: Checkpoint, **overrides: Any) -> tuple[GPT, str | None]:
         raise UserError(f"{source}: {one_line(error)}") from None
     if config != stored:
         model = _without_weights(config)
-    load_state(model, state, source)
+    _load_state(model, state, source)
     return model, note
 
 
@@ -241,14 +230,13 @@ def stored_config(checkpoint: Checkpoint) -> GPTConfig:
         raise UserError(f"{checkpoint.source}: {one_line(error)}") from None
 
 
-def load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
+def _load_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
     """
     Give a model copies of these weights, in torch's default dtype.
 
-    Raises UserError naming what is missing, unknown or of another shape, or the first tensor that
-    holds a NaN or an infinity. Looking for those takes a tenth of the time of the copies.
+    Raises UserError naming the first tensor that holds a NaN or an infinity. Looking for those
+    takes a tenth of the time of the copies.
     """
-    _compare(model, state, source)
     dtype = torch.get_default_dtype()
     copies = {}  # the tensors may be mapped from a file or be views of one another
     for name in model.state_dict():
@@ -294,33 +282,27 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
         check_spec(own, source, vocab_size)
         return own
 
-    # its dataset's, or that of another dataset
-    name = dataset
-    if dataset is None:
-        name = checkpoint.config.get("dataset")
-    place = None
+    name = dataset or checkpoint.config.get("dataset")
+    other = "give the dataset that it was trained on, --dataset=NAME, or its folder or meta file"
+    remedy = f"add a {TOKENIZER} or {other}"
     spec = None
-    if name is not None:
+    if name:
         place = DATA_ROOT / str(name)
         if not place.exists() and Path(str(name)).exists():
             place = Path(str(name))
         spec = read_meta(place).tokenizer
+        remedy = f"put its data folder, with its meta.pkl, at {place}, or {other}"
     if own is not None and own != spec:
         raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
-    other = "give the dataset that it was trained on, --dataset=NAME, or its folder or meta file"
     if spec:
-        check_spec(spec, str(place))
-        chars = spec.get("chars", "")
-        if (chars or dataset is not None) and len(chars) != vocab_size:
-            has = f"the dataset now in {place} has {len(chars) or 'no alphabet'}"
+        count = check_spec(spec, str(place))
+        if spec["kind"] == "char" and count != vocab_size:
+            has = f"the dataset now in {place} has {count}"
             raise UserError(f"{source} knows {vocab_size} characters, but {has}; {other}")
         check_spec(spec, str(place), vocab_size)
         return spec
     if dataset is None and vocab_size in (50257, 50304):  # GPT-2's, and as nanoGPT pads it
         return {"kind": "tiktoken", "name": "gpt2"}
-    remedy = f"add a {TOKENIZER} or {other}"
-    if place:
-        remedy = f"put its data folder, with its meta.pkl, at {place}, or {other}"
     problem = f"nothing says what text its {vocab_size} token ids stand for"
     raise UserError(f"{source}: {problem}; {remedy}")
 

@@ -16,6 +16,10 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+
+# Imported when there is a process group, its functions would have the group as a default value. The
+# group, and threads of gloo, would then still be there when Python ends, which can abort.
+import torch.distributed.nn
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,7 +36,7 @@ class World:
     device: auto, cpu, cuda, cuda:N or mps. backend: auto, nccl or gloo. The numbers come from
     torchrun's RANK, LOCAL_RANK and WORLD_SIZE; `is_main` is True on rank 0. As a context manager it
     joins the process group and leaves it.
-    Raises UsageError for a device or backend that does not work here.
+    Raises UsageError for a device that does not work here.
     """
 
     def __init__(self, device: str, backend: str) -> None:
@@ -49,15 +53,9 @@ class World:
         self.device_type = self.device.partition(":")[0]
         if self.device == "mps" and self.size > 1:
             raise UsageError("several processes cannot share mps; use --device=cpu, or one process")
-        on_cuda = self.device_type == "cuda"
         self.backend = backend
         if backend == "auto":
-            self.backend = "nccl" if on_cuda else "gloo"
-        if self.backend == "nccl" and not on_cuda and self.size > 1:
-            raise UsageError(
-                f"--backend=nccl exchanges between GPUs only, this run is on {self.device}; "
-                "use --backend=gloo"
-            )
+            self.backend = "nccl" if self.device_type == "cuda" else "gloo"
 
     def __enter__(self) -> Self:
         if self.device.startswith("cuda:"):
@@ -142,7 +140,7 @@ def report_errors_once() -> Iterator[None]:
         raise
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """
     A context in which a first SIGINT, SIGTERM or SIGHUP only sets `received`; a second one stops at
     once. Signals that the process was started to ignore, as nohup does, stay ignored.
@@ -151,16 +149,10 @@ class StopSignals:
     """
 
     def __init__(self, announce: bool) -> None:
+        super().__init__()
         self.received = 0  # the number of the signal
         self.announce = announce
-        self.handling = handled(self._note, *SIGNALS)
-
-    def __enter__(self) -> Self:
-        self.handling.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.handling.__exit__(*error)
+        self.enter_context(handled(self._note, *SIGNALS))
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received:
@@ -185,11 +177,8 @@ def resolve_device(device: str) -> str:
         present.insert(0, "cuda")
     if device == "auto":
         return present[0]
-    kind, _, index = device.partition(":")
-    works = kind in present and (not index or index.isdigit())
-    if works and index and kind == "cuda":
-        works = int(index) < torch.cuda.device_count()
-    if not works:
+    numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device not in present + numbered:
         raise UsageError(f"--device={device}: not on this machine, which has {', '.join(present)}")
     return device
 
@@ -302,17 +291,11 @@ def full_state_dict(state: Any, keep: bool = True) -> Any:
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict of full tensors into an optimizer whose parameters may be sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {**state, "state": dict(state["state"])}
+    states = {}
     for i, values in state["state"].items():
-        p = params[i]
-        if not isinstance(p, DTensor):
-            continue
-        sharded = dict(values)
+        states[i] = dict(values)
         for name, value in values.items():
-            if value.shape == p.shape:
-                sharded[name] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-        state["state"][i] = sharded
-    optimizer.load_state_dict(state)
+            if torch.is_tensor(value) and value.shape == params[i].shape:
+                states[i][name] = sharded_like(value.to(params[i].device), params[i])
+    optimizer.load_state_dict({**state, "state": states})

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,14 @@ def one_line(text: object) -> str:
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
-def require_file(path: str | Path) -> None:
-    """Raise OSError if nothing has this name, ValueError for a folder, a pipe or a device."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no file")
-
-
 def read_json(path: str | Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
     """
     The object in a .json file of at most `limit` bytes.
 
-    Raises UserError if it is missing, larger, nested too deeply, damaged or no object.
+    Raises UserError if it is missing, larger, damaged or no object.
     """
     path = Path(path)
     try:
-        require_file(path)
         with open(path, "rb") as file:
             text = file.read(limit + 1)
         if len(text) > limit:
@@ -50,10 +41,8 @@ def read_json(path: str | Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """The JSON object in a text. Raises UserError naming the source if it is none."""
     try:
-        content = json.loads(text if isinstance(text, str) else text.decode("utf-8"))
-    except RecursionError:
-        raise UserError(f"{source}: cannot be read (its values are nested too deeply)") from None
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{source}: cannot be read (it is no JSON object)")

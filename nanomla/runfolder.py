@@ -5,7 +5,6 @@ aside, and which checkpoints are on the disk.
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,16 +46,20 @@ class RunFolder:
         A context in which this run alone trains in the folder. An error gets a note that names the
         last checkpoint.
 
-        Raises UserError if the folder cannot be written or another run trains in it.
+        Raises OSError if the folder cannot be made, UserError if another run trains in it.
         """
         self.world.barrier()  # all ranks have read their checkpoint, which a new run may move
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
-                stack.enter_context(lock_folder(self.path))
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path, "training in it"))
+                for unfinished in self.path.glob(".*.tmp"):
+                    unfinished.unlink()  # of a run that was killed
                 if not self.resumes:
                     move_earlier_run(self.path)
                 elif math.isfinite(self.best_val_loss) and not (self.path / BEST).is_file():
-                    checkpoint.keep_as_best(self.path)  # nanoGPT's ckpt.pt is the best
+                    # nanoGPT's ckpt.pt is the best
+                    checkpoint.second_name(self.path / LATEST, self.path / BEST)
             try:
                 yield
             except Exception as error:
@@ -106,30 +109,10 @@ class RunFolder:
         return f"checkpoints in {self.path}"
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """
-    A context in which a folder is there and no other process trains in it.
-
-    Raises UserError if it cannot be written or another process trains in it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"out_dir {folder} cannot be written ({error.strerror})") from None
-    with locked(folder, "training in it"):
-        checkpoint.remove_leftovers(folder)
-        yield
-
-
 def move_earlier_run(folder: Path) -> None:
     """Move the files of an earlier run in this folder to a folder old-N in it."""
     names = [LATEST, BEST, "log.jsonl", "loss.png", "wandb"]
     names += checkpoint.CONVERSION
-    names.append("tensorboard")  # earlier versions wrote it
     earlier = [path for path in folder.iterdir() if path.name in names]
     if not earlier:
         return

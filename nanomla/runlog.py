@@ -1,22 +1,15 @@
-"""
-What a run writes besides its weights: log.jsonl, loss.png and, if asked to, a wandb run.
+"""What a run writes besides its weights: log.jsonl, loss.png and, if asked to, a wandb run."""
 
-    python -m nanomla.runlog out-mla/log.jsonl     draw loss.png beside it at every line on stdin
-"""
-
-import importlib.util
+import contextlib
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanomla.errors import UserError, say
+from nanomla.errors import say
 from nanomla.files import replacing, write_text
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class RunLog:
@@ -25,7 +18,7 @@ class RunLog:
 
     Only rank 0 has a log. resume_at: the iteration that a resumed run starts at; lines of earlier
     iterations are kept, the others are dropped, as their iterations are done again.
-    Raises UserError if the file cannot be written at the start. A later failure gives a warning and
+    Raises OSError if the file cannot be written at the start. A later failure gives a warning and
     does not stop training; lines that did not fit on the disk are written when it has room again.
     """
 
@@ -34,17 +27,14 @@ class RunLog:
         entries = []
         if resume_at:
             entries = [e for e in read_log(self.path) if e["iter"] < resume_at]
-        try:
-            write_text(self.path, "".join(json.dumps(e) + "\n" for e in entries))
-            # Unbuffered, and open as long as the run lasts.
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror})") from None
-        self.unwritten = b""
+        write_text(self.path, "".join(json.dumps(e) + "\n" for e in entries))
+        # Open as long as the run lasts; what a full disk does not take stays in the buffer.
+        self.file = open(self.path, "ab", buffering=2**20)  # noqa: SIM115
         self.warned = False
         self.settings = list(settings)  # they go into the first entry
         self.wandb: Any = None  # the run in wandb
-        self.plotter: subprocess.Popen | None = None
+        self.drawn_at = time.monotonic()
+        self.pause = 60.0  # seconds until loss.png is drawn again
 
     def start_wandb(
         self, project: str, name: str | None, config: dict[str, Any], run_id: str | None
@@ -54,10 +44,10 @@ class RunLog:
 
         name: what wandb shows; None: the name of the run's folder.
         """
-        try:
+        folder = self.path.parent
+        with self._outliving_wandb():
             import wandb
 
-            folder = self.path.parent
             self.wandb = wandb.init(
                 project=project,
                 name=name or folder.absolute().name,
@@ -67,9 +57,7 @@ class RunLog:
                 dir=folder,
             )
             return self.wandb.id
-        except Exception as error:  # noqa: BLE001  a failure of wandb must not stop the run
-            self._lost_wandb(error)
-            return run_id
+        return run_id
 
     def write(self, **entry: Any) -> None:
         """Append an entry, which must have the key `iter`, to the log and to wandb."""
@@ -77,69 +65,55 @@ class RunLog:
         if self.settings:
             entry["settings"] = self.settings
             self.settings = []
-        self.unwritten += json.dumps(entry).encode() + b"\n"
-        self._flush()
-        if self.wandb is not None:
-            try:
-                self.wandb.log(numbers, step=entry["iter"])
-            except Exception as error:  # noqa: BLE001  as above
-                self._lost_wandb(error)
-
-    def _flush(self) -> None:
-        """Write what is unwritten. What a full disk does not take, perhaps half a line, stays."""
         try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.file.write(json.dumps(entry).encode() + b"\n")
+            self.file.flush()
         except OSError as error:
             if not self.warned:
                 what = f"{self.path} cannot be written ({error.strerror})"
                 say(f"warning: {what}; training goes on", sys.stderr)
             self.warned = True
+        if self.wandb is not None:
+            with self._outliving_wandb():
+                self.wandb.log(numbers, step=entry["iter"])
 
     def plot(self) -> None:
-        """
-        Draw out_dir/loss.png in a process of low priority, if matplotlib is installed.
+        """Draw loss.png once a minute, or less often, so that it takes under 1% of the time."""
+        if time.monotonic() - self.drawn_at > self.pause:
+            self._draw()
 
-        Loading matplotlib and drawing take nearly a second each, too long for the training process.
-        """
+    def _draw(self) -> None:
+        began = time.monotonic()
         try:
-            if self.plotter is None:
-                if importlib.util.find_spec("matplotlib") is None:
-                    return
-                # In the root folder `nanomla` can be imported without being installed. In a session
-                # of its own the process does not receive Ctrl-C, and can draw the last picture.
-                self.plotter = subprocess.Popen(
-                    [sys.executable, "-m", "nanomla.runlog", str(self.path.resolve())],
-                    cwd=ROOT,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            if self.plotter.poll() is None:
-                self.plotter.stdin.write(b"\n")
-                self.plotter.stdin.flush()
-        except OSError:
-            return  # the plotter ended after a warning of its own
+            draw(self.path)
+        except ModuleNotFoundError:
+            pass  # matplotlib is not installed
+        except Exception as error:  # noqa: BLE001  a missing picture must not stop the run
+            what = f"loss.png was not drawn ({type(error).__name__}: {error})"
+            say(f"warning: {what}", sys.stderr)
+        self.drawn_at = time.monotonic()
+        self.pause = max(60.0, 100 * (self.drawn_at - began))
 
     def close(self, at_once: bool = False) -> None:
-        """End the log; at_once: without waiting for wandb's transfers or the last picture."""
-        self._flush()
-        self.file.close()
-        if self.plotter is not None:
-            try:
-                self.plotter.communicate(timeout=0 if at_once else 10)
-            except (OSError, ValueError, subprocess.TimeoutExpired):
-                self.plotter.kill()
-        if self.wandb is not None and not at_once:
-            try:
+        """End the log; at_once: without a last picture or waiting for wandb's transfers."""
+        with contextlib.suppress(OSError):  # of which write has warned
+            self.file.close()
+        if at_once:
+            return
+        self._draw()
+        if self.wandb is not None:
+            with self._outliving_wandb():
                 self.wandb.finish()
-            except Exception as error:  # noqa: BLE001  as above
-                self._lost_wandb(error)
 
-    def _lost_wandb(self, error: Exception) -> None:
-        self.wandb = None
-        reason = f"{type(error).__name__}: {error}"
-        say(f"warning: wandb is off from here on ({reason})", sys.stderr)
+    @contextlib.contextmanager
+    def _outliving_wandb(self) -> Iterator[None]:
+        """A context in which a failure of wandb turns it off and is a warning."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  wandb must not stop the run
+            self.wandb = None
+            reason = f"{type(error).__name__}: {error}"
+            say(f"warning: wandb is off from here on ({reason})", sys.stderr)
 
 
 def clock(seconds: float) -> str:
@@ -163,7 +137,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except (ValueError, RecursionError):
+            except ValueError:
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("iter"), int):
                 entries.append(entry)
@@ -194,22 +168,3 @@ def draw(path: Path) -> None:
 
 def _curve(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     return [e["iter"] for e in entries], [e[key] for e in entries]
-
-
-def draw_on_request(path: Path) -> None:
-    """Draw once for all lines that have arrived on stdin, again and again until stdin ends."""
-    if hasattr(os, "nice"):
-        os.nice(10)
-    try:
-        # Loaded before the first request, while the run is busy with its first iterations.
-        import matplotlib.figure  # noqa: F401
-
-        while os.read(0, 4096):
-            draw(path)
-    except Exception as error:  # noqa: BLE001  a missing picture needs no traceback
-        what = f"no {path.with_name('loss.png')} from here on ({type(error).__name__}: {error})"
-        say(f"warning: {what}", sys.stderr)
-
-
-if __name__ == "__main__":
-    draw_on_request(Path(sys.argv[1]))

@@ -31,7 +31,7 @@ CALLS = [
     ("train.py", ["{tmp}/unknown.py"], 2, "unknown setting n_leyer"),
     # what is named is not there, or is something else
     ("train.py", ["--dataset=nowhere"], 1, "nowhere is not prepared"),
-    ("train.py", ["--out_dir={tmp}/file/o"], 1, "cannot be written (Not a directory)"),
+    ("train.py", ["--out_dir={tmp}/file/o"], 1, "file/o: Not a directory"),
     ("train.py", ["--init_from=resume"], 1, "no checkpoint in"),
     ("train.py", ["--init_from={tmp}/file"], 1, "or not a checkpoint"),
     ("train.py", ["--init_from={tmp}/run", "--use_mla=True"], 1, "tools.convert"),

@@ -1,7 +1,6 @@
 """Checkpoints survive or fail with one line. Run: python -m pytest tests/test_checkpoint.py"""
 
 import dataclasses
-import math
 import os
 import pickle
 import random
@@ -39,7 +38,8 @@ def contents(folder):
 
 
 VARIANTS = [
-    *KINDS.values(), SHARED, {"bias": False, "dropout": 0.1}, {"tie_weights": False},
+    {}, KINDS["MLA + SVD, by layer"], KINDS["latent tokens"], SHARED, {"tie_weights": False},
+    {"bias": False, "dropout": 0.1},
     {"norm": "rmsnorm", "mlp": "swiglu"}, {"pos_emb": "rope", "rope_freqs": (1.0, 0.5, 0.1)},
 ]  # fmt: skip
 
@@ -47,8 +47,8 @@ VARIANTS = [
 @pytest.mark.parametrize("settings", VARIANTS)
 def test_round_trip(tmp_path, settings):
     """
-    What was saved comes back bit by bit, also under the names torch.compile and DDP give. On disk
-    are nanoGPT's seven settings and what differs from the defaults.
+    What was saved comes back bit by bit, also under the names torch.compile and DDP give and with
+    GPT-2's old mask. On disk are nanoGPT's seven settings and what differs from the defaults.
     """
     model = save(tmp_path, **settings)
     stored = checkpoint.load(tmp_path / "ckpt.pt")
@@ -56,12 +56,16 @@ def test_round_trip(tmp_path, settings):
     if set(settings) <= NANOGPT:
         assert set(stored.model_args) == NANOGPT
     stored.model = {"_orig_mod.module." + k: v for k, v in stored.model.items()}
+    stored.model["module.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
     twin, note = checkpoint.build(stored)
     assert note is None and twin.config == model.config and same_weights(model, twin)
 
 
 def test_every_field_is_a_key_on_disk(tmp_path):
-    """The file has nanoGPT's keys and ours, plain values only; each comes back as it was."""
+    """
+    The file has nanoGPT's keys and ours, plain values only; each comes back as it was. All but
+    weights and model_args may be missing, or be of a type that converts.
+    """
     model = GPT(tiny_config())
     stored = Checkpoint(
         model.state_dict(),
@@ -84,6 +88,11 @@ def test_every_field_is_a_key_on_disk(tmp_path):
     for field in dataclasses.fields(Checkpoint):
         if field.name not in ("model", "model_args", "source"):
             assert getattr(again, field.name) == getattr(stored, field.name), field.name
+    bare = {"model": stored.model, "model_args": {}, "best_val_loss": torch.tensor(2.0)}
+    torch.save(bare, tmp_path / "ckpt.pt")
+    again = checkpoint.load(tmp_path / "ckpt.pt")
+    assert type(again.best_val_loss) is float and again.best_val_loss == 2.0
+    assert (again.iter_num, again.config, again.optimizer) == (0, {}, None)
 
 
 @pytest.mark.parametrize("settings", [{"pos_emb": "rope"}, SHARED])
@@ -122,26 +131,9 @@ def test_best_and_latest_are_kept_apart(tmp_path):
     save(tmp_path, seed=1)
     assert checkpoint.load(checkpoint.find(tmp_path)).iter_num == 1
     assert checkpoint.load(checkpoint.find(tmp_path, prefer_best=True)).iter_num == 0
-    (tmp_path / ".best.pt.17.tmp").write_bytes(b"of a run that was killed")
-    checkpoint.remove_leftovers(tmp_path)
     assert sorted(contents(tmp_path)) == ["best.pt", "ckpt.pt"]
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.find(tmp_path / "nowhere")
-
-
-def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch):
-    """Ctrl-C while the bytes are written: the old files, and no temporary one."""
-    save(tmp_path)
-    before = contents(tmp_path)
-
-    def interrupted(_, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save(tmp_path)
-    assert contents(tmp_path) == before
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -162,17 +154,6 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["transformer.h.1.ln_2.bias", "transformer.wte.weight"])
-def test_weights_that_are_not_finite_are_named(tmp_path, name, value):
-    """One value of one tensor, also of one that is tied."""
-    save(tmp_path)
-    stored = checkpoint.load(tmp_path / "ckpt.pt")
-    stored.model[name].view(-1)[-1] = value
-    with pytest.raises(UserError, match=f"ckpt.pt: {name} holds .* not finite"):
-        checkpoint.build(stored)
-
-
 def test_damaged_files_are_one_clear_line(tmp_path):
     """
     Truncated at any length, a bit flipped anywhere in the tensors, random bytes, nothing, a folder:
@@ -182,11 +163,11 @@ def test_damaged_files_are_one_clear_line(tmp_path):
     content = (tmp_path / "ckpt.pt").read_bytes()
     draw = random.Random(1)
     pieces = [b"", content[:1], content[:-1], draw.randbytes(10), draw.randbytes(5000)]
-    for _ in range(15):
+    for _ in range(5):
         pieces.append(content[: draw.randrange(2, len(content) - 1)])
     with zipfile.ZipFile(tmp_path / "ckpt.pt") as archive:
         largest = max(archive.infolist(), key=lambda member: member.file_size)
-    for _ in range(15):
+    for _ in range(5):
         place = largest.header_offset + 200 + draw.randrange(largest.file_size - 200)
         damaged = bytearray(content)
         damaged[place] ^= 1 << draw.randrange(8)
@@ -218,67 +199,44 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"weights": 1}, "no model and no model_args"),
-        ({"model": {}, "model_args": {}, "format": 99}, "format 99"),
-        ({"model": {}, "model_args": {}, "iter_num": "seven"}, "iter_num='seven'"),
-        ({"model": {"a": 1}, "model_args": {}}, r"model=\{'a': 1\}"),
-        ({"model": {}, "model_args": {}, "config": [1]}, r"config=\[1\]"),
-    ],
-)
-def test_files_that_are_no_checkpoints(tmp_path, content, words):
-    """Other keys, another format, values of another type: a line that names what is wrong."""
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=f"other.pt: not a nanoMLA .*{words}"):
-        checkpoint.load(tmp_path / "other.pt")
+WIDE = 10**12
+WPE = "transformer.wpe.weight"
+WIDE_TENSOR = torch.zeros(1).expand(10**6, 10**6)
+WRONG = [  # changes of the file's keys, of the settings, of the weights; what the error names
+    ({"model": None}, {}, {}, "model=None"),
+    ({"format": 99}, {}, {}, "format 99"),
+    ({"iter_num": "seven"}, {}, {}, "iter_num='seven'"),
+    ({"iter_num": -1}, {}, {}, "iter_num=-1"),
+    ({}, {}, {"a": 1}, r"model=\{'a': 1.* does not work"),
+    ({}, {"n_layer": 100_000}, {}, "n_layer=100000, but there are weights of 2 layers"),
+    ({}, {"vocab_size": WIDE}, {}, str(WIDE)),
+    ({}, {"pos_emb": "rope", "block_size": WIDE}, {}, str(WIDE)),
+    ({}, {"bias": False}, {}, r"unknown \(first transformer.h.0.attn.c_attn.bias\)"),
+    ({}, {"tie_weights": False, "mlp": "swiglu"}, {}, r"missing \(first "),
+    ({}, {"n_head": 5}, {}, "n_head=5 does not work"),
+    ({}, {"n_heads": 4}, {}, "does not know: n_heads"),
+    ({}, {}, {WPE: WIDE_TENSOR}, "wpe.weight has shape"),
+    ({}, {}, {WPE: torch.full((16, 24), torch.inf)}, "wpe.weight holds .* not finite"),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"n_layer": 3}, "n_layer=3, but there are weights of 2 layers"),
-        ({"n_embd": 32}, "has shape"),
-        ({"bias": False}, r"unknown \(first transformer.h.0.attn.c_attn.bias\)"),
-        ({"tie_weights": False, "mlp": "swiglu"}, r"missing \(first "),
-        ({"n_head": 5}, "n_head=5 does not work"),
-        ({"n_heads": 4}, "does not know: n_heads"),
-    ],
-)
-def test_weights_of_another_model_are_named(tmp_path, change, words):
-    """What is missing, unknown or of another shape. A setting of a fork that is off is no error."""
+@pytest.mark.parametrize(("keys", "settings", "weights", "words"), WRONG)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, keys, settings, weights, words):
+    """
+    Other keys, types, sizes, names and shapes, in one line and little memory. Keys of a fork, and
+    its settings that are off, are no error.
+    """
     save(tmp_path)
-    stored = checkpoint.load(tmp_path / "ckpt.pt")
-    stored.model_args |= {"experts": 0, "window": None, "gate": "none"}
-    checkpoint.build(stored)
-    stored.model_args |= change
-    with pytest.raises(UserError, match=f"ckpt.pt: .*{words}"):
-        checkpoint.build(stored)
-
-
-def test_nanogpt_checkpoint_opens(tmp_path):
-    """model_args of nanoGPT alone, its compile prefix, its old mask buffers, keys of a fork."""
-    model = GPT(tiny_config())
-    state = {"_orig_mod." + k: v for k, v in model.state_dict().items()}
-    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
-    saved = {
-        "model": state,
-        "optimizer": {},
-        "model_args": {k: getattr(model.config, k) for k in NANOGPT},
-        "iter_num": 7,
-        "best_val_loss": torch.tensor(2.0),
-        "config": {},
-        "fork": [1],
-    }
-    torch.save(saved, tmp_path / "ckpt.pt")
-    stored = checkpoint.load(tmp_path / "ckpt.pt")
-    assert stored.iter_num == 7 and stored.tokenizer is None and stored.scaler is None
-    assert type(stored.best_val_loss) is float and stored.best_val_loss == 2.0
-    twin, _ = checkpoint.build(stored)
-    assert twin.config == model.config and same_weights(model, twin)
-    for name in ("iter_num", "best_val_loss", "config", "optimizer"):
-        del saved[name]
-    torch.save(saved, tmp_path / "ckpt.pt")
-    stored = checkpoint.load(tmp_path / "ckpt.pt")
-    assert (stored.iter_num, stored.best_val_loss, stored.config) == (0, math.inf, {})
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True) | {"fork": [1]}
+    content["model_args"] |= {"experts": 0, "window": None, "gate": "none"}
+    torch.save(content, tmp_path / "ckpt.pt")
+    checkpoint.build(checkpoint.load(tmp_path / "ckpt.pt"))
+    content["model_args"] |= settings
+    content["model"] |= weights
+    content |= keys
+    torch.save(content, tmp_path / "ckpt.pt")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=f"ckpt.pt: .*{words}") as caught:
+        checkpoint.build(checkpoint.load(tmp_path / "ckpt.pt"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # kB

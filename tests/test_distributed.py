@@ -64,9 +64,6 @@ def test_automatic_precision():
     assert resolve_dtype("auto", "cpu", 128) == "float32"
     assert resolve_dtype("auto", "mps", 999) == "float32"
     assert resolve_dtype("bfloat16", "cpu", 16) == "bfloat16"
-    has = torch.cpu.get_capabilities()
-    wide = "bfloat16" if has.get("amx_bf16") or has.get("avx512_bf16") else "float32"
-    assert resolve_dtype("auto", "cpu", 384) == wide
 
 
 def test_two_processes_equal_one(tmp_path, dataset):
@@ -89,14 +86,13 @@ def test_two_processes_equal_one(tmp_path, dataset):
     [
         ["--parallel=fsdp", "--sample_interval=1"],
         ["--parallel=fsdp", "--mla_share_latent=True", "--n_layer=3", "--grad_checkpoint"],
-        ["--parallel=ddp", "--optimizer=muon", "--use_mla=False", "--pos_emb=learned"],
         ["--parallel=fsdp", "--optimizer=muon"],
     ],
     ids="-".join,
 )
 def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings):
     """
-    As above for FSDP, a latent that blocks share, MHA and Muon; FSDP's checkpoint has the same full
+    As above for FSDP, a latent that blocks share, and Muon; FSDP's checkpoint has the same full
     tensors as that of one process.
     """
     args = [*LONG, f"--dataset={dataset}", "--max_iters=50", *settings]
@@ -146,8 +142,7 @@ def test_an_error_of_all_ranks_is_reported_once(tmp_path, dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("error", ["RuntimeError", "UserError"])
-def test_a_rank_that_fails_ends_all(tmp_path, dataset, error):
+def test_a_rank_that_fails_ends_all(tmp_path, dataset):
     """Within a minute, with its own error shown and what was saved before in place."""
     script = tmp_path / "failing.py"
     script.write_text(
@@ -158,7 +153,7 @@ def test_a_rank_that_fails_ends_all(tmp_path, dataset, error):
         "batch = Dataset.batch\n"
         "def failing(self, seed, iteration, rows):\n"
         "    if iteration == 15 and os.environ['RANK'] == '1':\n"
-        f"        raise {error}('the disk of this rank is gone')\n"
+        "        raise UserError('the disk of this rank is gone')\n"
         "    return batch(self, seed, iteration, rows)\n"
         "Dataset.batch = failing\n"
         "run_script(train.main)\n"
@@ -216,8 +211,7 @@ def process_of_rank(agent: int, rank: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_float16_skips_alike_on_all_ranks(tmp_path, dataset, parallel):
+def test_float16_skips_alike_on_all_ranks(tmp_path, dataset):
     """
     A loss scale that overflows, in one shard or in all, is halved by every rank until it fits, as
     in one process.
@@ -230,7 +224,7 @@ def test_float16_skips_alike_on_all_ranks(tmp_path, dataset, parallel):
         stored = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
         stored["scaler"]["scale"] = 2.0**30
         torch.save(stored, tmp_path / name / "ckpt.pt")
-        here += ["--max_iters=60", "--init_from=resume", f"--parallel={parallel}"]
+        here += ["--max_iters=60", "--init_from=resume", "--parallel=fsdp"]
         done = run("train.py", *here) if name == "one" else torchrun(*here)
         assert done.returncode == 0 and " skipped" in done.stdout, done.stderr
         scales.append(checkpoint.load(tmp_path / name / "ckpt.pt").scaler["scale"])

@@ -12,9 +12,9 @@ import torch
 import torch._dynamo.exc
 
 import train
-from nanomla.errors import UsageError, UserError, explain, printable
-from nanomla.signals import Stopped, handled
-from tests.conftest import QUICK, ROOT, fails_with_one_line, run
+from nanomla.errors import UsageError, explain, printable
+from nanomla.signals import handled
+from tests.conftest import QUICK, ROOT, run
 
 
 def raised(function):
@@ -29,11 +29,7 @@ def raised(function):
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (UserError("no such run"), 1, "error: no such run"),
         (UsageError("no such flag"), 2, "error: no such flag"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (Stopped(signal.SIGTERM), 143, "terminated"),
-        (BrokenPipeError(), 141, ""),
         (raised(Path("/no/such/file").read_bytes), 1, "/no/such/file: No such file or directory"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "error: No space left on device"),
         (raised(lambda: __import__("no_such_package")), 1, "pip install no_such_package"),
@@ -74,7 +70,6 @@ def test_control_characters_forge_nothing():
     """Lines, colours and directions of writing are shown as escapes, letters as they are."""
     assert printable("a\nb\x1b[31m\r\x00\x9b\u202e") == r"a\nb\x1b[31m\r\x00\x9b\u202e"
     assert printable("Größe 大きさ 🙂") == "Größe 大きさ 🙂"
-    assert fails_with_one_line(run("train.py", "--dataset=no\nwhere\x07"), 1, r"no\nwhere\x07")
 
 
 @pytest.fixture

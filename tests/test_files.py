@@ -10,11 +10,11 @@ from nanomla.files import read_json, replacing, write_text
     ("content", "words"),
     [
         (b"", "Expecting value"), (b"[1]", "no JSON object"), (b'{"a": "\xff"}', "utf-8"),
-        (b'{"a": ' * 10**5, "nested too deeply"), (b'{"a": "' + b"x" * 2000 + b'"}', "larger than"),
+        (b'{"a": "' + b"x" * 2000 + b'"}', "larger than"),
     ],
 )  # fmt: skip
 def test_bad_json_is_one_line(tmp_path, content, words):
-    """Damaged, too deep, too large: a UserError with the file's name. A missing one too."""
+    """Damaged, too large, missing: a UserError with the file's name."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
     limit = 1000 if words.startswith("larger") else 10**6
