@@ -47,7 +47,7 @@ class SampleConfig(ModelSettings):
 
     headings: ClassVar[dict[str, str]] = ModelSettings.headings | {
         "use_svd": "model", "start": "prompt", "max_new_tokens": "sampling", "use_cache": "device",
-    }  # fmt: skip
+    }
 
     use_svd: Annotated[
         bool, "The values of a checkpoint that was trained without SVD are factorised."

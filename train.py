@@ -61,19 +61,19 @@ class TrainConfig:
     ignored_in_files: ClassVar[tuple[str, ...]] = (
         "title", "variants", "lr_factors", "seeds", "equal_parameters",
         "decode_context", "eval_tokens",
-    )  # fmt: skip
+    )
     headings: ClassVar[dict[str, str]] = {
         "vocab_size": "model", "out_dir": "run", "batch_size": "batch", "optimizer": "optimizer",
         "learning_rate": "learning rate", "eval_interval": "evaluation", "log_interval": "logging",
         "device": "device",
-    }  # fmt: skip
+    }
     # A resumed run in which one of these has changed is another run than the one it continues.
     decides_run: ClassVar[tuple[str, ...]] = (
         "dropout", "distill", "dataset", "seed", "batch_size", "gradient_accumulation_steps",
         "weight_decay", "beta1", "beta2", "muon_weight_decay", "grad_clip", "learning_rate",
         "muon_learning_rate", "decay_lr", "decay_shape", "wsd_decay", "warmup_iters", "min_lr",
         "dtype",
-    )  # fmt: skip
+    )
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     vocab_size: Annotated[
         Count | None, "The number of token ids that the model knows. None stands for the dataset's."

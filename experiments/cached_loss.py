@@ -32,7 +32,7 @@ VARIANTS = {
     },
     "MHA": {**SHAPE, "pos_emb": "rope"},
     "16 latent tokens": {**SHAPE, "use_latent_tokens": True, "n_latent_tokens": 16},
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -43,7 +43,7 @@ VARIANTS = {
         **ROPE, "use_mla": True, "mla_latent_dim": 192, "mla_rope": "latent",
     },
     "64 latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 64},
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> None:

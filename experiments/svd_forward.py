@@ -34,7 +34,7 @@ from experiments.training import (
     title,
     train_block,
     with_attention,
-)  # fmt: skip
+)
 from model import ATTENTION, GPT, GPTConfig
 from nanomla.attention import Rotation
 from nanomla.dataset import Dataset

@@ -95,7 +95,7 @@ def train(
         model=model.config, max_iters=cfg.max_iters, warmup_iters=warmup_iters, batch_size=12,
         optimizer="muon", muon_learning_rate=0.01 * rate, learning_rate=6e-3 * rate,
         min_lr=3e-4 * rate, beta2=0.99,
-    )  # fmt: skip
+    )
     model.to(cfg.device)
     optimizers = optim.make_optimizers(model, recipe, cfg.device.partition(":")[0])
     for it in range(cfg.max_iters):

@@ -41,7 +41,7 @@ LIMITS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 NAMES = {
     bool: "True or False", int: "a whole number", float: "a number", str: "text",
     dict: "an object", list: "a list", Any: "anything", type(None): "None",
-}  # fmt: skip
+}
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 200  # brief cuts to 60 itself

@@ -187,7 +187,7 @@ def to_mla(
         # a source with ordinary attention may have these settings without effect
         n_kv_head=None, mla_groups=1, mla_rope="decoupled", mla_q_latent_dim=None,
         mla_share_latent=False,
-    )  # fmt: skip
+    )
     return _assemble(config, state), reports
 
 
@@ -290,7 +290,7 @@ def _backward_from_drawn_targets(model: GPT, idx: Tensor, generator: torch.Gener
 def _recorded_attention(
     attn: Attention, recorded: list[tuple[Tensor, Tensor]], x: Tensor, cache: None,
     rotation: Rotation,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """
     Ordinary attention that appends to `recorded` its input x (B, T, C) and zeros that it adds to
     keys and values, (B, T, 2 or 3, nkv, hs), whose parts are those of Calibration.gradients.
@@ -553,7 +553,7 @@ def _ranks(squares: list[Tensor], plan: Plan, config: GPTConfig) -> list[int]:
 def _write_mla(
     state: dict[str, Tensor], attn: str, maps: Maps, keys: SplitKeys, up: Tensor, down: Tensor,
     value_means: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """
     Replace a layer's ordinary attention in a state dict by MLA.
 

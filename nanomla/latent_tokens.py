@@ -205,7 +205,7 @@ def slot_attention(
     for first in range(0, q.size(1), tokens):
         part = slice(first, first + tokens)
         y, state = whole_chunks(state, by_chunk(q[:, part]), by_chunk(kv[:, part]),
-                                by_chunk(log_a[:, part]))  # fmt: skip
+                                by_chunk(log_a[:, part]))
         outs.append(y)
     return torch.cat(outs, dim=1)[:, :T], state
 

@@ -43,7 +43,7 @@ SWITCHES = ("True", "False", "true", "false")  # what may follow a bool's flag, 
 SYNONYMS = {  # names from elsewhere that difflib finds nothing like
     "lr": "learning_rate", "steps": "max_iters", "tokens": "max_iters", "ctx": "block_size",
     "hidden_size": "n_embd", "prompt": "start", "temp": "temperature",
-}  # fmt: skip
+}
 _wrap = functools.partial(
     textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False
 )

@@ -180,7 +180,7 @@ QUICK = [
     "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
     "--gradient_accumulation_steps=1", "--eval_interval=10", "--eval_iters=2", "--warmup_iters=2",
     "--learning_rate=1e-2", "--device=cpu",
-]  # fmt: skip
+]
 
 
 def fails_with_one_line(done: subprocess.CompletedProcess, status: int, *words: str) -> bool:

@@ -59,7 +59,7 @@ CALLS = [
     ("tools.export", ["--out_dir={tmp}/run"], 2, "--to=FOLDER"),
     ("tools.export", ["--out_dir={tmp}/run", "--to={tmp}/e", "--format=llama"], 1, "does not fit"),
     ("tools.compare", ["--variants=NOPE"], 2, "NOPE"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

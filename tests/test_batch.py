@@ -207,7 +207,7 @@ def test_refused_requests():
     for wrong in (
         Request([23], ok), Request([1] * 17, ok), Request([1], ok, n=4),
         Request([1] * 17, ok, window=17), Request([1], Sampling(5, float("nan"))),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError):
             served.submit(wrong)
     assert not served.busy

@@ -41,7 +41,7 @@ VARIANTS = [
     {}, KINDS["MLA + SVD, by layer"], KINDS["latent tokens"], SHARED, {"tie_weights": False},
     {"bias": False, "dropout": 0.1},
     {"norm": "rmsnorm", "mlp": "swiglu"}, {"pos_emb": "rope", "rope_freqs": (1.0, 0.5, 0.1)},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("settings", VARIANTS)

@@ -39,7 +39,7 @@ class Record:
         ("name", Path("a"), "a"), ("on", np.True_, True), ("maybe", np.uint8(3), 3),
         ("pair", [np.int64(1), 2.0], (1, 2)),
     ],
-)  # fmt: skip
+)
 def test_related_values_become_plain(name, value, plain):
     """Of exactly the declared type, inside containers too."""
     stored = getattr(Record(**{name: value}), name)
@@ -70,7 +70,7 @@ def test_tensors_stay_tensors():
         ("pair", 1, "pair=1 does not work: pair must be several, each a whole number"),
         ("weight", 1, "None or a tensor"),
     ],
-)  # fmt: skip
+)
 def test_other_values_are_named(name, value, words):
     """One short line with the field, the value and what works."""
     with pytest.raises(ValueError, match="does not work") as caught:

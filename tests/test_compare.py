@@ -141,7 +141,7 @@ def test_variants_are_read():
     assert changed["mla_latent_dim"] == "4" and changed["use_mla"] is True  # not MHA
     for text, words in (
         ("a: n_kv_head", "write key=value"), ("MHA; mha", "MHA is there twice"), (" , ", "empty"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UsageError, match=re.escape(words)):
             read_variants(text, base)
 

@@ -42,7 +42,7 @@ def test_fields_reach_the_engine():
         prompt=[1, 2], max_tokens=5.0, temperature=0, top_p=0.5, top_k=7, n=3, seed=4,
         stop=["a", "b"], logprobs=0, echo=True, cache_prompt=True, truncate_prompt_tokens=5,
         best_of=3, user="me", suffix="", presence_penalty=0, logit_bias={},
-    ).requests  # fmt: skip
+    ).requests
     s = request.sampling
     assert (s.max_new_tokens, s.temperature, s.top_p, s.top_k) == (5, 0.0, 0.5, 7)
     assert (request.n, request.seed, request.logprobs, request.window) == (3, 4, 0, 5)
@@ -135,7 +135,7 @@ def test_echo_without_the_token_that_begins_a_text():
     tokenizer = SimpleNamespace(
         spec={"kind": "hf"}, encode=lambda text: [1, 2, 3], token_bytes=names.get,
         decode=lambda ids: b"".join(map(names.get, ids)).decode(),
-    )  # fmt: skip
+    )
     for computed, text in ((3, "to be"), (2, "to be"), (1, " be")):
         completion = complete(tokenizer, prompt="to be", echo=True, logprobs=0)
         (request,) = completion.requests

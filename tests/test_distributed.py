@@ -25,7 +25,7 @@ LONG = [
     "--gradient_accumulation_steps=4", "--eval_interval=20", "--eval_iters=3", "--warmup_iters=2",
     "--learning_rate=1e-2", "--lr_decay_iters=50", "--device=cpu", "--dtype=float32",
     "--dropout=0.1", "--use_mla=True", "--pos_emb=rope",
-]  # fmt: skip
+]
 
 
 def torchrun_command(*args, script="train.py"):

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 PAGES = ("README.md", *(f"docs/{n}.md" for n in (
     "attention", "data", "nanogpt", "export", "conversion", "distributed"
-)))  # fmt: skip
+)))
 SHORT = "--n_layer=2 --n_head=4 --n_embd=64 --batch_size=2 --eval_iters=1 --eval_interval=2"
 SHORTER = {  # flags that follow what is printed
     "train.py": f"{SHORT} --block_size=64 --max_iters=2 --log_interval=1",
@@ -135,7 +135,7 @@ def test_what_is_printed_runs(tree):
         f"{train} --out_dir=out-demo",
         "python train.py --dataset=NAME --out_dir=out --gradient_accumulation_steps=1",
         "python -m tools.export --out_dir=out --to=FOLDER",
-    )]  # fmt: skip
+    )]
     work.append(("", "python", AS_NANOGPT))
     for page in PAGES:  # each as if it were read first
         fresh = "import shutil; shutil.rmtree('out-latent', ignore_errors=True)"
@@ -152,7 +152,7 @@ def test_what_is_printed_runs(tree):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tree, input=json.dumps(chosen), text=True, check=False,
         capture_output=True, timeout=240,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     failed = json.loads(done.stdout)
     assert not failed, "\n".join(str(part) for case in failed for part in case)

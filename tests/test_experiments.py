@@ -166,7 +166,7 @@ def test_training_is_that_of_train_py(dataset, tmp_path):
         "--warmup_iters=30", "--batch_size=12", "--gradient_accumulation_steps=1", "--device=cpu",
         "--optimizer=muon", "--learning_rate=6e-3", "--min_lr=3e-4", "--beta2=0.99",
         "--eval_iters=1", "--dtype=float32",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     trained = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     for name, weight in model.state_dict().items():
@@ -190,7 +190,7 @@ def test_every_experiment_runs_and_finds_what_it_says(dataset, monkeypatch):
         (training, "CONTEXT", 64), (training, "EVALUATED", 1), (cached_loss, "TOKENS", 256),
         (costs, "CONTEXT", 32), (costs, "BUDGET", 2),
         (costs, "SHAPE", {**costs.SHAPE, "n_layer": 1, "block_size": 32}),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(module, name, value)
     args = (f"--dataset={dataset}", "--max_iters=2", "--device=cpu")
     _, scores, _, causal, block = tables("three_step", *args)

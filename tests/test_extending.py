@@ -108,7 +108,7 @@ def test_a_copy_of_the_project_with_it(tmp_path, dataset):
         done = subprocess.run(
             [sys.executable, *map(str, command)], cwd=tree, capture_output=True, text=True,
             check=False, timeout=300,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
@@ -125,5 +125,5 @@ def test_a_copy_of_the_project_with_it(tmp_path, dataset):
         "-m", "tools.compare", f"--dataset={dataset}", *QUICK, "--max_iters=4", "--seeds=1",
         "--variants=MHA; window: attention=sliding_window", "--out_dir=compared",
         "--lr_factors=1,", "--eval_tokens=64",
-    )  # fmt: skip
+    )
     assert "window" in compared

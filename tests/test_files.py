@@ -12,7 +12,7 @@ from nanomla.files import read_json, replacing, write_text
         (b"", "Expecting value"), (b"[1]", "no JSON object"), (b'{"a": "\xff"}', "utf-8"),
         (b'{"a": "' + b"x" * 2000 + b'"}', "larger than"),
     ],
-)  # fmt: skip
+)
 def test_bad_json_is_one_line(tmp_path, content, words):
     """Damaged, too large, missing: a UserError with the file's name."""
     path = tmp_path / "a.json"

@@ -36,13 +36,13 @@ GPT2 = {"vocab_size": 23, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head
 SHAPE = {
     "vocab_size": 23, "max_position_embeddings": 16, "hidden_size": 24, "intermediate_size": 40,
     "num_hidden_layers": 2, "num_attention_heads": 4,
-}  # fmt: skip
+}
 # nh 4, nkv 2, hs 10, and for MLA L 7, r 4, nope 5, hs 6: no two are equal.
 HEADS = {**SHAPE, "num_key_value_heads": 2, "head_dim": 10}
 DENSE = {
     **SHAPE, "num_key_value_heads": 4, "kv_lora_rank": 7, "q_lora_rank": None,
     "qk_rope_head_dim": 4, "qk_nope_head_dim": 5, "v_head_dim": 6, "first_k_dense_replace": 2,
-}  # fmt: skip
+}
 FAMILIES = {  # transformers' classes of settings and of models
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "llama": ("LlamaConfig", "LlamaForCausalLM", HEADS),
@@ -226,7 +226,7 @@ def test_open_weights_finds_each_kind(tmp_path):
 
 LLAMA_STYLE = {
     "pos_emb": "rope", "norm": "rmsnorm", "mlp": "swiglu", "mlp_hidden": 40, "bias": False,
-}  # fmt: skip
+}
 DEEPSEEK_STYLE = {**LLAMA_STYLE, "use_mla": True, "mla_latent_dim": 7, "mla_rope_dim": 2}
 STYLES = {"gpt2": {}, "llama": LLAMA_STYLE, "deepseek_v3": DEEPSEEK_STYLE}
 MORE = {"tie_weights": False, "norm_eps": 1e-3, "dropout": 0.25}
@@ -239,7 +239,7 @@ OUT = [
     ("deepseek_v3", {}),
     ("deepseek_v3", {**MORE, "rope_theta": 77.0, "mla_q_latent_dim": 5, "mla_nope_dim": 3,
                      "head_dim": 8, "mla_rope_dim": 4}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "settings"), OUT)
@@ -282,7 +282,7 @@ FLIPPED = {  # for every field that a format may have, a value that differs from
     "n_kv_head": 2, "head_dim": 10, "mla_latent_dim": 5, "mla_groups": 2, "mla_rope_dim": 4,
     "mla_nope_dim": 3, "mla_rope": "latent", "mla_q_latent_dim": 5, "mla_norm": "layernorm",
     "mla_share_latent": True, "n_latent_tokens": 3, "svd_rank": 3, "svd_method": "randomized",
-}  # fmt: skip
+}
 STYLED = {"norm", "mlp", "pos_emb", "use_mla", "rope_freqs"}  # each a style of its own
 
 
@@ -327,7 +327,7 @@ ALPHABET = "\n\t\r \0\x85\u2028\u200d.,'!abe\u0301é🙂日ßİ"  # also what ot
 TEXTS = [
     *ALPHABET, "", "  a. b , a 'a  ! \n\n", "\r\n\n a e\u0301é\u0301🙂\u200d🙂 ",
     ALPHABET + ALPHABET[::-1],
-]  # fmt: skip
+]
 SPECS = [
     {"kind": "char", "chars": ALPHABET},
     {"kind": "byte"},

@@ -14,7 +14,7 @@ from tests.conftest import Largest, reference_attend, torch_threads
 NEAR = {"atol": 1e-5, "rtol": 1e-5}
 FP64, FP32, BF16, HALF, INT8 = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8,
-)  # fmt: skip
+)
 # How far a result may be, over its norm: of float32, and of what is rounded to q's dtype.
 LIMITS = {FP64: 1e-12, FP32: 2e-6, HALF: 2e-3, BF16: 4e-3}
 

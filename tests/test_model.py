@@ -38,7 +38,7 @@ MODELS = {  # every setting of the model, with every attention that has it
     },
     "rotary latent, frequencies": {**ROTARY_LATENT, **FREQUENCIES, "mla_rope_dim": 6},
     "one latent token": {**LATENT_TOKENS, "n_latent_tokens": 1, "head_dim": 5, **LLAMA},
-}  # fmt: skip
+}
 
 
 def cached_by_hand(cfg):
@@ -154,7 +154,7 @@ SETTINGS = [  # a model, and a setting that makes another one of it
     )],
     (LATENT_TOKENS, {"n_latent_tokens": 6}),
     ({**SVD, "head_dim": 20}, {"svd_method": "randomized"}),  # of small matrices both are exact
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("base", "change"), SETTINGS, ids=str)

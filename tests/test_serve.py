@@ -99,7 +99,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, *command, *(flag.format(folder=folder) for flag in flags)],
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
-            )  # fmt: skip
+            )
 
     def ready(self):
         """Wait until it takes requests."""
@@ -286,7 +286,7 @@ def test_a_stream_is_the_whole_in_parts(server):
     body = {
         "model": "out-mla", "prompt": ["to be", "or"], "n": 2, "max_tokens": 12, "seed": 5,
         "logprobs": 3, "echo": True, "return_token_ids": True, "top_k": 50, "top_p": 0.9,
-    }  # fmt: skip
+    }
     whole = server.complete(**body)
     with server.stream(**body, stream_options={"include_usage": True}) as response:
         assert response.headers.get_content_type() == "text/event-stream"
@@ -460,7 +460,7 @@ def test_no_path_reaches_the_files(server):
         "/../pyproject.toml", "/..%2fpyproject.toml", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd",
         "/page.js/../../app.py", "/page/index.html", "/v1/models/../../x", "/%00",
         "/v1/models/..%2f..%2fout-mla", "/index.html%00.js", "/v1/models/%2fetc%2fpasswd",
-    ):  # fmt: skip
+    ):
         assert server.ask("GET", path)[0] == 404, path
 
 

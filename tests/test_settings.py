@@ -158,7 +158,7 @@ def test_every_setting_is_declared_in_full():
     scripts = (
         TrainConfig, SampleConfig, TimingConfig, ReportConfig, CompareConfig, ConvertConfig,
         ExportConfig, ServeConfig, Text, OpenWebText,
-    )  # fmt: skip
+    )
     for config_class in scripts:
         settings = declared(config_class)
         assert set(config_class.headings) <= set(settings), config_class

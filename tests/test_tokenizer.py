@@ -27,7 +27,7 @@ def byte_level(vocab_size=280):
             vocab_size=vocab_size, special_tokens=["<|end|>"], initial_alphabet=letters,
             show_progress=False,
         ),
-    )  # fmt: skip
+    )
     return made
 
 
@@ -63,7 +63,7 @@ def sentencepiece():
         ]},
         "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True,
                   "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges},
-    }  # fmt: skip
+    }
     return HF.from_str(json.dumps(content))
 
 

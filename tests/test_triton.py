@@ -148,7 +148,7 @@ COMPILED = [
     ("bf16", "bf16", 224, 0, 0), ("bf16", "bf16", 576, 0, 0), ("bf16", "i8", 576, 0, 0),
     ("fp16", "fp16", 48, 0, 32), ("fp32", "i8", 128, 128, 0), ("fp32", "bf16", 512, 0, 0),
     ("bf16", "bf16", 512, 512, 64), ("fp32", "fp32", 768, 0, 0),
-]  # fmt: skip
+]
 
 
 def compiled(function, architecture, types, values, **options):
@@ -187,7 +187,7 @@ def compile_all(architecture):
         kernel = compiled(
             triton.attend_part, architecture, types, values,
             num_warps=plan.warps, num_stages=plan.stages,
-        )  # fmt: skip
+        )
         row = {"q": q, "stored": stored, "shared": kernel.metadata.shared}
         row |= {w: kernel.asm["ptx"].count(w) for w in ("mma", "cp.async.cg", "fma.rn.f32")}
         print(json.dumps(row), flush=True)

@@ -42,7 +42,7 @@ SWEEP_SIZES = ("2x", "4x", "8x", "16x", "32x")
 RECIPE = (
     "batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay", "beta1", "beta2",
     "muon_weight_decay", "grad_clip", "learning_rate", "muon_learning_rate", "dtype",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ConvertConfig:
 
     headings: ClassVar[dict[str, str]] = {
         "init_from": "source", "to": "result", "heal_iters": "healing", "eval_tokens": "run",
-    }  # fmt: skip
+    }
 
     init_from: Annotated[
         str | None,
@@ -304,7 +304,7 @@ def report_text(record: Conversion) -> str:
             "latent": layer["latent"],
             "kept": f"{layer['kept']:.2%}",
             "predicted change of the loss": f"{layer['predicted']:+.5f}",
-        })  # fmt: skip
+        })
     return "\n".join([
         f"# {record.source} with a latent cache",
         "",
@@ -317,7 +317,7 @@ def report_text(record: Conversion) -> str:
         "",
         f"Change of the loss, all layers: measured {measured:+.4f}, predicted {predicted:+.4f}.",
         "(The prediction is of second order, layer by layer: too low for changes above some 0.01.)",
-    ])  # fmt: skip
+    ])
 
 
 def loss_rows(record: Conversion) -> list[dict[str, str]]:

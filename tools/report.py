@@ -16,7 +16,7 @@ from tools.bench.timing import Rows, markdown
 MARKERS = "osD^vPX*<>hp"
 COLORS = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#808080",
-)  # fmt: skip
+)
 
 
 def best_runs(rows: Rows, equal: str = "tokens") -> dict[str, Rows]:

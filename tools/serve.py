@@ -178,7 +178,7 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
     return Served(
         name=folder.name, model=model, tokenizer=opened.tokenizer, batch=batch,
         about=about, settings=settings, log=log, most=cfg.rows + cfg.queue,
-    )  # fmt: skip
+    )
 
 
 def describe(model: GPT, batch: Batch) -> dict[str, Any]:
@@ -233,7 +233,7 @@ async def serve(
         guard, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
         access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
         timeout_graceful_shutdown=FLUSH,
-    ))  # fmt: skip
+    ))
     server.capture_signals = contextlib.nullcontext  # they are handled here
     signals: list[int] = []
 

@@ -50,7 +50,7 @@ READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "te
 class PrepareConfig:
     headings: ClassVar[dict[str, str]] = {
         "data_files": "text", "val_fraction": "split", "num_proc": "speed", "out": "output",
-    }  # fmt: skip
+    }
 
     data_files: Annotated[
         str | None,

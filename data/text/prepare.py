@@ -69,7 +69,7 @@ class PrepareConfig:
     usage: ClassVar[str] = "FILE_OR_FOLDER ... [--key=value ...]"
     headings: ClassVar[dict[str, str]] = {
         "name": "output", "tokenizer": "tokens", "val_fraction": "split", "field": "text",
-    }  # fmt: skip
+    }
 
     name: Annotated[str | None, "The dataset is written to data/NAME, for --dataset=NAME."] = None
     out: Annotated[str | None, "The dataset is written to this folder instead."] = None

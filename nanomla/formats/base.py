@@ -57,7 +57,7 @@ FREE = dict.fromkeys(  # what GPT-2, Llama and DeepSeek-V3 can all have, or do n
         "tie_weights", "dropout", "gelu", "rope_theta", "svd_rank", "svd_method", "n_latent_tokens",
     ),
     anything,
-)  # fmt: skip
+)
 MLA_FIELDS = [field.name for field in fields(GPTConfig) if field.name.startswith("mla_")]
 WITHOUT_MLA = dict.fromkeys(MLA_FIELDS, anything)
 

@@ -32,7 +32,7 @@ HF_TOKENIZER_CONFIG = "tokenizer_config.json"
 EXPORT_FILES = {
     CONFIG, WEIGHTS, CARD, TOKENIZER, HF_TOKENIZER, HF_TOKENIZER_CONFIG,
     "vocab.json", "merges.txt",  # of exports by earlier versions
-}  # fmt: skip
+}
 
 
 # ---- Reading

@@ -87,7 +87,7 @@ def attend(
         attend_part[(B * X * triton.cdiv(n, cut.rows), cut.splits)](
             q, *rows, lengths, averages, sums, n, n // T, S - T, T, X, scale / math.log(2),
             *sizes, cut.rows, cut.block, num_warps=cut.warps, num_stages=cut.stages,
-        )  # fmt: skip
+        )
         if sums is not None:
             parts = triton.next_power_of_2(cut.splits)
             columns = min(MERGED // parts, triton.next_power_of_2(width))
@@ -192,7 +192,7 @@ def row_bytes(dtype: torch.dtype, stored: torch.dtype, widths: list[int]) -> int
 def load_rows(
     start, stride, row, present, WIDTH: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     DTYPE: tl.constexpr,
-):  # fmt: skip
+):
     """
     Rows (WIDTH,) in two halves, filled up with zeros to N1 and N2. Rows that are not present are
     zeros. With N2 = 0 there is one half, returned twice.
@@ -267,7 +267,7 @@ def weighted(p, values1, values2, sums1, sums2, N2: tl.constexpr):
 @triton.jit
 def store_rows(
     start, half1, half2, present, WIDTH: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr
-):  # fmt: skip
+):
     """Rows (WIDTH,) in two halves to where they begin, `start` (rows,)."""
     at = start[:, None]
     present = present[:, None]
@@ -285,7 +285,7 @@ def attend_part(
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     W1: tl.constexpr, W2: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """
     The averages of a part of the keys for ROWS of n queries: out (B * X * n, parts, W or D), and
     sums (B * X * n, parts), log2 of the sums of their weights, -inf for no key; None: of one part.
@@ -360,7 +360,7 @@ def attend_part(
 @triton.jit(do_not_specialize=["parts"])
 def merge(
     averages, sums, out, parts, WIDTH: tl.constexpr, PARTS: tl.constexpr, N: tl.constexpr
-):  # fmt: skip
+):
     """N columns of out (WIDTH,), a row's average, from those of its parts (parts, WIDTH)."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)

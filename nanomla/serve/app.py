@@ -42,7 +42,7 @@ PAGE = Path(__file__).resolve().parent / "page"
 TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
-}  # fmt: skip
+}
 HEADERS = [  # of every response
     (b"content-security-policy", b"default-src 'self'"),
     (b"x-content-type-options", b"nosniff"),
@@ -193,14 +193,14 @@ class Metrics:
         self.requests = prometheus.Counter(
             "requests", "Completion requests by HTTP status; 499: the client left",
             ["model", "status"], **where,
-        )  # fmt: skip
+        )
         self.samples = prometheus.Counter(
             "samples", "Samples by how they ended", ["model", "finish"], **where
         )
         self.first_token = prometheus.Histogram(
             "time_to_first_token_seconds", "From a request to its first token", ["model"],
             buckets=SECONDS, **where,
-        )  # fmt: skip
+        )
         self.steps = prometheus.Histogram(
             "step_seconds", "One step of a model's batch", ["model"], buckets=SECONDS, **where
         )

@@ -37,7 +37,7 @@ LEAST = -9999.0  # stands for log probabilities that JSON does not have: minus i
 KINDS = {  # what OpenAI calls a status
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 500: "server_error", 503: "overloaded_error",
-}  # fmt: skip
+}
 
 
 class ApiError(Exception):
@@ -272,7 +272,7 @@ class Completion:
         sampling = Sampling(
             max_new_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k,
             top_p=params.top_p, stop=tuple(stops) or None, end=end,
-        )  # fmt: skip
+        )
         self.requests = [
             Request(
                 ids, sampling, n=params.n, seed=seed, logprobs=params.logprobs,
@@ -280,7 +280,7 @@ class Completion:
                 cache_prompt=params.cache_prompt, window=params.truncate_prompt_tokens,
             )
             for ids in encoded
-        ]  # fmt: skip
+        ]
         self.made: dict[int, int] = {}  # tokens by choice
         self.places: dict[int, int] = {}  # in the choice's text, of its next token
         self.head = {

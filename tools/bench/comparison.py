@@ -21,7 +21,7 @@ def deepseek_layer(nh: int, S: int, L: int, x: Tensor) -> Callable[[], None]:
         kv_lora_rank=L, qk_rope_head_dim=2, qk_nope_head_dim=hs - 2, v_head_dim=hs,
         rope_interleave=False, num_hidden_layers=1, max_position_embeddings=S,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     layer = deepseek.DeepseekV3Attention(config, 0).to(x.device, x.dtype).eval()
     position = torch.tensor([[S - 1]], device=x.device)
     rotary = deepseek.DeepseekV3RotaryEmbedding(config).to(x.device)(x, position)
@@ -75,6 +75,6 @@ def gpt2_training(
     model = new_gpt2(
         vocab_size=base.vocab_size, n_positions=base.block_size, n_embd=base.n_embd,
         n_layer=base.n_layer, n_head=base.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    ).to(x.device)  # fmt: skip
+    ).to(x.device)
     adamw = torch.optim.AdamW(model.parameters(), lr=6e-4, fused=True)
     return lambda: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()), model, adamw

@@ -19,7 +19,7 @@ from tools.bench.timing import (
     measure_limits,
     name_of,
     table,
-)  # fmt: skip
+)
 
 MLA = {"use_mla": True, "mla_latent_dim": 192}
 LAYERS = {  # what is timed alone; MHA and MLA come first

@@ -130,7 +130,7 @@ def ask(address: str, prompt: list[int], tokens: int, seed: int) -> tuple[int, f
     body = {
         "prompt": prompt, "max_tokens": tokens, "seed": seed, "stream": True, "ignore_eos": True,
         "stream_options": {"include_usage": True},
-    }  # fmt: skip
+    }
     connection = http.client.HTTPConnection(address, timeout=300)
     began = time.perf_counter()
     headers = {"Content-Type": "application/json"}
