@@ -14,7 +14,6 @@ how many tokens and bytes they take, and Ctrl-C stops an answer.
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,9 +27,10 @@ from pydantic import Field
 
 from model import GPT
 from nanomla.batch import Batch, Request, Sampling
+from nanomla.cache import dtype_name
 from nanomla.chat import Chat
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne
-from nanomla.errors import UsageError, UserError, run_script, say
+from nanomla.errors import UsageError, UserError, run_script, say, script_name
 from nanomla.generate import PREFILL_CHUNK, stream_tokens
 from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
@@ -148,12 +148,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         made, seconds = print_one(cfg, opened, prompt)
 
-    dtype_name = str(opened.dtype).removeprefix("torch.")
     cache_size = "no cache"
     if cfg.use_cache:
         cache_size = describe_cache(opened)
     rate = tokens_per_second(made, seconds)
-    print(f"{rate} on {opened.device} in {dtype_name}; {cache_size}", file=sys.stderr)
+    print(f"{rate} on {opened.device} in {dtype_name(opened.dtype)}; {cache_size}", file=sys.stderr)
 
 
 def read_prompt(start: str) -> str:
@@ -353,7 +352,7 @@ def print_answer(chat: Chat, text: str, terminal: bool) -> float:
         with interruptible as interrupts, contextlib.closing(chat.reply(text)) as answer:
             return print_stream(answer, interrupts)
     except UserError as error:
-        say(f"{os.path.basename(sys.argv[0])}: {error}", sys.stderr)
+        say(f"{script_name()}: {error}", sys.stderr)
         return 0.0
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from experiments.training import MLA, SHAPE, compare, start
 from model import GPT, GPTConfig
+from nanomla.cache import dtype_name
 from nanomla.errors import run_script
-from tools.bench.timing import name_of, table
+from tools.bench.timing import table
 
 TOKENS = 2**15
 VARIANTS = {
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         row = {"variant": name, "without a cache": f"{whole:.6f}"}
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             if model.make_cache(1, 1).grows or dtype != torch.int8:  # which a state cannot be
-                row[name_of(dtype)] = f"{loss(model, batches, dtype) - whole:+.6f}"
+                row[dtype_name(dtype)] = f"{loss(model, batches, dtype) - whole:+.6f}"
         rows.append(row)
     table("Loss token by token through the cache, less that without one", rows)
 

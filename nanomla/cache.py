@@ -20,6 +20,11 @@ from nanomla.kernels import Quantized, quantise
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that a flag has for it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Buffer:
     """
     Numbers of every token, (B, heads, max_len, width), in a floating dtype or as 8-bit integers
@@ -75,7 +80,7 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        names = ", ".join(str(allowed).removeprefix("torch.") for allowed in self.DTYPES)
+        names = ", ".join(dtype_name(allowed) for allowed in self.DTYPES)
         require(dtype in self.DTYPES, "dtype", dtype, f"one of {names}")
         self.batch_size = batch_size
         self.max_len = max_len

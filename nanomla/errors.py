@@ -76,7 +76,7 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         package = error.name.partition(".")[0]
         return f"error: this needs the package {package}: pip install {package}", 1
     if kinds & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in text:
-        remedy = MEMORY.get(_script(), "try a smaller model, batch or context")
+        remedy = MEMORY.get(script_name(), "try a smaller model, batch or context")
         return f"error: out of memory ({text or 'in Python'}); {remedy}", 1
     from_gloo = "RuntimeError" in kinds and ("gloo" in str(error) or "by peer" in str(error))
     if from_gloo or kinds & {"DistError", "DistBackendError"}:
@@ -96,8 +96,10 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def _script() -> str:
-    return os.path.basename(sys.argv[0])
+def script_name() -> str:
+    """What messages call the running script: train.py, or bench for python -m tools.bench."""
+    path = sys.argv[0].removesuffix(f"{os.sep}__main__.py")
+    return os.path.basename(path)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -127,8 +129,9 @@ def _report(error: BaseException) -> int:
         return status  # torchrun stops the other ranks when one has failed, which says why
     if line is None:
         notes = getattr(error, "__notes__", [])
-        say("; ".join([f"{_script()}: error: not expected, please report it", *notes]), sys.stderr)
+        line = f"{script_name()}: error: not expected, please report it"
+        say("; ".join([line, *notes]), sys.stderr)
         traceback.print_exception(error)
     elif line:
-        say(f"{_script()}: {line}", sys.stderr)
+        say(f"{script_name()}: {line}", sys.stderr)
     return status

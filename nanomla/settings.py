@@ -280,7 +280,7 @@ def describe(config: object, origins: dict[str, str]) -> list[str]:
 def _help_text(config_class: type, values: dict[str, Any], origins: dict[str, str]) -> str:
     """Every setting under its heading, with the value in force and where that came from."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)  # set when started with python -m
-    script = sys.argv[0] if spec is None else f"-m {spec.name}"
+    script = sys.argv[0] if spec is None else "-m " + spec.name.removesuffix(".__main__")
     usage = getattr(config_class, "usage", "[CONFIG.py ...] [--key=value ...]")
     doc = sys.modules[config_class.__module__].__doc__ or ""
     lines = [f"usage: python {script} {usage}", "", doc.strip()]

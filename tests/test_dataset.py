@@ -172,7 +172,7 @@ def test_dataset_errors_say_what_to_do(tmp_path, dataset):
     ("content", "message"),
     [
         ("{", "cannot be read"),
-        ('{"dtype": "int8"}', "dtype is neither uint16 nor uint32"),
+        ('{"dtype": "int8"}', "dtype must be one of uint16, uint32"),
         ('{"vocab_size": "65"}', "vocab_size='65' does not work: .* None or a whole number .*"),
         ('{"tokenizer": "gpt2"}', "tokenizer='gpt2' does not work: .* None or an object .*"),
         ('{"tokens": {"train": "9"}}', "tokens={'train': '9'} does not work: .* whole number .*"),

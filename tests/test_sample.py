@@ -58,11 +58,11 @@ def test_greedy_text_is_the_models(trained, draw):
     done = draw("--start=to be")
     assert done.stdout == tokenizer.decode(want) + "\n"
     assert "tokens/s" in done.stderr and done.stderr.count("\n") == 1
-    assert "12 cached numbers per token and layer, 2.67x fewer than MHA, in float32" in done.stderr
+    assert "96 bytes per token, 2.67x smaller than MHA's" in done.stderr
     without = draw("--start=to be", "--use_cache=False")
     assert without.stdout == done.stdout and "no cache" in without.stderr
     assert draw("--start=to be", "--prefill_chunk=3").stdout == done.stdout
-    assert "MHA, in bfloat16" in draw("--cache_dtype=bfloat16").stderr
+    assert "48 bytes per token" in draw("--cache_dtype=bfloat16").stderr
     assert "cpu in bfloat16" in draw("--dtype=bfloat16").stderr
 
 

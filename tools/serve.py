@@ -34,10 +34,11 @@ from pydantic import Field
 from model import GPT
 from nanomla import formats
 from nanomla.batch import Batch
+from nanomla.cache import dtype_name
 from nanomla.checkpoint import Checkpoint
 from nanomla.checks import Count, Natural
 from nanomla.costs import cache_in_words, cached_numbers
-from nanomla.errors import UsageError, UserError, explain, run_script, say
+from nanomla.errors import UsageError, UserError, explain, run_script, say, script_name
 from nanomla.inference import ModelSettings, open_model
 from nanomla.serve.listener import Listener
 from nanomla.serve.protocol import ApiError
@@ -207,11 +208,6 @@ def describe(model: GPT, batch: Batch) -> dict[str, Any]:
     }
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that a flag has for it: float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- the process
 
 
@@ -270,7 +266,7 @@ async def serve(
 def end_at_once(number: int) -> None:
     """End the process as run_script does for a signal, but without waiting for the engine."""
     line, status = explain(KeyboardInterrupt() if number == signal.SIGINT else Stopped(number))
-    say(f"{Path(sys.argv[0]).name}: {line}", sys.stderr)
+    say(f"{script_name()}: {line}", sys.stderr)
     os._exit(status)
 
 

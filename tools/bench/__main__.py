@@ -34,9 +34,7 @@ from tools.bench import decode, kernel, lengths, prefill, profile, report, serve
 from tools.bench.timing import machine, write_json
 from train import HINTS, TrainConfig
 
-GONE = {
-    "vs_compiled": ", which is gone: attention that grows was slower compiled, see docs/log.md",
-}
+GONE = {"vs_compiled": ", which is gone; --vs_hf compares with transformers"}
 
 
 @dataclass

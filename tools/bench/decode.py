@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanomla import costs
+from nanomla.cache import dtype_name
 from nanomla.generate import DecodingStep
 from tools.bench import comparison
 from tools.bench.timing import (
@@ -17,7 +18,6 @@ from tools.bench.timing import (
     alternate,
     fill,
     measure_limits,
-    name_of,
     table,
 )
 
@@ -116,7 +116,7 @@ def one_layer(device: str, rounds: int, dtype: torch.dtype, limits: Limits, vs_h
             row["x roofline"] = limits.beside(e, dtype)
         rows.append(row)
     shape = "One layer, 24 heads of 32, L = 192, 32,768 cached tokens, one new one"
-    return table(f"{shape}, {name_of(dtype)}", rows)
+    return table(f"{shape}, {dtype_name(dtype)}", rows)
 
 
 def decoding(name: str, model: GPT, B: int, context: int, max_len: int, n: int) -> Timed:
@@ -179,7 +179,7 @@ def gpt(device: str, rounds: int, dtype: torch.dtype, limits: Limits, vs_hf: boo
         entries.append(Timed("transformers GPT2LMHeadModel.generate", run, steps=n))
     alternate(entries, rounds, device)
     rows = beside_mha(entries, "token", limits, dtype)
-    return table(f"A 124M GPT, context 1,000, batch 1, greedy, {name_of(dtype)}", rows)
+    return table(f"A 124M GPT, context 1,000, batch 1, greedy, {dtype_name(dtype)}", rows)
 
 
 def long_context(
@@ -196,4 +196,4 @@ def long_context(
     alternate(entries, rounds, device)
     rows = beside_mha(entries, "step", limits, dtype)
     shape = f"The same at {S:,} tokens of context, batch {B}, rotary"
-    return table(f"{shape}, {name_of(dtype)}", rows)
+    return table(f"{shape}, {dtype_name(dtype)}", rows)

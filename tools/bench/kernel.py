@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanomla.cache import dtype_name
 from nanomla.kernels import attend
 from nanomla.memory import free_memory
-from tools.bench.timing import Rows, Timed, alternate, measure_bandwidth, name_of, table
+from tools.bench.timing import Rows, Timed, alternate, measure_bandwidth, table
 
 BEYOND_CACHES = 2**28  # bytes after which no cache of a processor still has the first of them
 LAUNCHES = 20  # in one measurement, at least
@@ -72,7 +73,7 @@ def figures(q: Tensor, latents: Tensor, rounds: int, bandwidth: float) -> dict[s
         torch.cuda.empty_cache()
     took = alternate(entries, rounds, device)
     seconds = took["this"].seconds
-    row = {"dtype": name_of(q.dtype), "heads": f"{nh}", "L + r": f"{width}"}
+    row = {"dtype": dtype_name(q.dtype), "heads": f"{nh}", "L + r": f"{width}"}
     row |= {"tokens": f"{latents.size(2):,}", "batch": f"{B}"}
     row["us"] = f"{seconds * 1e6:,.1f}"
     row["GB/s"] = f"{latents.nbytes / seconds / 1e9:,.1f}"

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from model import ATTENTION, GPTConfig
-from tools.bench.timing import Rows, Timed, alternate, name_of, table
+from nanomla.cache import dtype_name
+from tools.bench.timing import Rows, Timed, alternate, table
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SHAPE = {"block_size": LENGTHS[-1], "n_embd": 128, "n_head": 4, "bias": False}
@@ -56,4 +57,4 @@ def one_layer(device: str, rounds: int, dtype: torch.dtype) -> Rows:
         row[f"{name}, us/token"] = f"{us[name, 16384] / us[name, 1024]:.2f}"
     rows.append(row)
     shape = "Forward and backward of one attention layer, 128 wide, 4 heads, batch 1"
-    return table(f"{shape}, {name_of(dtype)}", rows)
+    return table(f"{shape}, {dtype_name(dtype)}", rows)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT
+from nanomla.cache import dtype_name
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_dtype
 from nanomla.optim import make_optimizers
 from nanomla.start import padded_vocab
-from tools.bench.timing import Rows, name_of, table
+from tools.bench.timing import Rows, table
 from train import TrainConfig
 
 WARM_UP = 5  # iterations
@@ -63,5 +64,5 @@ def measure(device: str, rounds: int, recipe: TrainConfig) -> Rows:
     for part, seconds in (medians | {"all": whole}).items():
         rows.append({"part": part, "ms": f"{seconds * 1e3:.2f}", "share": f"{seconds / whole:.0%}"})
     size = f"{model.get_num_params():,} parameters, {recipe.gradient_accumulation_steps} x "
-    size += f"{recipe.batch_size} x {config.block_size} tokens, {name_of(dtype)}"
+    size += f"{recipe.batch_size} x {config.block_size} tokens, {dtype_name(dtype)}"
     return table(f"An iteration of {size}", rows)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanomla.cache import Cache
+from nanomla.cache import Cache, dtype_name
 from nanomla.errors import UserError
 from nanomla.files import write_text
 
@@ -95,7 +95,7 @@ def measure_limits(device: str) -> Limits:
         entry = Timed("product", square, steps=products)
         alternate([entry], 7, device)
         limits.rate[dtype] = 2 * n**3 / entry.seconds
-        print(f"matrix products {limits.rate[dtype] / 1e9:.0f} GFLOP/s in {name_of(dtype)}")
+        print(f"matrix products {limits.rate[dtype] / 1e9:.0f} GFLOP/s in {dtype_name(dtype)}")
     return limits
 
 
@@ -127,10 +127,6 @@ def markdown(rows: Rows) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     rule = "|" + "|".join("-" * (widths[c] + 2) for c in columns) + "|"
     return [lines[0], rule, *lines[1:]]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def fill(cache: Cache, pos: int) -> Cache:

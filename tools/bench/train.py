@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT, GPTConfig
+from nanomla.cache import dtype_name
 from nanomla.optim import make_optimizers
 from tools.bench import comparison
-from tools.bench.timing import Rows, Timed, alternate, name_of, table
+from tools.bench.timing import Rows, Timed, alternate, table
 from train import TrainConfig
 
 
@@ -88,4 +89,4 @@ def iteration(
         row["this / MHA of the same positions"] = f"{e.seconds / mha.seconds:.3f}"
         rows.append(row)
     size = f"{base.n_layer} layers, {base.n_embd} wide, batch {B} x {T}"
-    return table(f"Training iteration, {size}, {name_of(dtype)}, AdamW", rows)
+    return table(f"Training iteration, {size}, {dtype_name(dtype)}, AdamW", rows)
