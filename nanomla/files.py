@@ -18,18 +18,18 @@ def one_line(text: object) -> str:
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
-def read_json(path: str | Path, limit: int = LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """
-    The object in a .json file of at most `limit` bytes.
+    The object in a .json file of at most LARGEST_JSON bytes.
 
     Raises UserError if it is missing, larger, damaged or no object.
     """
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            text = file.read(limit + 1)
-        if len(text) > limit:
-            raise ValueError(f"it is larger than {limit / 1e6:.0f} MB")
+            text = file.read(LARGEST_JSON + 1)
+        if len(text) > LARGEST_JSON:
+            raise ValueError(f"it is larger than {LARGEST_JSON / 1e6:.0f} MB")
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} in this folder") from None
     except (OSError, ValueError) as error:
