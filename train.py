@@ -34,6 +34,7 @@ from nanomla.runlog import RunLog, evaluation_text
 from nanomla.start import (
     check_model,
     keep_the_later,
+    nothing_left,
     open_model,
     open_teacher,
     resumed_settings,
@@ -389,8 +390,9 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     if cfg.eval_only:
         print0(f"iteration {first}: {evaluation_text(trainer.evaluate())}")
         return
-    if cfg.init_from == "resume" and first >= cfg.max_iters:  # it may not have been evaluated
-        print0(f"nothing to train: iteration {first} of {cfg.max_iters}; raise --max_iters")
+    if nothing_left(cfg, first):
+        print0(f"nothing to do: iteration {first} of {cfg.max_iters}; raise --max_iters")
+        return
 
     with folder.training():
         log = None

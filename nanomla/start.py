@@ -18,6 +18,7 @@ from nanomla.distributed import resolve_device, warn0
 from nanomla.errors import UserError
 from nanomla.memory import require_memory
 from nanomla.optim import Settings
+from nanomla.runlog import read_log
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
 NAMES_OF_FLAGS = {"use_mla": ("mla", "rotary_latent"), "use_latent_tokens": ("latent_tokens",)}
@@ -132,6 +133,17 @@ def changed_settings(before: dict[str, Any], cfg: Settings, it: int) -> list[str
             pairs.pop("wsd_decay", None)
             pairs.pop("lr_decay_iters")
     return [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
+
+
+def nothing_left(cfg: Settings, first: int) -> bool:
+    """Whether a run that is resumed at this iteration has been trained and evaluated to its end."""
+    if cfg.init_from != "resume" or first < cfg.max_iters:
+        return False
+    log = read_log(Path(cfg.out_dir) / "log.jsonl")
+    if not log:
+        return True
+    evaluated = any("val_loss" in entry and entry["iter"] >= first for entry in log)
+    return evaluated and (Path(cfg.out_dir) / checkpoint.BEST).is_file()
 
 
 # ---- The model

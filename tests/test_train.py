@@ -101,7 +101,7 @@ def test_a_new_run_moves_the_earlier_one_to_another_folder(tmp_path, dataset):
     done = run("train.py", *args, "--eval_only", "--init_from=resume")
     assert "val loss" in done.stdout and (tmp_path / "o" / "ckpt.pt").read_bytes() == first
     done = run("train.py", f"--out_dir={tmp_path}/o", "--init_from=resume")
-    assert "nothing to train: iteration 10 of 10; raise --max_iters\n" in done.stdout, done.stderr
+    assert "nothing to do: iteration 10 of 10; raise --max_iters\n" in done.stdout, done.stderr
     assert (tmp_path / "o" / "ckpt.pt").read_bytes() == first
     assert run("train.py", *args, "--max_iters=10", "--seed=2").returncode == 0
     assert (tmp_path / "o" / "old-1" / "ckpt.pt").read_bytes() == first
