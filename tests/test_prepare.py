@@ -224,7 +224,7 @@ def test_input_that_cannot_be_used(name, tmp_path):
     ("args", "message"),
     [
         (["--name=x"], "say what to read"),
-        (["{tmp}", "--name=x"], "folders with .txt, .md, .py, .jsonl files"),
+        (["{tmp}", "--name=x"], "no .txt, .md, .py, .jsonl file in there"),
         (["a.txt"], "say where to write"),
         (["a.txt", "--name=shakespeare_char"], "belongs to the prepare.py in it"),
         (["{tmp}/a", "--name=x", "--tokenizer=gpt4"], "tokenizer must be one of gpt2"),

@@ -139,6 +139,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def find_files(paths: list[str]) -> list[Path]:
     """The given files, and the text files in the given folders. Raises UsageError without any."""
+    if not paths:
+        raise UsageError("say what to read, as in prepare.py my/*.txt --name=mine")
     files = []
     for path in map(Path, paths):
         if not path.is_dir():
@@ -149,10 +151,8 @@ def find_files(paths: list[str]) -> list[Path]:
             if inner.name.removesuffix(".gz").endswith(SUFFIXES) and not hidden:
                 files.append(inner)
     if not files:
-        raise UsageError(
-            f"say what to read: text files, or folders with {', '.join(SUFFIXES)} files, "
-            "as in prepare.py my/*.txt --name=mine"
-        )
+        suffixes = ", ".join(SUFFIXES)
+        raise UsageError(f"{', '.join(paths)}: no {suffixes} file in there, gzipped or not")
     return files
 
 
