@@ -2,6 +2,7 @@
 
 import pytest
 
+from nanomla import files
 from nanomla.errors import UserError
 from nanomla.files import read_json, replacing, write_text
 
@@ -13,13 +14,13 @@ from nanomla.files import read_json, replacing, write_text
         (b'{"a": "' + b"x" * 2000 + b'"}', "larger than"),
     ],
 )
-def test_bad_json_is_one_line(tmp_path, content, words):
+def test_bad_json_is_one_line(tmp_path, monkeypatch, content, words):
     """Damaged, too large, missing: a UserError with the file's name."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    limit = 1000 if words.startswith("larger") else 10**6
+    monkeypatch.setattr(files, "LARGEST_JSON", 1000)
     with pytest.raises(UserError, match=f"a.json: cannot be read .*{words}") as caught:
-        read_json(path, limit)
+        read_json(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     with pytest.raises(UserError, match=r"no b.json in this folder"):
         read_json(tmp_path / "b.json")
