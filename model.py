@@ -47,6 +47,9 @@ from nanomla.kernels import Linear, Quantized, attend, causal_weights, dequantis
 from nanomla.latent_tokens import LatentTokenAttention
 from nanomla.memory import require_memory
 
+# The names of attention that a flag of GPTConfig stands for.
+NAMES_OF_FLAGS = {"use_mla": ("mla", "rotary_latent"), "use_latent_tokens": ("latent_tokens",)}
+
 
 @dataclass
 class GPTConfig:
@@ -169,20 +172,19 @@ class GPTConfig:
         Write a name that flags can say as these flags, so that one model has one config, whichever
         way it was asked for. Only the name of an attention without flags stays.
         """
-        allowed = f"False with attention={self.attention!r}"
-        if self.attention in ("mla", "rotary_latent"):
-            self.use_mla = True
-        elif self.attention is not None:
-            require(not self.use_mla, "use_mla", True, allowed)
+        if self.attention is None:
+            return
+        for flag, names in NAMES_OF_FLAGS.items():
+            if self.attention in names:
+                setattr(self, flag, True)
+            else:
+                allowed = f"False with attention={self.attention!r}"
+                require(not getattr(self, flag), flag, True, allowed)
         if self.attention == "mla":
             decoupled = self.mla_rope == "decoupled"
             require(decoupled, "mla_rope", self.mla_rope, "'decoupled' with attention='mla'")
         if self.attention == "rotary_latent":
             self.mla_rope = "latent"
-        if self.attention == "latent_tokens":
-            self.use_latent_tokens = True
-        elif self.attention is not None:
-            require(not self.use_latent_tokens, "use_latent_tokens", True, allowed)
         if self.attention in ("mha", "mla", "rotary_latent", "latent_tokens"):
             self.attention = None
 

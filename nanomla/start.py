@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from model import ATTENTION, GPT, GPTConfig
+from model import ATTENTION, GPT, NAMES_OF_FLAGS, GPTConfig
 from nanomla import checkpoint, convert, costs, formats, optim, settings
 from nanomla.checkpoint import Checkpoint
 from nanomla.dataset import Dataset
@@ -21,7 +21,6 @@ from nanomla.optim import Settings
 from nanomla.runlog import read_log
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
-NAMES_OF_FLAGS = {"use_mla": ("mla", "rotary_latent"), "use_latent_tokens": ("latent_tokens",)}
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
 NANOGPT_MACHINE = ("device", "dtype", "backend", "compile")
 Config = TypeVar("Config")
