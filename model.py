@@ -24,7 +24,7 @@ draws tokens.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -977,8 +977,7 @@ class GPT(nn.Module):
             del parts["wpe"]
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        positions = torch.arange(config.block_size, device="cpu")
-        cos, sin = rope_tables(positions, config, torch.float32)
+        cos, sin = self._rotary_tables()
         self.register_buffer("rope_cos", cos, persistent=False)  # one table for all layers
         self.register_buffer("rope_sin", sin, persistent=False)
         if not self.lm_head.weight.is_meta:
@@ -996,6 +995,19 @@ class GPT(nn.Module):
 
         model, _ = build(open_weights(source, prefer_best=True), **(override_args or {}))
         return model
+
+    def _rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, (block_size, rotary_dim / 2), in float32."""
+        positions = torch.arange(self.config.block_size, device="cpu")
+        return rope_tables(positions, self.config, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
+        """Move or convert the model; its rotary tables stay float32, so that none is rounded."""
+        super()._apply(fn, recurse)
+        cos, sin = self._rotary_tables()
+        self.rope_cos = cos.to(self.rope_cos.device)
+        self.rope_sin = sin.to(self.rope_sin.device)
+        return self
 
     def tie_weights(self) -> None:
         """Let shared weights be one parameter: lm_head and wte, and all latent projections."""
@@ -1058,7 +1070,7 @@ class GPT(nn.Module):
             cos, sin = rope_tables(torch.arange(end), self.config, x.dtype)
             rotation = cos.to(x.device)[at], sin.to(x.device)[at]
         else:
-            rotation = self.rope_cos[at], self.rope_sin[at]
+            rotation = self.rope_cos[at].to(x.dtype), self.rope_sin[at].to(x.dtype)
         return self.transformer.drop(x), rotation
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ The model against itself along other paths; tests/test_formats.py has it beside 
 Run: python -m pytest tests/test_model.py
 """
 
+import copy
 import itertools
 from dataclasses import asdict
 
@@ -242,6 +243,22 @@ def test_what_none_stands_for():
     given = GPT(tiny_config(pos_emb="rope", rope_freqs=plain.config.frequencies.tolist()))
     given.load_state_dict(plain.state_dict())
     assert torch.equal(all_logits(given, idx), all_logits(plain, idx))
+
+
+@pytest.mark.parametrize("settings", [{"pos_emb": "rope"}, TINY_MLA, KINDS["rotary latent"]])
+def test_another_dtype_and_back(settings):
+    """A model that was bfloat16 or float16 is, with its weights loaded again, what it was."""
+    model = make(settings)
+    weights = copy.deepcopy(model.state_dict())
+    idx = torch.randint(23, (2, 16))
+    logits = all_logits(model, idx)
+    for narrow in (torch.bfloat16, torch.float16):
+        low = all_logits(model.to(narrow), idx)
+        assert low.dtype == narrow and torch.allclose(low.float(), logits, rtol=0, atol=1)
+        model.float().load_state_dict(weights)
+        assert torch.equal(all_logits(model, idx), logits)
+    model.to_empty(device="cpu").load_state_dict(weights)
+    assert torch.equal(all_logits(model, idx), logits)
 
 
 def test_built_on_the_meta_device_and_filled():
