@@ -42,7 +42,7 @@ from nanomla.attention import (
 )
 from nanomla.cache import Cache, LayerCache
 from nanomla.checks import Count, Positive, Several, Share, check, require
-from nanomla.generate import Sampler, stream_tokens
+from nanomla.generate import Sampler, check_shape, stream_tokens
 from nanomla.kernels import Linear, Quantized, attend, causal_weights, dequantise
 from nanomla.latent_tokens import LatentTokenAttention
 from nanomla.memory import require_memory
@@ -1028,9 +1028,13 @@ class GPT(nn.Module):
         """
         idx (B, T) int64. With targets (B, T): logits (B, T, V) and the mean cross-entropy over all
         but -1. Without: logits of the last position, (B, 1, V), or with all_logits of all, and
-        None. With a cache, idx goes on from what it holds. Raises ValueError for a context or a
-        cache that does not fit.
+        None. With a cache, idx goes on from what it holds. Raises ValueError for an idx without a
+        token, for targets of another shape, and for a context or a cache that does not fit.
         """
+        check_shape(idx)
+        if targets is not None:
+            allowed = f"the shape of idx, {tuple(idx.shape)}"
+            require(targets.shape == idx.shape, "targets.shape", tuple(targets.shape), allowed)
         if cache is not None:
             self._check_made_for(cache)  # nothing is written before the cache is known to fit
             cache.check(*idx.shape, self.lm_head.weight.device)
@@ -1078,8 +1082,9 @@ class GPT(nn.Module):
         """
         What every token of idx (B, T) reads of all in one layer, for pictures: (B, nh, T, T), row i
         what token i reads of tokens 0 to i. For a model in evaluation mode. Raises ValueError for a
-        layer that is not there.
+        layer that is not there, or an idx without a token.
         """
+        check_shape(idx)
         blocks = self.transformer.h
         require(layer in range(len(blocks)), "layer", layer, f"from 0 to {len(blocks) - 1}")
         x, rotation = self._embed(idx, None)
