@@ -64,6 +64,7 @@ class Source:
             longest = f"the longest context of {cfg.init_from} is {self.config.block_size}"
             raise UserError(f"--block_size={cfg.block_size} does not work: {longest}")
         self.data = Dataset(cfg.data, self.block_size)
+        self.data.model_vocab_size = self.config.vocab_size
         self.tokenizer = self._tokenizer()
         windows = 5 * 10**7 // (self.config.vocab_size * self.block_size)  # with logits of 200 MB
         self.batch_size = max(1, min(64, windows))

@@ -289,6 +289,7 @@ def check_model(config: GPTConfig, cfg: Settings, data: Dataset) -> None:
             f"dataset {cfg.dataset} has token ids up to {data.vocab_size - 1}, the model only "
             f"vocab_size={config.vocab_size}; {remedy}"
         )
+    data.model_vocab_size = config.vocab_size  # nanoGPT's datasets do not say what their ids are
     if cfg.init_from != "scratch":
         return  # what the weights' own config stores was said when they were made
     idle = [f"{name}={getattr(config, name)!r}" for name in without_effect(config)]
