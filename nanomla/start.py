@@ -247,9 +247,12 @@ def require_room(cfg: Settings, config: GPTConfig) -> None:
     remedy = "use a smaller model, batch_size or block_size"
     weights = 4 * costs.parameters(config)
     require_memory(weights, "a model of this size", "cpu", remedy)  # where it is made
-    needs = costs.training_bytes(config, cfg.batch_size)
+    moments = 2  # of AdamW
+    if cfg.optimizer == "muon":
+        moments = 1  # of matrices, which are most of a model
+    needs = costs.training_bytes(config, cfg.batch_size, moments)
     if cfg.parallel == "fsdp":
-        needs -= 4 * weights  # weights, gradients and two moments are shared out
+        needs -= (2 + moments) * weights  # weights, gradients and moments are shared out
     require_memory(needs, "training this model with this batch", device, remedy)
 
 

@@ -136,7 +136,8 @@ def test_training_bytes_by_hand():
     parameters = GPT(config).get_num_params(False)
     tokens = 3 * 16
     numbers = 2 * 23 * tokens + 2 * 24 * tokens
-    assert costs.training_bytes(config, 3) == 16 * parameters + 4 * numbers
+    assert costs.training_bytes(config, 3, moments=2) == 16 * parameters + 4 * numbers
+    assert costs.training_bytes(config, 3, moments=1) == 12 * parameters + 4 * numbers
 
 
 def test_flops_of_decoding_with_low_rank_values():
