@@ -37,8 +37,10 @@ from nanomla.attention import (
     Attention,
     Rotation,
     cached_numbers_at,
+    in_order,
     init_weights,
     mha_key_value_parameters,
+    real_first,
 )
 from nanomla.cache import Cache, LayerCache
 from nanomla.checks import Count, Positive, Several, Share, check, require
@@ -432,8 +434,14 @@ class CausalSelfAttention(AttentionWithValues):
         return LayerCache(sizes, batch_size, max_len, dtype, device)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
+        if mask is not None:
+            return self.masked(x, cache, mask)
         q, k, v = self._project(x, cache, rotation)
         if cache is None:
             return self._output(self._attend(q, k, v, None, self._dropout(cache)))
@@ -642,12 +650,15 @@ class MultiHeadLatentAttention(LatentAttention):
         x: Tensor,
         cache: LayerCache | None = None,
         rotation: Rotation = None,
+        mask: Tensor | None = None,
         absorb: bool | None = None,
     ) -> Tensor:
         """
         x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it.
         absorb: attend over latents (True) or expanded keys (False); None: the cheaper with a cache.
         """
+        if mask is not None:
+            return self.masked(x, cache, mask)
         T = x.size(1)
         pos = 0
         lengths = None
@@ -823,8 +834,14 @@ class RotaryLatentAttention(LatentAttention):
         return LayerCache([(self.G, self.L)], batch_size, max_len, dtype, device)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
+        if mask is not None:
+            return self.masked(x, cache, mask)
         if rotation is None:
             rotation = rotation_alone(self.config, x, cache)
         q, c = self._project(x, rotation)  # (B, nh, T, L), (B, G, T, L)
@@ -1024,12 +1041,17 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         cache: Cache | None = None,
         all_logits: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """
         idx (B, T) int64. With targets (B, T): logits (B, T, V) and the mean cross-entropy over all
         but -1. Without: logits of the last position, (B, 1, V), or with all_logits of all, and
-        None. With a cache, idx goes on from what it holds. Raises ValueError for an idx without a
-        token, for targets of another shape, and for a context or a cache that does not fit.
+        None. With a cache, idx goes on from what it holds.
+        mask (B, S) bool: which of all tokens are real, the new ones last; None: all. The others are
+        padding, wherever it stands: it has no position, no part in the loss and no place in the
+        cache, and its logits mean nothing.
+        Raises ValueError for an idx without a token, for targets or a mask of another shape, and
+        for a context or a cache that does not fit.
         """
         check_shape(idx)
         if targets is not None:
@@ -1038,6 +1060,13 @@ class GPT(nn.Module):
         if cache is not None:
             self._check_made_for(cache)  # nothing is written before the cache is known to fit
             cache.check(*idx.shape, self.lm_head.weight.device)
+        real = None
+        if mask is not None:
+            order, real = real_first(mask, *idx.shape)
+            padding = mask[:, -idx.size(1) :].logical_not()
+            idx = idx.masked_fill(padding, 0).gather(1, order)
+        if cache is not None:
+            cache.expect(real)
         x, rotation = self._embed(idx, cache)  # (B, T, C)
         layer_caches = [None] * self.config.n_layer
         if cache is not None:
@@ -1049,6 +1078,10 @@ class GPT(nn.Module):
                 x = block(x, layer_cache, rotation)
         if cache is not None:
             cache.advance(idx.size(1))  # once, after all layers have written at the old position
+        if mask is not None:
+            x = in_order(x, order.argsort(dim=1))
+            if targets is not None:
+                targets = targets.masked_fill(padding, -1)
         if targets is None and not all_logits:
             x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))
@@ -1144,6 +1177,7 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         cache_dtype: torch.dtype | None = None,
         cache: Cache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """
         Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n), without dropout.
@@ -1152,14 +1186,15 @@ class GPT(nn.Module):
         sequence that drew one repeats it, and when all have, generation ends. use_cache=False
         recomputes a sliding window every step. A given cache holds the first cache.pos tokens of
         idx, and then all of the result but its last, or the newest if it cannot hold them;
-        cache_dtype is that of the cache made otherwise. Raises ValueError for arguments out of
-        range.
+        cache_dtype is that of the cache made otherwise. mask (B, T) bool: which tokens of idx are
+        real, for prompts of unequal lengths with padding on either side; a given cache must then be
+        empty. Raises ValueError for arguments out of range.
         """
         if cache is not None:  # before it is made ready, which may empty it
             self._check_made_for(cache)
         sampler = Sampler(temperature, top_k, top_p, generator)
         for token in stream_tokens(
-            self, idx, max_new_tokens, sampler, use_cache, cache_dtype, cache, stop
+            self, idx, max_new_tokens, sampler, use_cache, cache_dtype, cache, stop, mask=mask
         ):
             idx = torch.cat([idx, token], dim=1)
         return idx

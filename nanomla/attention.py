@@ -12,11 +12,34 @@ import torch
 from torch import Tensor, nn
 
 from nanomla.cache import LayerCache
+from nanomla.checks import require
 
 # cos and sin, each (T, dim / 2), or (B, T, dim / 2) if sequences differ; None: nothing is rotated
 Rotation = tuple[Tensor, Tensor] | None
 
 
+# ---- Padding
+def real_first(mask: Tensor, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """
+    The order (B, T) that moves the real tokens among the last T of mask (B, S) before the padding,
+    and the number of real ones, (B,).
+
+    A causal attention does not look at what follows. So tokens in this order need no mask, and get
+    the positions that they have without padding. Raises ValueError for another shape or dtype.
+    """
+    fits = mask.dtype == torch.bool and mask.dim() == 2 and len(mask) == B and mask.size(1) >= T
+    works = f"bool, ({B}, S) with S of at least {T}"
+    require(fits, "mask", f"{mask.dtype} {tuple(mask.shape)}", works)
+    new = mask[:, -T:]
+    return new.logical_not().byte().argsort(dim=1, stable=True), new.sum(dim=1)
+
+
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """The tokens of x (B, T, C) in an order (B, T)."""
+    return x.take_along_dim(order.unsqueeze(-1), dim=1)
+
+
+# ---- The block
 class Attention(nn.Module):
     """
     An attention layer: x (B, T, C) -> (B, T, C). config is a GPTConfig.
@@ -47,14 +70,27 @@ class Attention(nn.Module):
         raise TypeError(f"{type(self).__name__} has no cache")
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """
         x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it.
         rotation: that of the positions of x; None: nothing is rotated, or, under pos_emb='rope',
         attention is used without a GPT and computes it itself.
+        mask (B, S) bool: which tokens are real, as in a GPT's forward; without a GPT only.
         """
         raise TypeError(f"{type(self).__name__} has no forward pass")
+
+    def masked(self, x: Tensor, cache: LayerCache | None, mask: Tensor) -> Tensor:
+        """forward of x (B, T, C) with padding, without a GPT. What padding gets means nothing."""
+        order, real = real_first(mask, *x.shape[:2])
+        if cache is not None:
+            cache.expect(real)
+        y = self(in_order(x, order), cache)
+        return in_order(y, order.argsort(dim=1))
 
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
         """What every token of x (B, T, C) reads of all: (B, nh, T, T)."""

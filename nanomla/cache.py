@@ -87,6 +87,7 @@ class LayerCache:
         self.dtype = dtype
         self.pos = 0
         self.lengths: Tensor | None = None
+        self.real: Tensor | None = None  # see expect
         self.buffers = []
         for heads, width in sizes:
             self.buffers.append(Buffer((batch_size, heads, max_len, width), dtype, device))
@@ -126,10 +127,24 @@ class LayerCache:
             return slice(self.pos, self.pos + T)
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
+    def expect(self, real: Tensor | None) -> None:
+        """
+        Of the next pass's tokens of sequence b, the first real[b] are real and the rest is padding;
+        None: all are real. advance counts only real ones, and the next pass overwrites the others.
+        """
+        self.real = real
+        if real is not None and self.lengths is None:
+            self.lengths = torch.full_like(real, self.pos)
+
     def advance(self, T: int) -> None:
-        """Count T more tokens as held."""
+        """Count T more tokens as held, or the real ones among them."""
         room = self.max_len - self.pos
         require(0 <= T <= room, "T", T, f"from 0 to {room}")
+        if self.real is not None:
+            self.lengths = self.lengths + self.real
+            self.pos = int(self.lengths.max())
+            self.real = None
+            return
         self.pos += T
         if self.lengths is not None:
             self.lengths = self.lengths + T
@@ -138,7 +153,10 @@ class LayerCache:
         """Forget all but the first pos tokens. Raises ValueError for more than are held."""
         require(0 <= pos <= self.pos, "pos", pos, f"from 0 to the {self.pos} tokens held")
         self.pos = int(pos)
-        if self.lengths is not None:
+        self.real = None
+        if pos == 0:
+            self.lengths = None
+        elif self.lengths is not None:
             self.lengths = self.lengths.clamp(max=pos)
 
     def sequences(self, first: int, count: int) -> "LayerCache":
@@ -221,8 +239,13 @@ class Cache:
         """Those of T new tokens: the same for all sequences, or (B, T)."""
         return self.layers[0].positions(T)
 
+    def expect(self, real: Tensor | None) -> None:
+        """Of the next pass's tokens of sequence b only the first real[b] are real; None: all."""
+        for layer in self.layers:
+            layer.expect(real)
+
     def advance(self, T: int) -> None:
-        """Count T more tokens as held, after every layer has written them."""
+        """Count T more tokens as held, or the real ones, after every layer has written them."""
         for layer in self.layers:
             layer.advance(T)
 

@@ -105,6 +105,7 @@ def stream_tokens(
     cache: Cache | None = None,
     stop: int | Iterable[int] | None = None,
     prefill_chunk: int | None = PREFILL_CHUNK,
+    mask: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """
     The new tokens of idx (B, T), each (B, 1) as it is drawn, without dropout. A prompt that all
@@ -118,6 +119,10 @@ def stream_tokens(
     block_size = model.config.block_size
     ends = torch.tensor(stop_ids(stop), device=idx.device)
     check_shape(idx)
+    if mask is not None:
+        idx, mask = padded_left(idx, mask)
+        if cache is not None and cache.pos > 0:
+            raise ValueError("prompts with a mask need an empty cache; truncate it")
     for prompt in idx.tolist():
         check_prompt(prompt, model.config.vocab_size)
     context = begin_context(idx, cache, block_size)
@@ -128,16 +133,19 @@ def stream_tokens(
         if cache is None and use_cache and max_new_tokens > 0:
             longest = min(block_size, idx.size(1) + max_new_tokens)
             cache = model.make_cache(idx.size(0), longest, cache_dtype)
-            prefill_shared(model, context, cache, prefill_chunk)
+            if mask is None:
+                prefill_shared(model, context, cache, prefill_chunk)
         step = None
-        if cache is not None and DecodingStep.is_faster(model, cache):
+        if cache is not None and mask is None and DecodingStep.is_faster(model, cache):
             step = DecodingStep(model, cache)
         done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             context = crop_context(context, cache, block_size)
-            token = sampler(next_logits(model, context, cache, prefill_chunk, step))
+            token = sampler(next_logits(model, context, cache, prefill_chunk, step, mask))
             token = torch.where(done, context[:, -1:], token)
             context = torch.cat([context, token], dim=1)
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones_like(token, dtype=torch.bool)], dim=1)
             yield token
             if len(ends) > 0:
                 done = torch.isin(token, ends)
@@ -153,6 +161,21 @@ def check_shape(idx: Tensor) -> None:
     if idx.dim() != 2 or idx.numel() == 0:
         wrong = f"idx of shape {tuple(idx.shape)} does not work"
         raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
+
+
+def padded_left(idx: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Prompts idx (B, T) with their padding, which mask (B, T) marks by False, moved to the left and
+    replaced by id 0, and their mask. The longest has none. Raises ValueError for a mask of another
+    shape or dtype, or without a real token in every sequence.
+    """
+    allowed = f"bool, {tuple(idx.shape)}, with a real token in every row"
+    fits = mask.dtype == torch.bool and mask.shape == idx.shape and bool(mask.any(dim=1).all())
+    require(fits, "mask", f"{mask.dtype} {tuple(mask.shape)}", allowed)
+    order = mask.byte().argsort(dim=1, stable=True)
+    longest = int(mask.sum(dim=1).max())
+    idx = idx.masked_fill(~mask, 0).gather(1, order)
+    return idx[:, -longest:], mask.gather(1, order)[:, -longest:]
 
 
 def stop_ids(stop: int | Iterable[int] | None) -> list[int]:
@@ -223,19 +246,35 @@ def next_logits(
     cache: Cache | None,
     chunk: int | None,
     step: "DecodingStep | None",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """
     The logits of the token after context (B, T), (B, V). A cache holds the first cache.pos tokens
     of it, and in the end all: those that it lacks are read in chunks, or by step if it is one.
+    mask (B, S): which of the last tokens of context are real, if some are padding on the left.
     """
+    if mask is not None:
+        mask = mask[:, -context.size(1) :]
     if cache is None:
-        return model(context)[0][:, -1]
+        return last_logits(model, context, None, mask)
     new = context[:, cache.pos :]
     if step is not None and new.size(1) == 1:
         return step(new)[:, -1]
     for part in new.split(min(chunk or new.size(1), new.size(1)), dim=1):
-        logits, _ = model(part, cache=cache)
-    return logits[:, -1]
+        seen = None
+        if mask is not None:
+            seen = mask[:, : cache.pos + part.size(1)]
+        logits = last_logits(model, part, cache, seen)
+    return logits
+
+
+def last_logits(
+    model: nn.Module, tokens: Tensor, cache: Cache | None, mask: Tensor | None
+) -> Tensor:
+    """The logits behind tokens (B, T), (B, V). Only a mask with padding among them is given on."""
+    if mask is None or bool(mask[:, -tokens.size(1) :].all()):
+        return model(tokens, cache=cache)[0][:, -1]
+    return model(tokens, cache=cache, mask=mask)[0][:, -1]
 
 
 @torch.inference_mode()

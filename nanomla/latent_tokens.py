@@ -118,8 +118,14 @@ class LatentTokenAttention(Attention):
         return SlotCache(sizes, self.m, batch_size, max_len, dtype, device)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
+        if mask is not None:
+            return self.masked(x, cache, mask)
         B, T, _ = x.shape
         dtype = torch.promote_types(x.dtype, torch.float32)  # as these sums run over all the past
         qkv = self.c_attn(x)
@@ -130,6 +136,10 @@ class LatentTokenAttention(Attention):
                 state = q.new_zeros(B * self.nh, self.m, 2 * self.hs)
             else:
                 state = cache.state.to(dtype).flatten(0, 1)
+            if cache is not None and cache.real is not None:  # padding leaves the slots alone
+                padding = torch.arange(T, device=x.device) >= cache.real[:, None]  # (B, T)
+                padding = padding.repeat_interleave(self.nh, dim=0).unsqueeze(-1)  # (N, T, 1)
+                log_a = log_a.masked_fill(padding, 0)
             y, state = slot_attention(state, q, kv, log_a, self.scale)
         if cache is not None:
             if torch.is_grad_enabled():
