@@ -76,10 +76,11 @@ def load_with_transformers(folder):
     return model
 
 
-def greedy(model, idx, n=6):
+def greedy(model, idx, n=6, mask=None):
     """transformers' greedy continuation, on its cache."""
-    mask = torch.ones_like(idx)  # otherwise it takes some token for padding
-    return model.generate(idx, max_new_tokens=n, do_sample=False, attention_mask=mask)
+    if mask is None:
+        mask = torch.ones_like(idx)  # otherwise it takes some token for padding
+    return model.generate(idx, max_new_tokens=n, do_sample=False, attention_mask=mask.long())
 
 
 def cached_logits(model, idx):
@@ -244,7 +245,10 @@ OUT = [
 
 @pytest.mark.parametrize(("kind", "settings"), OUT)
 def test_transformers_loads_exports(tmp_path, kind, settings):
-    """Equal logits, the same greedy text on either cache; and what is read back is the same."""
+    """
+    Equal logits, the same greedy text on either cache, of prompts with padding too; and what is
+    read back is the same.
+    """
     model = randomise(GPT(tiny_config(**STYLES[kind] | settings)), 0.2)
     assert formats.fitting_format(model.config)[0] == kind
     write(tmp_path, model, kind)
@@ -255,6 +259,9 @@ def test_transformers_loads_exports(tmp_path, kind, settings):
     torch.testing.assert_close(cached_logits(model, idx), want[:, 4:], **CLOSE)
     new = model.generate(idx[:, :7], 9, temperature=0)
     assert torch.equal(new, greedy(theirs, idx[:, :7], 9))
+    mask = torch.arange(7) >= torch.tensor([[0], [4], [6]])  # padding on the left
+    new = model.generate(idx[:, :7], 9, temperature=0, mask=mask)
+    assert torch.equal(new, greedy(theirs, idx[:, :7], 9, mask))
     twin = GPT.from_pretrained(tmp_path)
     if kind == "gpt2" and not model.config.bias:  # GPT-2 always has some
         torch.testing.assert_close(all_logits(twin, idx), want, **CLOSE)
