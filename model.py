@@ -45,12 +45,15 @@ from nanomla.attention import (
 from nanomla.cache import Cache, LayerCache
 from nanomla.checks import Count, Positive, Several, Share, check, require
 from nanomla.generate import Sampler, check_shape, stream_tokens
-from nanomla.kernels import Linear, Quantized, attend, causal_weights, dequantise
+from nanomla.kernels import Linear, Quantized, attend, causal_weights, columns, dequantise
 from nanomla.latent_tokens import LatentTokenAttention
 from nanomla.memory import require_memory
 
 # The names of attention that a flag of GPTConfig stands for.
-NAMES_OF_FLAGS = {"use_mla": ("mla", "rotary_latent"), "use_latent_tokens": ("latent_tokens",)}
+NAMES_OF_FLAGS = {
+    "use_mla": ("mla", "rotary_latent", "split_latents"),
+    "use_latent_tokens": ("latent_tokens",),
+}
 
 
 @dataclass
@@ -128,6 +131,9 @@ class GPTConfig:
     mla_norm: Annotated[
         Literal["rmsnorm", "layernorm", "none"], "The norm that is applied to the latent."
     ] = "rmsnorm"
+    mla_split: Annotated[
+        bool, "Keys and values have latents of their own, both of mla_latent_dim numbers."
+    ] = False
     mla_share_latent: Annotated[bool, "All layers use the down-projection of layer 0."] = False
     use_latent_tokens: Annotated[
         bool, "Every head attends to n_latent_tokens slots that summarise the past."
@@ -182,12 +188,16 @@ class GPTConfig:
             else:
                 allowed = f"False with attention={self.attention!r}"
                 require(not getattr(self, flag), flag, True, allowed)
+        if self.attention in ("mla", "split_latents"):
+            allowed = f"'decoupled' with attention={self.attention!r}"
+            require(self.mla_rope == "decoupled", "mla_rope", self.mla_rope, allowed)
         if self.attention == "mla":
-            decoupled = self.mla_rope == "decoupled"
-            require(decoupled, "mla_rope", self.mla_rope, "'decoupled' with attention='mla'")
+            require(not self.mla_split, "mla_split", True, "False with attention='mla'")
         if self.attention == "rotary_latent":
             self.mla_rope = "latent"
-        if self.attention in ("mha", "mla", "rotary_latent", "latent_tokens"):
+        if self.attention == "split_latents":
+            self.mla_split = True
+        if self.attention in ("mha", "mla", "rotary_latent", "split_latents", "latent_tokens"):
             self.attention = None
 
     @property
@@ -199,6 +209,8 @@ class GPTConfig:
             return "latent_tokens"
         if self.use_mla and self.mla_rope == "latent":
             return "rotary_latent"
+        if self.use_mla and self.mla_split:
+            return "split_latents"
         if self.use_mla:
             return "mla"
         return "mha"
@@ -529,12 +541,15 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
         if equal:
             config.mla_latent_dim = widths[0]
     L = max(widths)
-    most = (full - 1 - beside) // groups
+    latents = groups
+    if config.mla_split:
+        latents = 2 * groups
+    most = (full - 1 - beside) // latents
     allowed = (
-        f"at most {most}: {groups} x {L} + {beside} cached numbers a token "
+        f"at most {most}: {latents} x {L} + {beside} cached numbers a token "
         f"would not be fewer than MHA's {full}"
     )
-    require(groups * L + beside < full, "mla_latent_dim", L, allowed)
+    require(latents * L + beside < full, "mla_latent_dim", L, allowed)
     return min(widths)
 
 
@@ -552,6 +567,9 @@ class LatentAttention(AttentionWithValues):
         config = self.config
         C = config.n_embd
         self.G = config.mla_groups
+        self.latents = self.G  # of a token
+        if config.mla_split:
+            self.latents = 2 * self.G
         self.L = config.latent_dim(layer)
         self.r = config.mla_rope_dim
         self.query_width = query_width
@@ -564,7 +582,7 @@ class LatentAttention(AttentionWithValues):
             self.q_latent_proj = Linear(C, width, bias=False)  # [q_a_proj]
             self.q_latent_norm = latent_norm(config.mla_norm, width)
             self.q_expand = Linear(width, self.nh * query_width, bias=False)  # [q_b_proj]
-        latents = self.G * self.L + key_width
+        latents = self.latents * self.L + key_width
         self.kv_latent_proj = Linear(C, latents, bias=config.bias)  # [kv_a_proj_with_mqa]
         self.latent_norm = latent_norm(config.mla_norm, self.L)
         if nope:
@@ -712,8 +730,8 @@ class MultiHeadLatentAttention(LatentAttention):
     def _latents(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """c (B, G, T, L) after its norm, and the rotary key kr (B, 1, T, r)."""
         B, T, _ = x.shape
-        c, kr = self.kv_latent_proj(x).split([self.G * self.L, self.r], dim=-1)
-        c = self.latent_norm(c.reshape(B, T, self.G, self.L))
+        c, kr = self.kv_latent_proj(x).split([self.latents * self.L, self.r], dim=-1)
+        c = self.latent_norm(c.reshape(B, T, self.latents, self.L))
         kr = kr.unsqueeze(2)
         if self.r:
             kr = apply_rope(kr, rotation)
@@ -738,13 +756,13 @@ class MultiHeadLatentAttention(LatentAttention):
     def _keys_and_values(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor]:
         """c (B, G, S, L), kr (B, 1, S, r) -> keys (B, nh, S, nope + r), values (B, nh, S, hs)."""
         B, _, S, _ = c.shape
-        c = c.transpose(1, 2)  # (B, S, G, L)
-        k = per_group(c, self.k_expand.weight).view(B, S, self.nh, self.nope)
+        c_k, c_v = self._of_keys_and_values(c.transpose(1, 2))  # (B, S, G, L) each
+        k = per_group(c_k, self.k_expand.weight).view(B, S, self.nh, self.nope)
         if self.low_rank:
             W_UV = dense_values(self.v_down.weight, self.v_up)
         else:
             W_UV = self.v_expand.weight
-        v = per_group(c, W_UV).view(B, S, self.nh, self.hs)
+        v = per_group(c_v, W_UV).view(B, S, self.nh, self.hs)
         if self.r:
             kr = kr.transpose(1, 2).expand(-1, -1, self.nh, -1)  # (B, S, nh, r)
             k = torch.cat([k, kr], dim=-1)
@@ -763,8 +781,19 @@ class MultiHeadLatentAttention(LatentAttention):
         q = per_head(q_nope, W_UK)  # W_UK_h^T q_h, (B, nh, T, L)
         if self.r:
             q = torch.cat([q, q_rope], dim=-1)  # (B, nh, T, L + r)
-        o = attend(q, packed, scale=self.scale, beside=beside, lengths=lengths)  # keys are values
+        k, v = self._as_keys_and_values(packed)
+        o = attend(q, k, v, scale=self.scale, beside=beside, lengths=lengths)
         return self._read_values(o[..., : self.L].to(q.dtype))
+
+    def _of_keys_and_values(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents that keys are made of, and those of values: the same."""
+        return c, c
+
+    def _as_keys_and_values(
+        self, packed: Tensor | Quantized
+    ) -> tuple[Tensor | Quantized, Tensor | Quantized | None]:
+        """What is cached, as keys and values of the latent's width: keys are values too."""
+        return packed, None
 
     def absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """
@@ -796,6 +825,57 @@ class MultiHeadLatentAttention(LatentAttention):
         return 2 * self.nh * (self.nope + self.r + self.hs)
 
 
+class SplitLatentAttention(MultiHeadLatentAttention):
+    """
+    MLA with two latents in every group: keys are made of one, values of the other. They share the
+    norm's weights, which k_expand and v_expand could take in.
+
+    kv_latent_proj makes the keys' latents of all groups, those of values, and the rotary key.
+    """
+
+    def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
+        """Both latents of every group; with one group the rotary key lies between them."""
+        sizes = [(self.G, 2 * self.L)]
+        if self.G == 1:
+            sizes = [(1, 2 * self.L + self.r)]
+        elif self.r > 0:
+            sizes.append((1, self.r))
+        return LayerCache(sizes, batch_size, max_len, dtype, device)
+
+    def _of_keys_and_values(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """c (B, S, 2 G, L) -> (B, S, G, L) each."""
+        return c.chunk(2, dim=2)
+
+    def _pack(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor | None]:
+        c_k, c_v = c.chunk(2, dim=1)
+        if self.G == 1:
+            return torch.cat([c_k, kr, c_v], dim=-1), None
+        packed = torch.cat([c_k, c_v], dim=-1)
+        if self.r == 0:
+            return packed, None
+        return packed, kr
+
+    def _unpack(
+        self, packed: Tensor | Quantized, beside: Tensor | Quantized | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """c (B, 2 G, S, L) and kr (B, 1, S, r) again."""
+        packed = dequantise(packed, dtype)
+        c = torch.cat([packed[..., : self.L], packed[..., -self.L :]], dim=1)
+        if beside is not None:
+            return c, dequantise(beside, dtype)
+        return c, packed[..., self.L : -self.L]
+
+    def _as_keys_and_values(
+        self, packed: Tensor | Quantized
+    ) -> tuple[Tensor | Quantized, Tensor | Quantized]:
+        """[c_k ; kr] and c_v, which lie side by side."""
+        W = packed.size(3)
+        return columns(packed, 0, W - self.L), columns(packed, W - self.L, W)
+
+    def _words(self) -> str:
+        return f"MLA with latents of their own for keys and values, {self._latent_words()}"
+
+
 class RotaryLatentAttention(LatentAttention):
     """
     MLA with a rotary latent, which is key and value at once and carries the position itself (the
@@ -815,6 +895,7 @@ class RotaryLatentAttention(LatentAttention):
         require(config.pos_emb == "rope", "pos_emb", config.pos_emb, allowed)
         nope = config.mla_nope_dim
         require(nope is None, "mla_nope_dim", nope, "None with mla_rope='latent'")
+        require(not config.mla_split, "mla_split", True, "False with mla_rope='latent'")
         L = check_latent(config, beside=0, full=config.n_head * 2 * config.hs)
         if config.mla_rope_dim is None:
             config.mla_rope_dim = L
@@ -889,6 +970,7 @@ ATTENTION: dict[str, type[Attention]] = {
     "mha": CausalSelfAttention,
     "mla": MultiHeadLatentAttention,
     "rotary_latent": RotaryLatentAttention,
+    "split_latents": SplitLatentAttention,
     "latent_tokens": LatentTokenAttention,
 }
 

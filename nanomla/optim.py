@@ -203,10 +203,10 @@ def stacked_maps(model: nn.Module) -> dict[nn.Parameter, list[int]]:
                 queries = attn.nh * attn.hs
                 keys = attn.config.nkv * attn.hs
                 maps[p] = [queries] + [keys] * ((rows - queries) // keys)
-            elif name == "kv_latent_proj.weight":  # a latent for every group, the rotary key
-                maps[p] = [attn.L] * attn.G
-                if rows > attn.G * attn.L:
-                    maps[p].append(rows - attn.G * attn.L)
+            elif name == "kv_latent_proj.weight":  # latents, the rotary key
+                maps[p] = [attn.L] * attn.latents
+                if rows > attn.latents * attn.L:
+                    maps[p].append(rows - attn.latents * attn.L)
     return maps
 
 

@@ -47,6 +47,12 @@ KINDS = {  # every attention, in every form of what it caches
     "MLA": TINY_MLA,
     "MLA, no positions": {**TINY_MLA, "mla_rope_dim": 0},
     "MLA, groups": {**TINY_MLA, "mla_groups": 2, "mla_latent_dim": 5},
+    "split latents": {**TINY_MLA, "mla_split": True},
+    "split latents, groups": {**TINY_MLA, "mla_split": True, "mla_groups": 2, "mla_latent_dim": 5},
+    "split latents + SVD": {
+        **TINY_MLA, "mla_split": True, "mla_groups": 2, "mla_latent_dim": 5, "mla_rope_dim": 0,
+        "use_svd": True, "svd_rank": 3,
+    },
     "MLA + SVD, by layer": {**TINY_MLA, "mla_latent_dim": (5, 8), "use_svd": True, "svd_rank": 2},
     "rotary latent": {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8, "mla_rope_dim": None},
     "rotary latent, groups": {**TINY_MLA, "mla_rope": "latent", "mla_groups": 2},

@@ -63,7 +63,7 @@ def test_a_block_alone_is_that_of_a_gpt(kind):
 def values(attn, x, rotation):
     """What the weights average, (B, nh, T, .), from the parts of an attention block."""
     kind = attn.config.attention_name
-    if kind == "mla":
+    if kind in ("mla", "split_latents"):
         return attn._keys_and_values(*attn._latents(x, rotation))[1]
     if kind == "rotary_latent":
         return attn._project(x, rotation)[1].repeat_interleave(attn.nh // attn.G, dim=1)

@@ -11,6 +11,7 @@ ALONE = {  # an attention's settings, by its name
     "mha": KINDS["GQA, rotary"],
     "mla": KINDS["MLA"],
     "rotary_latent": KINDS["rotary latent, groups"],
+    "split_latents": KINDS["split latents, groups"],
     "latent_tokens": KINDS["latent tokens"],
 }
 

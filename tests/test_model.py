@@ -49,7 +49,8 @@ def cached_by_hand(cfg):
     if not cfg.use_mla:
         return cfg.n_layer * cfg.nkv * (cfg.hs + (cfg.svd_rank or cfg.hs))
     beside = cfg.mla_rope_dim if cfg.mla_rope == "decoupled" else 0
-    return sum(cfg.mla_groups * cfg.latent_dim(i) + beside for i in range(cfg.n_layer))
+    latents = cfg.mla_groups * (2 if cfg.mla_split else 1)
+    return sum(latents * cfg.latent_dim(i) + beside for i in range(cfg.n_layer))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,6 +178,7 @@ FLAGS = {  # what an attention's name stands for
     "mha": {},
     "mla": {"use_mla": True},
     "rotary_latent": {"use_mla": True, "mla_rope": "latent"},
+    "split_latents": {"use_mla": True, "mla_split": True},
     "latent_tokens": {"use_latent_tokens": True},
 }
 
@@ -228,6 +230,45 @@ def test_rotary_latent_by_a_loop(L, r, G):
             want[i, h * hs : (h + 1) * hs] = values[h] @ turn(p @ rows, -i)
         want = want @ attn.c_proj.weight.T
         torch.testing.assert_close(attn(x)[0], want, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("G", "r"), [(1, 2), (1, 0), (2, 2), (2, 0), (4, 4)])
+def test_split_latents_by_a_loop(G, r):
+    """Position by position and head by head in float64: keys of c[0], values of c[1]."""
+    sizes = {"mla_latent_dim": 5, "mla_rope_dim": r, "mla_groups": G, "mla_split": True}
+    model = make({**TINY_MLA, **sizes, "bias": False}).double()
+    attn = model.transformer.h[0].attn
+    T, nh, hs, L, nope = 7, 4, 6, 5, 6 - r
+    x = torch.randn(1, T, 24, dtype=torch.float64)
+    with torch.no_grad():
+        q = (x[0] @ attn.q_proj.weight.T).view(T, nh, hs)
+        made = x[0] @ attn.kv_latent_proj.weight.T
+        assert made.shape == (T, 2 * G * L + r)
+        c = made[:, : 2 * G * L].view(T, 2, G, L)
+        c = c / (c.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attn.latent_norm.weight
+        kr = made[:, 2 * G * L :]
+        W_UK = attn.k_expand.weight.view(nh, nope, L)
+        W_UV = attn.v_expand.weight.view(nh, hs, L)
+        want = torch.zeros(T, nh * hs).double()
+        for i, h in itertools.product(range(T), range(nh)):
+            g = h // (nh // G)
+            query = torch.cat([q[i, h, :nope], rotate_by_hand(q[i, h, nope:], i)])
+            scores = []
+            for j in range(i + 1):
+                key = torch.cat([W_UK[h] @ c[j, 0, g], rotate_by_hand(kr[j], j)])
+                scores.append(key @ query / hs**0.5)
+            values = c[: i + 1, 1, g] @ W_UV[h].T
+            want[i, h * hs : (h + 1) * hs] = torch.stack(scores).softmax(0) @ values
+        want = want @ attn.c_proj.weight.T
+        close = {"atol": 1e-12, "rtol": 1e-12}
+        torch.testing.assert_close(attn(x)[0], want, **close)
+        for absorb in (True, False):
+            cache = attn.new_cache(1, T, torch.float64)
+            parts = []
+            for part in x.split(3, dim=1):
+                parts.append(attn(part, cache, absorb=absorb))
+                cache.advance(part.size(1))
+            torch.testing.assert_close(torch.cat(parts, dim=1)[0], want, **close)
 
 
 def test_what_none_stands_for():

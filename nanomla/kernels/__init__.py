@@ -25,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanomla.kernels import blocks, cpu, reference, sdpa
-from nanomla.kernels.int8 import Quantized, dequantise, quantise
+from nanomla.kernels.int8 import Quantized, columns, dequantise, quantise
 from nanomla.kernels.reference import by_group, by_head, causal_weights
 
-__all__ = ["Linear", "Quantized", "attend", "causal_weights", "dequantise", "quantise"]
+__all__ = [
+    "Linear", "Quantized", "attend", "causal_weights", "columns", "dequantise", "quantise",
+]
 
 FEW = 8  # new tokens that are computed as in decoding
 NARROW = (torch.int8, torch.bfloat16, torch.float16)  # keys that a CPU reads block by block

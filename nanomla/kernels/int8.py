@@ -54,3 +54,10 @@ def dequantise(rows: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
         return rows.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     return (rows.values.to(wide) * rows.scale.to(wide)).to(dtype)
+
+
+def columns(rows: Tensor | Quantized, begin: int, end: int) -> Tensor | Quantized:
+    """Some numbers of every row, (..., S, end - begin), quantised or not, uncopied."""
+    if isinstance(rows, Tensor):
+        return rows[..., begin:end]
+    return Quantized(rows.values[..., begin:end], rows.scale)
