@@ -43,17 +43,18 @@ os.remove("out/best.pt")
 """
 RUN = """
 import importlib.util, io, contextlib, json, sys, traceback
-sys.modules["matplotlib"] = None  # a process of three seconds for every run that draws its loss
 work = json.load(sys.stdin)
 failed = []
 loaded = {}
+names = {}  # of a page's Python, block after block
 for page, kind, what in work:
     out = io.StringIO()
     sys.stdin = io.StringIO("to be\\n/stats\\n")
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             if kind == "python":
-                exec(compile(what, page, "exec"), {"train_ids": ids, "val_ids": ids})
+                names.setdefault(page, {"train_ids": ids, "val_ids": ids})
+                exec(compile(what, page, "exec"), names[page])
             else:
                 script, *argv = what
                 if script not in loaded:
