@@ -95,6 +95,17 @@ class GPTConfig:
         "The radians per token of every rotary pair. None computes them from rope_theta.",
     ] = None
 
+    attn_gate: Annotated[
+        bool,
+        "What every head has read is multiplied by a gate, a sigmoid of the token's own, number by "
+        "number, before the output projection.",
+    ] = False
+    qk_norm: Annotated[
+        bool,
+        "Queries and keys of every head are normed before they are rotated. With use_mla it is "
+        "queries and the rotary key, and with mla_rope='latent' queries alone, without weights: "
+        "the rest of a key is made of the latent, which has its own norm.",
+    ] = False
     n_kv_head: Annotated[
         Count | None, "The number of key/value heads of ordinary attention. None stands for n_head."
     ] = None
@@ -369,6 +380,8 @@ class AttentionWithValues(Attention):
             self.value_width = config.svd_rank
         self.c_proj = Linear(self.nh * self.hs, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        if config.attn_gate:  # arXiv:2505.06708
+            self.gate_proj = Linear(config.n_embd, self.nh * self.hs, bias=False)
         if self.low_rank:
             self.v_down = Linear(value_in, value_heads * config.svd_rank, bias=False)
             self.v_up = nn.Parameter(torch.zeros(value_heads, self.hs, config.svd_rank))
@@ -379,9 +392,15 @@ class AttentionWithValues(Attention):
             return self.config.dropout
         return 0.0
 
-    def _output(self, y: Tensor) -> Tensor:
-        """Heads side by side, y (B, nh, T, hs) -> (B, T, C), and back into the residual stream."""
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+    def _output(self, y: Tensor, x: Tensor) -> Tensor:
+        """
+        What the heads have read, y (B, nh, T, hs), back into the residual stream, (B, T, C).
+        x (B, T, C): the attention's input, which a gate is computed from.
+        """
+        y = y.transpose(1, 2).flatten(2)  # (B, T, nh * hs)
+        if self.config.attn_gate:
+            y = y * self.gate_proj(x).sigmoid()
+        return self.resid_dropout(self.c_proj(y))
 
     @torch.no_grad()
     def init_values(self) -> None:
@@ -395,9 +414,14 @@ class AttentionWithValues(Attention):
 
     @property
     def words(self) -> str:
+        words = self._words()
         if self.low_rank:
-            return f"{self._words()}, values of rank {self.config.svd_rank}"
-        return self._words()
+            words += f", values of rank {self.config.svd_rank}"
+        if self.config.attn_gate:
+            words += ", gated"
+        if self.config.qk_norm:
+            words += ", normed queries and keys"
+        return words
 
     def flops_per_token(self, decoding: bool) -> int:
         """Two per weight of every matrix, the value maps in the form that is used."""
@@ -438,6 +462,9 @@ class CausalSelfAttention(AttentionWithValues):
             self.parts.append(keys)
         self.c_attn = Linear(config.n_embd, sum(self.parts), bias=config.bias)
         self._add_output_and_values(config.n_embd, self.nkv)
+        if config.qk_norm:  # arXiv:2010.04245, as RMSNorm
+            self.q_norm = RMSNorm(self.hs, eps=1e-6)
+            self.k_norm = RMSNorm(self.hs, eps=1e-6)
         self.init_alone()
 
     def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
@@ -456,17 +483,17 @@ class CausalSelfAttention(AttentionWithValues):
             return self.masked(x, cache, mask)
         q, k, v = self._project(x, cache, rotation)
         if cache is None:
-            return self._output(self._attend(q, k, v, None, self._dropout(cache)))
+            return self._output(self._attend(q, k, v, None, self._dropout(cache)), x)
         cached_k, cached_v = cache.append(k, v)  # (B, nkv, S, hs), (B, nkv, S, hs or rv)
         if cache.pos == 0:  # not advanced yet: the new tokens are all there is, unrounded
             if self.low_rank:
                 v = per_head(v, self.v_up.to(v.dtype).mT)  # from (B, nkv, T, rv) to its hs numbers
-            return self._output(self._attend(q, k, v))
+            return self._output(self._attend(q, k, v), x)
         y = self._attend(q, cached_k, cached_v, cache.lengths).to(x.dtype)
         if self.low_rank:
             up = self.v_up.to(y.dtype).repeat_interleave(self.nh // self.nkv, dim=0)
             y = per_head(y, up.mT)  # from (B, nh, T, rv) to (B, nh, T, hs)
-        return self._output(y)
+        return self._output(y, x)
 
     def _attend(
         self,
@@ -494,9 +521,14 @@ class CausalSelfAttention(AttentionWithValues):
                 v = F.linear(x, dense_values(self.v_down.weight, self.v_up))
             else:
                 v = self.v_down(x)
-        q = apply_rope(q.view(B, T, self.nh, self.hs), rotation)
-        k = apply_rope(k.view(B, T, self.nkv, self.hs), rotation)
+        q = q.view(B, T, self.nh, self.hs)
+        k = k.view(B, T, self.nkv, self.hs)
         v = v.view(B, T, self.nkv, -1)
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        q = apply_rope(q, rotation)
+        k = apply_rope(k, rotation)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
@@ -589,6 +621,12 @@ class LatentAttention(AttentionWithValues):
             self.k_expand = Linear(self.L, self.nh * nope, bias=False)  # W_UK [kv_b_proj]
         if not config.use_svd:
             self.v_expand = Linear(self.L, self.nh * self.hs, bias=False)  # W_UV [kv_b_proj]
+        if config.qk_norm and nope:
+            self.q_norm = RMSNorm(query_width, eps=1e-6)
+        elif config.qk_norm:  # of a rotary latent, without weights as in DeepSeek-V4
+            self.q_norm = nn.RMSNorm(query_width, eps=1e-6, elementwise_affine=False)
+        if config.qk_norm and key_width:
+            self.k_norm = RMSNorm(key_width, eps=1e-6)
 
     def _queries(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, nh, query_width)."""
@@ -597,7 +635,10 @@ class LatentAttention(AttentionWithValues):
             q = self.q_proj(x)
         else:
             q = self.q_expand(self.q_latent_norm(self.q_latent_proj(x)))
-        return q.view(B, T, self.nh, self.query_width)
+        q = q.view(B, T, self.nh, self.query_width)
+        if self.config.qk_norm:
+            q = self.q_norm(q)
+        return q
 
     def _read_values(self, o: Tensor) -> Tensor:
         """From every head's average of latents, (B, nh, T, L), to its values, (B, nh, T, hs)."""
@@ -694,11 +735,11 @@ class MultiHeadLatentAttention(LatentAttention):
         if cache is not None:
             packed, beside = cache.append(packed, beside)  # now of all S tokens
         if absorb:
-            return self._output(self._absorbed(q_nope, q_rope, packed, beside, lengths))
+            return self._output(self._absorbed(q_nope, q_rope, packed, beside, lengths), x)
         if pos > 0:  # else the new tokens are all there is, and need no rounding
             c, kr = self._unpack(packed, beside, q_nope.dtype)
         dropout = self._dropout(cache)
-        return self._output(self._expanded(q_nope, q_rope, c, kr, lengths, dropout))
+        return self._output(self._expanded(q_nope, q_rope, c, kr, lengths, dropout), x)
 
     def _pack(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor | None]:
         """
@@ -733,6 +774,8 @@ class MultiHeadLatentAttention(LatentAttention):
         c, kr = self.kv_latent_proj(x).split([self.latents * self.L, self.r], dim=-1)
         c = self.latent_norm(c.reshape(B, T, self.latents, self.L))
         kr = kr.unsqueeze(2)
+        if self.config.qk_norm and self.r:
+            kr = self.k_norm(kr)
         if self.r:
             kr = apply_rope(kr, rotation)
         return c.transpose(1, 2), kr.transpose(1, 2)
@@ -935,7 +978,7 @@ class RotaryLatentAttention(LatentAttention):
         o = attend(q, c, scale=self.scale, lengths=lengths, dropout=self._dropout(cache))
         cos, sin = rotation
         o = self._rotate(o.to(x.dtype).transpose(1, 2), (cos, -sin)).transpose(1, 2)  # R_i^-1
-        return self._output(self._read_values(o))
+        return self._output(self._read_values(o), x)
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Rotated queries (B, nh, T, L) and rotary latents (B, G, T, L)."""

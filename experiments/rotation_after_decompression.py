@@ -58,7 +58,7 @@ class RotatedKeys(ATTENTION["mla"]):
         k, v = self._keys_and_values(c, c[..., :0])  # (B, nh, S, hs)
         q = self._rotate(q, first)
         k = self._rotate(k, 0)
-        return self._output(attend(q, k, v, scale=self.scale))
+        return self._output(attend(q, k, v, scale=self.scale), x)
 
     def _rotate(self, x: Tensor, first: int) -> Tensor:
         """Rotate x (B, nh, T, hs) by its positions, of which this is the first."""

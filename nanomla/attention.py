@@ -116,7 +116,7 @@ class Attention(nn.Module):
             if name.startswith("c_attn"):  # its first nh * hs rows make queries
                 rows = parameter.size(0)
                 counts[parameter] = parameter.numel() // rows * (rows - self.nh * self.hs)
-            elif not name.startswith(("q_", "c_proj")):
+            elif not name.startswith(("q_", "c_proj", "gate_proj")):
                 counts[parameter] = parameter.numel()
         return counts
 

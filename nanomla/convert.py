@@ -309,7 +309,7 @@ def _recorded_attention(
         q = torch.cat([apply_rope(q, rotation), q], dim=-1)
     k = k.transpose(1, 2).repeat_interleave(attn.nh // attn.nkv, dim=1)
     v = (v + to_values).transpose(1, 2).repeat_interleave(attn.nh // attn.nkv, dim=1)
-    return attn._output(attend(q.transpose(1, 2), k, v, scale=attn.scale))
+    return attn._output(attend(q.transpose(1, 2), k, v, scale=attn.scale), x)
 
 
 # ---- The metric F of the methods that do without the loss

@@ -98,7 +98,9 @@ class LatentTokenAttention(Attention):
         m = config.n_latent_tokens
         require(m is not None, "n_latent_tokens", m, "a number, such as 16")
         require(not config.use_mla, "use_mla", True, "False with use_latent_tokens")
-        require(not config.use_svd, "use_svd", True, "False with use_latent_tokens")
+        for name in ("use_svd", "attn_gate", "qk_norm"):
+            allowed = "False with use_latent_tokens"
+            require(not getattr(config, name), name, True, allowed)
         learned = config.pos_emb == "learned"
         require(learned, "pos_emb", config.pos_emb, "'learned' with use_latent_tokens")
 

@@ -56,6 +56,14 @@ KINDS = {  # every attention, in every form of what it caches
     "MLA + SVD, by layer": {**TINY_MLA, "mla_latent_dim": (5, 8), "use_svd": True, "svd_rank": 2},
     "rotary latent": {**TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8, "mla_rope_dim": None},
     "rotary latent, groups": {**TINY_MLA, "mla_rope": "latent", "mla_groups": 2},
+    "GQA, gate and norms": {
+        "pos_emb": "rope", "n_kv_head": 2, "attn_gate": True, "qk_norm": True,
+    },
+    "MLA, gate and norms": {**TINY_MLA, "attn_gate": True, "qk_norm": True},
+    "rotary latent + SVD, gate and norms": {
+        **TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8, "mla_rope_dim": 4,
+        "attn_gate": True, "qk_norm": True, "use_svd": True, "svd_rank": 3,
+    },
     "latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 5},
 }
 GROWING = [kind for kind in KINDS if kind != "latent tokens"]  # their caches, with every token

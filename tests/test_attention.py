@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from model import ATTENTION, GPT
-from tests.conftest import KINDS, TINY_MLA, make, randomise, tiny_config
+from nanomla import formats
+from tests.conftest import KINDS, TINY_MLA, all_logits, make, randomise, tiny_config
 
 NEAR = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -98,6 +99,49 @@ def test_weights_average_what_attention_averages(kind):
         cos, sin = seen["rotation"]
         o = attn._rotate(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)
         o = attn._read_values(o)
-    torch.testing.assert_close(o.transpose(1, 2).flatten(2), seen["y"], **NEAR)
+    o = o.transpose(1, 2).flatten(2)
+    if model.config.attn_gate:
+        o = o / (1 + torch.exp(-seen["x"] @ attn.gate_proj.weight.T))
+    torch.testing.assert_close(o, seen["y"], **NEAR)
     with pytest.raises(ValueError, match="layer=2 does not work.*from 0 to 1"):
         model.attention_weights(idx, 2)
+
+
+def test_normed_queries_and_keys_as_in_qwen3():
+    """Equal logits to 1e-5 with the weights in transformers' Qwen3, which has such norms."""
+    transformers = pytest.importorskip("transformers")
+    style = {"pos_emb": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "n_kv_head": 2}
+    model = randomise(make({**style, "norm_eps": 1e-6, "qk_norm": True}))
+    settings, tensors = formats.write(model, "llama")
+    for name in [name for name in tensors if "_norm" in name and ".attn." in name]:
+        tensors[name.replace(".attn.", ".self_attn.")] = tensors.pop(name)
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{
+        name: value for name, value in settings.items() if name != "model_type"
+    })).eval()
+    missing, unexpected = theirs.load_state_dict(tensors, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    theirs.tie_weights()
+    idx = torch.randint(23, (2, 16))
+    with torch.no_grad():
+        want = theirs(idx).logits
+    torch.testing.assert_close(all_logits(model, idx), want, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["MLA, gate and norms", "rotary latent + SVD, gate and norms"])
+def test_norms_of_mla_are_those_that_can_be_absorbed(kind):
+    """Of whole queries before they are rotated, and of the rotary key; a rotary latent's has no
+    weights. Another scale of what they norm changes nothing."""
+    model = make(kind)
+    attn = model.transformer.h[0].attn
+    x = torch.randn(1, 9, 24)
+    want = attn(x)
+    attn.q_proj.weight *= 3
+    attn.q_proj.bias *= 3
+    if model.config.attention_name == "mla":
+        assert attn.k_norm.weight.shape == (2,) and attn.q_norm.weight.shape == (6,)
+        attn.kv_latent_proj.weight[-2:] *= 5
+        attn.kv_latent_proj.bias[-2:] *= 5
+    else:
+        assert attn.q_norm.weight is None
+    torch.testing.assert_close(attn(x), want, **NEAR)

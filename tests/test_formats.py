@@ -289,7 +289,7 @@ FLIPPED = {  # for every field that a format may have, a value that differs from
     "n_kv_head": 2, "head_dim": 10, "mla_latent_dim": 5, "mla_groups": 2, "mla_rope_dim": 4,
     "mla_nope_dim": 3, "mla_rope": "latent", "mla_q_latent_dim": 5, "mla_norm": "layernorm",
     "mla_split": True, "mla_share_latent": True, "n_latent_tokens": 3, "svd_rank": 3,
-    "svd_method": "randomized",
+    "svd_method": "randomized", "attn_gate": True, "qk_norm": True,
 }
 STYLED = {"norm", "mlp", "pos_emb", "use_mla", "rope_freqs"}  # each a style of its own
 
