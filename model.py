@@ -49,6 +49,9 @@ from nanomla.kernels import Linear, Quantized, attend, causal_weights, columns, 
 from nanomla.latent_tokens import LatentTokenAttention
 from nanomla.memory import require_memory
 
+# What layers leave for others in one pass, by their index; see mla_share_cache.
+Shared = dict[int, tuple]
+
 # The names of attention that a flag of GPTConfig stands for.
 NAMES_OF_FLAGS = {
     "use_mla": ("mla", "rotary_latent", "split_latents"),
@@ -146,6 +149,11 @@ class GPTConfig:
         bool, "Keys and values have latents of their own, both of mla_latent_dim numbers."
     ] = False
     mla_share_latent: Annotated[bool, "All layers use the down-projection of layer 0."] = False
+    mla_share_cache: Annotated[
+        Count,
+        "So many neighbouring layers read the latents of the first of them, and only these are "
+        "cached.",
+    ] = 1
     use_latent_tokens: Annotated[
         bool, "Every head attends to n_latent_tokens slots that summarise the past."
     ] = False
@@ -568,11 +576,15 @@ def check_latent(config: GPTConfig, beside: int, full: int) -> int:
         allowed = f"one number, or one for each of {config.n_layer} layers"
         require(len(widths) == config.n_layer, "mla_latent_dim", list(widths), allowed)
         equal = len(set(widths)) == 1
-        allowed = "one number with mla_share_latent=True"
-        require(equal or not config.mla_share_latent, "mla_latent_dim", list(widths), allowed)
+        allowed = "one number with mla_share_latent or mla_share_cache"
+        shared = config.mla_share_latent or config.mla_share_cache > 1
+        require(equal or not shared, "mla_latent_dim", list(widths), allowed)
         if equal:
             config.mla_latent_dim = widths[0]
     L = max(widths)
+    if config.mla_share_cache > 1:
+        one = config.mla_share_latent
+        require(not one, "mla_share_latent", one, "False with mla_share_cache")
     latents = groups
     if config.mla_split:
         latents = 2 * groups
@@ -606,6 +618,8 @@ class LatentAttention(AttentionWithValues):
         self.r = config.mla_rope_dim
         self.query_width = query_width
         self.key_width = key_width
+        self.leader = layer - layer % config.mla_share_cache  # the layer whose latents it reads
+        self.leads = self.leader == layer
         self._add_output_and_values(self.L, self.nh)
         if config.mla_q_latent_dim is None:
             self.q_proj = Linear(C, self.nh * query_width, bias=config.bias)
@@ -614,9 +628,10 @@ class LatentAttention(AttentionWithValues):
             self.q_latent_proj = Linear(C, width, bias=False)  # [q_a_proj]
             self.q_latent_norm = latent_norm(config.mla_norm, width)
             self.q_expand = Linear(width, self.nh * query_width, bias=False)  # [q_b_proj]
-        latents = self.latents * self.L + key_width
-        self.kv_latent_proj = Linear(C, latents, bias=config.bias)  # [kv_a_proj_with_mqa]
-        self.latent_norm = latent_norm(config.mla_norm, self.L)
+        if self.leads:
+            latents = self.latents * self.L + key_width
+            self.kv_latent_proj = Linear(C, latents, bias=config.bias)  # [kv_a_proj_with_mqa]
+            self.latent_norm = latent_norm(config.mla_norm, self.L)
         if nope:
             self.k_expand = Linear(self.L, self.nh * nope, bias=False)  # W_UK [kv_b_proj]
         if not config.use_svd:
@@ -625,7 +640,7 @@ class LatentAttention(AttentionWithValues):
             self.q_norm = RMSNorm(query_width, eps=1e-6)
         elif config.qk_norm:  # of a rotary latent, without weights as in DeepSeek-V4
             self.q_norm = nn.RMSNorm(query_width, eps=1e-6, elementwise_affine=False)
-        if config.qk_norm and key_width:
+        if config.qk_norm and key_width and self.leads:
             self.k_norm = RMSNorm(key_width, eps=1e-6)
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -639,6 +654,29 @@ class LatentAttention(AttentionWithValues):
         if self.config.qk_norm:
             q = self.q_norm(q)
         return q
+
+    def _cached(self, batch_size: int, max_len: int, dtype, device, *sizes) -> LayerCache:
+        """A cache of buffers of these sizes, or of none where another layer has the latents."""
+        if not self.leads:
+            sizes = ()
+        return LayerCache(sizes, batch_size, max_len, dtype, device)
+
+    def _own_or_shared(
+        self, x: Tensor, cache: LayerCache | None, rotation: Rotation, shared: Shared | None
+    ) -> tuple:
+        """
+        What _read makes of x, or has made of it in the layer whose latents this one reads. shared:
+        what the layers before have left in this pass, by their index.
+        """
+        if self.leads:
+            made = self._read(x, cache, rotation)
+            if shared is not None:
+                shared[self.leader] = made
+            return made
+        if shared is None:
+            problem = f"it reads the latents of layer {self.leader}"
+            raise ValueError(f"this layer cannot be used without its GPT: {problem}")
+        return shared[self.leader]
 
     def _read_values(self, o: Tensor) -> Tensor:
         """From every head's average of latents, (B, nh, T, L), to its values, (B, nh, T, hs)."""
@@ -702,7 +740,7 @@ class MultiHeadLatentAttention(LatentAttention):
             sizes = [(self.G, self.L)]
         else:
             sizes = [(self.G, self.L), (1, self.r)]
-        return LayerCache(sizes, batch_size, max_len, dtype, device)
+        return self._cached(batch_size, max_len, dtype, device, *sizes)
 
     def forward(
         self,
@@ -711,6 +749,7 @@ class MultiHeadLatentAttention(LatentAttention):
         rotation: Rotation = None,
         mask: Tensor | None = None,
         absorb: bool | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """
         x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it.
@@ -727,19 +766,25 @@ class MultiHeadLatentAttention(LatentAttention):
         if rotation is None:
             rotation = rotation_alone(self.config, x, cache)
         q_nope, q_rope = self._split_queries(x, rotation)  # (B, nh, T, nope), (B, nh, T, r)
-        c, kr = self._latents(x, rotation)  # (B, G, T, L), (B, 1, T, r)
+        c, kr, packed, beside = self._own_or_shared(x, cache, rotation, shared)
         if absorb is None:
             absorb = cache is not None and self.absorbing_is_cheaper(T, pos + T)
-
-        packed, beside = self._pack(c, kr)
-        if cache is not None:
-            packed, beside = cache.append(packed, beside)  # now of all S tokens
         if absorb:
             return self._output(self._absorbed(q_nope, q_rope, packed, beside, lengths), x)
         if pos > 0:  # else the new tokens are all there is, and need no rounding
             c, kr = self._unpack(packed, beside, q_nope.dtype)
         dropout = self._dropout(cache)
         return self._output(self._expanded(q_nope, q_rope, c, kr, lengths, dropout), x)
+
+    def _read(
+        self, x: Tensor, cache: LayerCache | None, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor | Quantized, Tensor | Quantized | None]:
+        """c (B, G, T, L) and kr (B, 1, T, r) of x, and packed and beside of all S tokens."""
+        c, kr = self._latents(x, rotation)
+        packed, beside = self._pack(c, kr)
+        if cache is not None:
+            packed, beside = cache.append(packed, beside)
+        return c, kr, packed, beside
 
     def _pack(self, c: Tensor, kr: Tensor) -> tuple[Tensor, Tensor | None]:
         """
@@ -850,11 +895,13 @@ class MultiHeadLatentAttention(LatentAttention):
         absorbed = T * self.L * D + 2 * pairs * (self.L + self.r)
         return absorbed < expanded
 
-    def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
+    def weights(
+        self, x: Tensor, rotation: Rotation = None, shared: Shared | None = None
+    ) -> Tensor:
         if rotation is None:
             rotation = rotation_alone(self.config, x, None)
         q_nope, q_rope = self._split_queries(x, rotation)
-        c, kr = self._latents(x, rotation)
+        c, kr, _, _ = self._own_or_shared(x, None, rotation, shared)
         k, _ = self._keys_and_values(c, kr)
         return causal_weights(torch.cat([q_nope, q_rope], dim=-1), k, self.scale)
 
@@ -883,7 +930,7 @@ class SplitLatentAttention(MultiHeadLatentAttention):
             sizes = [(1, 2 * self.L + self.r)]
         elif self.r > 0:
             sizes.append((1, self.r))
-        return LayerCache(sizes, batch_size, max_len, dtype, device)
+        return self._cached(batch_size, max_len, dtype, device, *sizes)
 
     def _of_keys_and_values(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """c (B, S, 2 G, L) -> (B, S, G, L) each."""
@@ -955,7 +1002,7 @@ class RotaryLatentAttention(LatentAttention):
 
     def new_cache(self, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"):
         """Rotary latents, those of every group."""
-        return LayerCache([(self.G, self.L)], batch_size, max_len, dtype, device)
+        return self._cached(batch_size, max_len, dtype, device, (self.G, self.L))
 
     def forward(
         self,
@@ -963,15 +1010,16 @@ class RotaryLatentAttention(LatentAttention):
         cache: LayerCache | None = None,
         rotation: Rotation = None,
         mask: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         if mask is not None:
             return self.masked(x, cache, mask)
         if rotation is None:
             rotation = rotation_alone(self.config, x, cache)
-        q, c = self._project(x, rotation)  # (B, nh, T, L), (B, G, T, L)
+        q = self._rotated_queries(x, rotation)  # (B, nh, T, L)
+        c, cached = self._own_or_shared(x, cache, rotation, shared)  # (B, G, T, L), (B, G, S, L)
         lengths = None
         if cache is not None:
-            cached, _ = cache.append(c)
             lengths = cache.lengths
             if cache.pos > 0:  # else the new tokens are all there is, and need no rounding
                 c = cached
@@ -980,23 +1028,34 @@ class RotaryLatentAttention(LatentAttention):
         o = self._rotate(o.to(x.dtype).transpose(1, 2), (cos, -sin)).transpose(1, 2)  # R_i^-1
         return self._output(self._read_values(o), x)
 
-    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Rotated queries (B, nh, T, L) and rotary latents (B, G, T, L)."""
+    def _rotated_queries(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """(B, nh, T, L)"""
+        return self._rotate(self._queries(x), rotation).transpose(1, 2)
+
+    def _read(
+        self, x: Tensor, cache: LayerCache | None, rotation: Rotation
+    ) -> tuple[Tensor, Tensor | Quantized | None]:
+        """Rotary latents of x, (B, G, T, L), and with a cache of all S tokens."""
         B, T, _ = x.shape
         c = self.latent_norm(self.kv_latent_proj(x).view(B, T, self.G, self.L))
-        c = self._rotate(c, rotation)
-        q = self._rotate(self._queries(x), rotation)
-        return q.transpose(1, 2), c.transpose(1, 2)
+        c = self._rotate(c, rotation).transpose(1, 2)
+        cached = None
+        if cache is not None:
+            cached, _ = cache.append(c)
+        return c, cached
 
     def _rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """Rotate the last r of L numbers of x (B, T, n, L)."""
         still, turned = x.split([self.L - self.r, self.r], dim=-1)
         return torch.cat([still, apply_rope(turned, rotation)], dim=-1)
 
-    def weights(self, x: Tensor, rotation: Rotation = None) -> Tensor:
+    def weights(
+        self, x: Tensor, rotation: Rotation = None, shared: Shared | None = None
+    ) -> Tensor:
         if rotation is None:
             rotation = rotation_alone(self.config, x, None)
-        q, c = self._project(x, rotation)
+        q = self._rotated_queries(x, rotation)
+        c, _ = self._own_or_shared(x, None, rotation, shared)
         c = c.repeat_interleave(self.nh // self.G, dim=1)
         return causal_weights(q, c, self.scale)
 
@@ -1091,10 +1150,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cache: LayerCache | None = None, rotation: Rotation = None
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation = None,
+        shared: Shared | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, x continues it, and the caller advances it."""
-        x = x + self.attn(self.ln_1(x), cache, rotation)
+        if shared is None:
+            x = x + self.attn(self.ln_1(x), cache, rotation)
+        else:
+            x = x + self.attn(self.ln_1(x), cache, rotation, shared=shared)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -1193,14 +1259,15 @@ class GPT(nn.Module):
         if cache is not None:
             cache.expect(real)
         x, rotation = self._embed(idx, cache)  # (B, T, C)
+        shared = self._shared()
         layer_caches = [None] * self.config.n_layer
         if cache is not None:
             layer_caches = cache.layers
         for block, layer_cache in zip(self.transformer.h, layer_caches, strict=True):
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer_cache, rotation, use_reentrant=False)
+                x = checkpoint(block, x, layer_cache, rotation, shared, use_reentrant=False)
             else:
-                x = block(x, layer_cache, rotation)
+                x = block(x, layer_cache, rotation, shared)
         if cache is not None:
             cache.advance(idx.size(1))  # once, after all layers have written at the old position
         if mask is not None:
@@ -1235,6 +1302,12 @@ class GPT(nn.Module):
             rotation = self.rope_cos[at].to(x.dtype), self.rope_sin[at].to(x.dtype)
         return self.transformer.drop(x), rotation
 
+    def _shared(self) -> Shared | None:
+        """Where layers leave their latents for the next ones in one pass, if these read them."""
+        if self.config.use_mla and self.config.mla_share_cache > 1:
+            return {}
+        return None
+
     @torch.no_grad()
     def attention_weights(self, idx: Tensor, layer: int) -> Tensor:
         """
@@ -1246,10 +1319,13 @@ class GPT(nn.Module):
         blocks = self.transformer.h
         require(layer in range(len(blocks)), "layer", layer, f"from 0 to {len(blocks) - 1}")
         x, rotation = self._embed(idx, None)
+        shared = self._shared()
         for block in blocks[:layer]:
-            x = block(x, rotation=rotation)
+            x = block(x, None, rotation, shared)
         block = blocks[layer]
-        return block.attn.weights(block.ln_1(x), rotation)
+        if shared is None:
+            return block.attn.weights(block.ln_1(x), rotation)
+        return block.attn.weights(block.ln_1(x), rotation, shared)
 
     def make_cache(self, batch_size: int, max_len: int, dtype: torch.dtype | None = None) -> Cache:
         """

@@ -127,7 +127,10 @@ class Attention(nn.Module):
     def get_memory_savings(self, sequence_length: int) -> float:
         """MHA's cache bytes at that length over this block's."""
         mha = 2 * self.nh * self.hs * sequence_length
-        return mha / cached_numbers_at(self, sequence_length)
+        cached = cached_numbers_at(self, sequence_length)
+        if cached == 0:  # it reads another layer's
+            return math.inf
+        return mha / cached
 
     def get_cache_size_ratio(self) -> float:
         """This block's cache bytes over MHA's, at one token."""

@@ -186,7 +186,7 @@ def to_mla(
         bias=config.bias or plan.method != "plain",
         # a source with ordinary attention may have these settings without effect
         n_kv_head=None, mla_groups=1, mla_rope="decoupled", mla_q_latent_dim=None,
-        mla_share_latent=False, mla_split=False,
+        mla_share_latent=False, mla_share_cache=1, mla_split=False,
     )
     return _assemble(config, state), reports
 

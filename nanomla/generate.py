@@ -332,7 +332,8 @@ class DecodingStep:
         computed_in = torch.promote_types(model.lm_head.weight.dtype, cache.dtype)  # as by attend
         q = torch.empty(0, dtype=computed_in)
         for layer in cache.layers:
-            if not gpu.supports(q, *(buffer.tensors[0] for buffer in layer.buffers)):
+            tensors = [buffer.tensors[0] for buffer in layer.buffers]
+            if tensors and not gpu.supports(q, *tensors):
                 return False
         return True
 

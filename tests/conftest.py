@@ -64,6 +64,10 @@ KINDS = {  # every attention, in every form of what it caches
         **TINY_MLA, "mla_rope": "latent", "mla_latent_dim": 8, "mla_rope_dim": 4,
         "attn_gate": True, "qk_norm": True, "use_svd": True, "svd_rank": 3,
     },
+    "MLA, layers share a cache": {**TINY_MLA, "mla_share_cache": 2},
+    "rotary latent, layers share a cache": {
+        **TINY_MLA, "mla_rope": "latent", "mla_groups": 2, "mla_share_cache": 3,
+    },
     "latent tokens": {"use_latent_tokens": True, "n_latent_tokens": 5},
 }
 GROWING = [kind for kind in KINDS if kind != "latent tokens"]  # their caches, with every token

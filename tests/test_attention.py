@@ -61,13 +61,15 @@ def test_a_block_alone_is_that_of_a_gpt(kind):
     assert torch.equal(attn.weights(x), attn.weights(x, tables))
 
 
-def values(attn, x, rotation):
+def values(attn, x, rotation, shared):
     """What the weights average, (B, nh, T, .), from the parts of an attention block."""
     kind = attn.config.attention_name
     if kind in ("mla", "split_latents"):
-        return attn._keys_and_values(*attn._latents(x, rotation))[1]
+        c, kr, _, _ = attn._own_or_shared(x, None, rotation, shared)
+        return attn._keys_and_values(c, kr)[1]
     if kind == "rotary_latent":
-        return attn._project(x, rotation)[1].repeat_interleave(attn.nh // attn.G, dim=1)
+        c, _ = attn._own_or_shared(x, None, rotation, shared)
+        return c.repeat_interleave(attn.nh // attn.G, dim=1)
     if kind == "latent_tokens":
         v = attn.c_attn(x)[..., -attn.nh * attn.hs :]
         return v.unflatten(-1, (attn.nh, attn.hs)).transpose(1, 2)
@@ -82,7 +84,9 @@ def test_weights_average_what_attention_averages(kind):
     model = randomise(make(kind), std=0.5)
     seen = {}
     attn = model.transformer.h[1].attn
-    attn.register_forward_pre_hook(lambda _, args: seen.update(x=args[0], rotation=args[2]))
+    attn.register_forward_pre_hook(
+        lambda _, args, names: seen.update(names, x=args[0], rotation=args[2]), with_kwargs=True
+    )
     attn.c_proj.register_forward_pre_hook(lambda _, args: seen.update(y=args[0]))
     idx = torch.randint(23, (2, 11))
     model(idx)
@@ -94,7 +98,7 @@ def test_weights_average_what_attention_averages(kind):
         assert bool((total < 1).all()) and bool((total > 0).all())
     else:
         torch.testing.assert_close(total, torch.ones(2, 4, 11))
-    o = weights @ values(attn, seen["x"], seen["rotation"])  # (B, nh, T, .)
+    o = weights @ values(attn, seen["x"], seen["rotation"], seen.get("shared"))  # (B, nh, T, .)
     if model.config.attention_name == "rotary_latent":
         cos, sin = seen["rotation"]
         o = attn._rotate(o.transpose(1, 2), (cos, -sin)).transpose(1, 2)

@@ -151,8 +151,9 @@ def test_a_float64_model(kind):
     if model.config.rotary_dim:
         angle = torch.outer(torch.arange(25).double(), model.config.frequencies)
         x = model.transformer.wte(idx)
+        shared = model._shared()
         for block in model.transformer.h:
-            x = block(x, rotation=(angle.cos(), angle.sin()))
+            x = block(x, rotation=(angle.cos(), angle.sin()), shared=shared)
         torch.testing.assert_close(model.lm_head(model.transformer.ln_f(x)), full, **exact)
 
 

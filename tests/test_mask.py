@@ -80,7 +80,7 @@ def test_a_context_that_is_outgrown(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_attention_alone(kind):
     """A block's attention takes the same mask without a GPT."""
-    attn = make(kind).transformer.h[1].attn
+    attn = make(kind).transformer.h[0].attn
     _, mask = padded("both sides and between")
     x = torch.randn(*mask.shape, 24)
     cache = attn.new_cache(len(LENGTHS), 16)

@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_model.py
 
 import copy
 import itertools
+import re
 from dataclasses import asdict
 
 import pytest
@@ -50,7 +51,8 @@ def cached_by_hand(cfg):
         return cfg.n_layer * cfg.nkv * (cfg.hs + (cfg.svd_rank or cfg.hs))
     beside = cfg.mla_rope_dim if cfg.mla_rope == "decoupled" else 0
     latents = cfg.mla_groups * (2 if cfg.mla_split else 1)
-    return sum(latents * cfg.latent_dim(i) + beside for i in range(cfg.n_layer))
+    layers = range(0, cfg.n_layer, cfg.mla_share_cache)
+    return sum(latents * cfg.latent_dim(i) + beside for i in layers)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,7 +85,7 @@ def test_every_model(name):
         assert cache.nbytes == 3 * (12 * cache.bytes_per_token + 4 * cfg.n_layer * state)
         if cfg.attention_name == "mla":
             x = torch.randn(3, 12, cfg.n_embd)
-            attn = model.transformer.h[1].attn
+            attn = model.transformer.h[0].attn
             torch.testing.assert_close(attn(x, absorb=True), attn(x, absorb=False), **NEAR)
     model.train()(idx, idx)[1].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -269,6 +271,48 @@ def test_split_latents_by_a_loop(G, r):
                 parts.append(attn(part, cache, absorb=absorb))
                 cache.advance(part.size(1))
             torch.testing.assert_close(torch.cat(parts, dim=1)[0], want, **close)
+
+
+@pytest.mark.parametrize("kind", ["MLA", "rotary latent", "split latents, groups"])
+def test_layers_that_share_a_cache(kind):
+    """
+    With mla_share_cache=2 layers 1 and 3 of 5 compute with what layers 0 and 2 have made: logits, a
+    cache of 3 layers, gradients, also where blocks are computed again; and they need their GPT.
+    """
+    settings = {**KINDS[kind], "n_layer": 5}
+    model = make({**settings, "mla_share_cache": 2})
+    twin = make(settings)
+    missing = twin.load_state_dict(model.state_dict(), strict=False).missing_keys
+    of_readers = re.compile(r"transformer\.h\.[13]\.attn\.(kv_latent_proj|latent_norm)\..*")
+    assert missing and all(of_readers.fullmatch(name) for name in missing)
+    made = {}
+    for first in (0, 2):
+        leader = twin.transformer.h[first].attn
+        compute = leader._read
+
+        def remember(*args, first=first, compute=compute):
+            made[first] = compute(*args)
+            return made[first]
+
+        leader._read = remember
+        twin.transformer.h[first + 1].attn._read = lambda *args, first=first: made[first]
+    idx = torch.randint(23, (2, 9))
+    assert torch.equal(all_logits(model, idx), all_logits(twin, idx))
+    cache = model.make_cache(2, 9)
+    assert cache.bytes_per_token * 5 == twin.make_cache(2, 9).bytes_per_token * 3
+    assert model.get_memory_savings(9) == pytest.approx(twin.get_memory_savings(9) * 5 / 3)
+    gradients = []
+    for one, again in ((model, False), (model, True), (twin, False)):
+        one.grad_checkpoint = again
+        one.zero_grad()
+        one(idx, idx)[1].backward()
+        parameters = dict(one.named_parameters())
+        gradients.append([parameters[name].grad.clone() for name, _ in model.named_parameters()])
+    for plain, again, expected in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+        torch.testing.assert_close(plain, expected)
+    with pytest.raises(ValueError, match="without its GPT: it reads the latents of layer 0"):
+        model.transformer.h[1].attn(torch.zeros(1, 3, 24))
 
 
 def test_what_none_stands_for():
