@@ -346,7 +346,7 @@ def test_transformers_reads_our_tokenizers(tmp_path, spec):
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     opened = AutoTokenizer.from_pretrained(tmp_path)
-    twin = Tokenizer(read_hf(tmp_path / "tokenizer.json", {}))
+    twin = Tokenizer(read_hf(tmp_path / "tokenizer.json"))
     for text in TEXTS:
         ids = ours.encode(text)
         assert opened(text)["input_ids"] == ids == twin.encode(text), repr(text)

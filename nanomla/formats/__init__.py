@@ -7,12 +7,15 @@ the tensors that are there, and no size from a config.json is ever allocated.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
+
+import torch
 
 from model import GPT, GPTConfig
 from nanomla.checkpoint import BEST, LATEST, Checkpoint, find, load
 from nanomla.checks import brief
-from nanomla.errors import UserError
+from nanomla.errors import UserError, say
 from nanomla.files import one_line, read_json
 from nanomla.formats.base import MARK, Settings, Tensors
 from nanomla.formats.deepseek import DEEPSEEK
@@ -74,10 +77,21 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
         args, state = readers[kind](settings, tensors)
     except KeyError as missing:
         raise UserError(f"{folder / CONFIG}: {missing.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG}: {one_line(error)}") from None
-    spec = read_tokenizer(folder, settings)
+    if args.get("tie_weights", True) and _heads_differ(state):
+        note = f"lm_head and wte are stored and differ: they are not tied, as {CONFIG} says"
+        say(f"{folder}: {note}", sys.stderr)
+        args["tie_weights"] = False
+    spec = read_tokenizer(folder)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
+
+
+def _heads_differ(state: Tensors) -> bool:
+    """Whether both weights that may be tied are stored and differ; transformers keeps both then."""
+    head = state.get("lm_head.weight")
+    wte = state.get("transformer.wte.weight")
+    return head is not None and wte is not None and not torch.equal(head, wte)
 
 
 def write(model: GPT, kind: str) -> tuple[Settings, Tensors]:
