@@ -77,7 +77,7 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
         args, state = readers[kind](settings, tensors)
     except KeyError as missing:
         raise UserError(f"{folder / CONFIG}: {missing.args[0]} is missing") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG}: {one_line(error)}") from None
     if args.get("tie_weights", True) and _heads_differ(state):
         note = f"lm_head and wte are stored and differ: they are not tied, as {CONFIG} says"

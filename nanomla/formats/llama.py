@@ -6,7 +6,7 @@ Mistral and Qwen2 are read where they are the same function.
 import torch
 
 from model import GPT, GPTConfig
-from nanomla.checks import Count, brief, fits
+from nanomla.checks import Count, brief, fits, require
 from nanomla.formats.base import (
     FREE,
     NO_END,
@@ -91,6 +91,7 @@ def _rope_theta(settings: Settings) -> float:
     }
     for name in ("rope_scaling", "rope_parameters"):
         values = settings.get(name) or {}
+        require(isinstance(values, dict), name, values, "an object or null")
         kind = values.get("rope_type", values.get("type", "default"))
         by_one = values.get("factor") == 1 and values.get("attention_factor") in (None, 1)
         if by_one and kind in SCALED_BY_FACTOR:  # what else is there has no effect then
