@@ -236,7 +236,7 @@ def read_hf(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     count = _count_hf(content, str(path))
-    spec = {"kind": "hf", "json": path.read_text(encoding="utf-8")}
+    spec = {"kind": "hf", "json": path.read_bytes().decode("utf-8")}
     if count == TIKTOKEN_SIZES["gpt2"] and _has_gpt2s_merges(content):
         spec = {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
     ends = list(ends_of_text(spec))

@@ -62,6 +62,8 @@ def test_prompts():
     (request,) = complete(gpt2).requests
     assert request.prompt == [50256] and request.sampling.ends == (50256,)
     assert complete(gpt2, ignore_eos=True).requests[0].sampling.ends == ()
+    several = SimpleNamespace(spec={"kind": "tiktoken", "name": "gpt2", "end": [50256, 198]})
+    assert complete(several).requests[0].sampling.ends == (50256, 198)
     assert complete(prompt="").requests[0].prompt == [10]
     with pytest.raises(ApiError, match="no token to begin with"):
         complete(CHARS, prompt="")

@@ -153,7 +153,8 @@ def test_a_foreign_folder_is_sampled_and_exported(tmp_path):
     theirs = byte_level()
     folder = tmp_path / "hf"
     foreign("llama", vocab_size=288).save_pretrained(folder)
-    theirs.save(str(folder / "tokenizer.json"))
+    json_text = theirs.to_str(pretty=True).replace("\n", "\r\n")  # as Windows writes it
+    (folder / "tokenizer.json").write_bytes(json_text.encode())
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"eos_token_id": [0, 5], "bos_token_id": 7}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -161,8 +162,7 @@ def test_a_foreign_folder_is_sampled_and_exported(tmp_path):
     assert done.returncode == 0 and "as llama: " in done.stdout and done.stderr == ""
     names = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     assert files(tmp_path / "e") == names | {"tokenizer_config.json"}
-    text = (folder / "tokenizer.json").read_text()
-    assert (tmp_path / "e" / "tokenizer.json").read_text() == text
+    assert (tmp_path / "e" / "tokenizer.json").read_bytes() == json_text.encode()
     wrote = json.loads((tmp_path / "e" / "config.json").read_text())
     assert (wrote["bos_token_id"], wrote["eos_token_id"]) == (7, [0, 5])
     opened = AutoTokenizer.from_pretrained(tmp_path / "e")
@@ -205,6 +205,14 @@ def test_all_ends_go_out_and_transformers_stops_at_them(tmp_path):
     data = [tmp_path / "a.txt", f"--out={tmp_path}/data", f"--tokenizer={folder}"]
     assert run("data/text/prepare.py", *data).returncode == 0
     assert read_meta(tmp_path / "data").tokenizer == spec
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    meta["tokenizer"]["end"] = 3  # as an earlier version wrote it
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    done = export(folder, tmp_path / "e", f"--dataset={tmp_path}/data")
+    assert done.returncode == 0 and formats.read_pretrained(tmp_path / "e").tokenizer == spec
+    args = [*QUICK, f"--dataset={tmp_path}/data", f"--out_dir={tmp_path}/o", "--max_iters=1"]
+    tuned = run("train.py", *args, f"--init_from={folder}")
+    assert tuned.returncode == 0 and "another tokenizer" not in tuned.stderr, tuned.stderr
 
 
 def test_a_foreign_folder_is_fine_tuned_on_text_in_its_own_ids(tmp_path):

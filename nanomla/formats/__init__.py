@@ -79,19 +79,15 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
         raise UserError(f"{folder / CONFIG}: {missing.args[0]} is missing") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG}: {one_line(error)}") from None
-    if args.get("tie_weights", True) and _heads_differ(state):
-        note = f"lm_head and wte are stored and differ: they are not tied, as {CONFIG} says"
-        say(f"{folder}: {note}", sys.stderr)
-        args["tie_weights"] = False
+    head = state.get("lm_head.weight")
+    if head is not None and args.get("tie_weights", True):  # what transformers does then
+        wte = state.setdefault("transformer.wte.weight", head)
+        if not torch.equal(wte, head):
+            args["tie_weights"] = False
+            note = "lm_head and wte are stored and differ, so they are not tied"
+            say(f"{folder}: {note}, although {CONFIG} ties them", sys.stderr)
     spec = read_tokenizer(folder)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
-
-
-def _heads_differ(state: Tensors) -> bool:
-    """Whether both weights that may be tied are stored and differ; transformers keeps both then."""
-    head = state.get("lm_head.weight")
-    wte = state.get("transformer.wte.weight")
-    return head is not None and wte is not None and not torch.equal(head, wte)
 
 
 def write(model: GPT, kind: str) -> tuple[Settings, Tensors]:
