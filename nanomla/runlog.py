@@ -134,7 +134,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a log.jsonl, [] if there is none; lines damaged by a kill are left out."""
     entries = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)
             except ValueError:
