@@ -16,6 +16,7 @@ import json
 import secrets
 import time
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -395,6 +396,11 @@ class Completion:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
+    def _spell(self, tokens: list[int], before: Sequence[int] = ()) -> str:
+        """The text of tokens that follow others, without a last character that is not finished."""
+        decoder = StreamDecoder(self.tokenizer, before)
+        return "".join(decoder.push(token) for token in tokens)
+
     def _prompt_text(self, request: Request) -> tuple[str, int]:
         """
         A prompt's text, and how many characters its tokens spell before that: the token that a
@@ -403,8 +409,7 @@ class Completion:
         """
         text = self.texts[self.requests.index(request)]
         used = used_prompt(request)
-        decoder = StreamDecoder(self.tokenizer, request.prompt[: -len(used)])
-        spelled = "".join(decoder.push(token) for token in used)
+        spelled = self._spell(used, request.prompt[: -len(used)])
         if text is None or len(used) < len(request.prompt):
             return spelled, 0
         return text, max(len(spelled) - len(text), 0)
@@ -437,6 +442,7 @@ class Completion:
             request = piece.request
             details["prompt"] = {
                 "ids": used_prompt(request),
+                "text": self._spell(request.prompt),
                 "cached": request.cached,
                 "computed": request.computed,
             }
