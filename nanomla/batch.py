@@ -114,12 +114,14 @@ class Turns:
 
     def __init__(self) -> None:
         self.clients: dict[str, dict[str, deque[Request]]] = {}  # the next in turn first
+        self.count = 0  # of the requests
 
     def __len__(self) -> int:
-        return sum(len(line) for calls in self.clients.values() for line in calls.values())
+        return self.count
 
     def add(self, request: Request) -> None:
         """Let a request wait behind the others of its call."""
+        self.count += 1
         calls = self.clients.setdefault(request.client, {})
         calls.setdefault(request.call, deque()).append(request)
 
@@ -131,6 +133,7 @@ class Turns:
 
     def take(self, request: Request) -> None:
         """Remove a client's next request: the next turns are those of others."""
+        self.count -= 1
         calls = self.clients.pop(request.client)
         line = calls.pop(request.call)
         line.popleft()
@@ -141,6 +144,7 @@ class Turns:
 
     def put_back(self, request: Request) -> None:
         """Undo a take: the request comes next."""
+        self.count += 1
         calls = self.clients.pop(request.client, {})
         line = calls.pop(request.call, deque())
         line.appendleft(request)
@@ -152,6 +156,7 @@ class Turns:
         line = calls.get(request.call, deque())
         if request not in line:
             return
+        self.count -= 1
         line.remove(request)
         if not line:
             del calls[request.call]
@@ -466,6 +471,10 @@ class Batch:
         slot.tokens = list(prompt)
         slot.request = request
         if request.samples:  # it has been read before, for those
+            for other in self.slots[: self.active]:
+                if other.request is request and other.start == slot.start and self.cache.grows:
+                    slot.cache.copy_from(other.cache)
+                    slot.cache.truncate(len(prompt) - slot.start - 1)
             return slot
         request.cached = slot.cache.pos
         request.computed = len(prompt) - slot.start - slot.cache.pos

@@ -128,13 +128,17 @@ def test_numbers_of_a_text_that_was_cut_are_drawn_beside_other_texts(monkeypatch
 
 
 def test_more_samples_than_rows():
-    """Any number: each begins when a row is free, and is what its seed gives."""
+    """Any number: each begins when a row is free, and is what its seed gives. The prompt is read
+    once as long as one of them has it."""
     served = batch(rows=2)
+    lengths = []
+    served.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].size(1)))
     many = Request([3, 1, 4], Sampling(9), n=7, seed=5, logprobs=0, prompt_logprobs=True)
-    samples = serve(served, [many, Request([1], Sampling(4))])
+    samples = serve(served, [Request([1], Sampling(4)), many])[1:]
+    assert lengths.count(2) == 1
     seeds = range(5, 12)
     alone = [serve(served, [Request([3, 1, 4], Sampling(9), seed=seed)])[0] for seed in seeds]
-    assert [sample[:3] for sample in samples[:7]] == [sample[:3] for sample in alone]
+    assert [sample[:3] for sample in samples] == [sample[:3] for sample in alone]
     assert (many.cached, many.computed, len(many.prompt_tokens)) == (0, 3, 3)
 
 
