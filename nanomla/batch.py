@@ -22,14 +22,7 @@ from model import GPT
 from nanomla.cache import Cache
 from nanomla.checks import require
 from nanomla.errors import UserError
-from nanomla.generate import (
-    NOT_FINITE,
-    Sampler,
-    check_prompt,
-    draw_again,
-    draw_each,
-    newer_half,
-)
+from nanomla.generate import NOT_FINITE, Sampler, check_prompt, draw_again, draw_each, newer_half
 from nanomla.text import Sample, StreamDecoder
 from nanomla.tokenizer import Tokenizer
 
