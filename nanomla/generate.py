@@ -94,6 +94,19 @@ def draw_each(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return tokens
 
 
+def draw_again(sampler: Sampler, count: int, vocab_size: int) -> Iterator[None]:
+    """
+    Take a sampler's generator past the numbers that draw_each took for so many tokens, one token at
+    each step of the iterator.
+    """
+    if sampler.temperature == 0:
+        return
+    times = torch.empty(1, vocab_size, device=sampler.generator.device)
+    for _ in range(count):
+        times.exponential_(generator=sampler.generator)
+        yield
+
+
 # ---- The loop
 def stream_tokens(
     model: nn.Module,

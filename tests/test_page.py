@@ -8,8 +8,9 @@ import re
 import shutil
 
 import pytest
+import torch
 
-from tests.conftest import QUICK, run
+from tests.conftest import QUICK, TINY_MLA, make, run, save_model
 from tools.bench.serve import server
 
 playwright = pytest.importorskip(
@@ -126,6 +127,99 @@ def test_a_click_goes_on_from_another_token(page):
     after = column.locator(".text").inner_text()
     assert after[:17] == before[:17] and after[17] != before[17]
     assert column.locator(".token").count() == 13 + 20
+
+
+def press(page, name, tokens):
+    """Press a button and wait for so many more tokens."""
+    page.get_by_label("Length").fill(str(tokens))
+    page.get_by_role("button", name=name).click()
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+
+
+def choose_another(page, place):
+    """Go on from a token with the likeliest that does not stand there."""
+    page.locator("article").first.locator(".token").nth(place).click()
+    page.locator("[role=option][aria-selected=false]").first.click()
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+
+
+def test_a_text_that_was_cut_goes_on_as_if_it_had_not_been(page):
+    """After its length and after Stop, past the context, and after another text took the cache."""
+    texts = page.locator("article .text")
+    write(page, 90)
+    whole = texts.all_inner_texts()
+    write(page, 20)
+    for more in (7, 30, 33):
+        press(page, "Continue", more)
+    assert texts.all_inner_texts() == whole
+    page.get_by_label("Length").fill("4000")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("article .token").nth(40)).to_be_attached()
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_contain_text("Stopped")
+    press(page, "Continue", 50)
+    first = texts.first.text_content()
+    write(page, len(first) - len("to be"))
+    assert texts.first.text_content() == first
+
+
+def test_every_branch_has_numbers_of_its_own(page):
+    """The same again for the same choice; it goes on as if it had not been cut."""
+    asked = []
+    page.on("request", lambda request: asked.append(request.post_data_json))
+    text = page.locator("article .text").first
+
+    def branch(place, tokens):
+        write(page, 30)
+        page.get_by_label("Length").fill(str(tokens))
+        choose_another(page, place)
+        return text.text_content()
+
+    whole = branch(12, 40)
+    assert branch(12, 15) == whole[:-25]
+    press(page, "Continue", 25)
+    assert text.text_content() == whole
+    other = branch(14, 40)
+    choose_another(page, 20)
+    own = [body for body in asked if body and body["model"] == "out-mla"]
+    branches = [body for body in own if body["seed"] != 1337]
+    seeds = [body["seed"] for body in branches]
+    assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds)) == 3
+    assert [body["tokens_drawn"] for body in branches] == [0, 0, 15, 0, 0]
+    assert text.text_content()[:25] == other[:25] != text.text_content()[25:] != other[25:]
+
+
+def test_characters_of_several_tokens(browser, tmp_path):
+    """A text of bytes that is made token by token is the text that is made at once; a byte that is
+    chosen instead of another makes another character."""
+    settings = {**TINY_MLA, "vocab_size": 256, "block_size": 32}
+    torch.manual_seed(1)
+    save_model(tmp_path, make(settings), tokenizer={"kind": "byte"}, config={"dataset": "x"})
+    with server(tmp_path) as other:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://{other}/")
+        page.get_by_label("Prompt").fill("é")
+        page.get_by_label("Temperature").fill("1.5")
+        text = page.locator("article .text")
+        write(page, 40)
+        whole = text.text_content()
+        write(page, 1)
+        for i in range(1, 40):
+            press(page, "Continue", 1)
+            expect(page.locator(".rate")).to_contain_text("1 token")
+        assert text.text_content() == whole and "\ufffd" in whole
+        page.get_by_label("Length").fill("3")
+        for place in (12, 9, 5):
+            choose_another(page, place)
+            shown = text.text_content()
+            page.get_by_role("tab", name="Attention").click()
+            with page.expect_request("**/api/attention") as asked:
+                page.get_by_role("button", name="Show").click()
+            ids = asked.value.post_data_json["tokens"]
+            assert shown == bytes(ids).decode("utf-8", "replace")
+            page.get_by_role("tab", name="Write").click()
+        context.close()
 
 
 def test_two_models_side_by_side(page):

@@ -67,7 +67,7 @@ FAILING = """
 import dataclasses
 step = nanomla.serve.stepper.Batch.step
 def failing(self):
-    if any(request.seed == 666 for request in self.waiting):
+    if any(request.seed == 666 for request in self.waiting.next_of_each()):
         raise RuntimeError("a mistake")
     pieces = step(self)
     for i, piece in enumerate(pieces):
@@ -113,20 +113,22 @@ class Server:
         return self.errors.read_text()
 
     @contextlib.contextmanager
-    def response(self, method, path, body=None, headers=None):
-        """A response that has begun; body: bytes, or what becomes JSON."""
+    def response(self, method, path, body=None, headers=None, client="127.0.0.1"):
+        """A response that has begun; body: bytes, or what becomes JSON. client: its address."""
         headers = {**self.headers, **(headers or {})}
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
             headers = {**JSON, **headers}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=30, source_address=(client, 0)
+        )
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
             yield connection.getresponse()
 
-    def ask(self, method, path, body=None, headers=None):
+    def ask(self, method, path, body=None, headers=None, client="127.0.0.1"):
         """Status, headers and the content, JSON if it is."""
-        with self.response(method, path, body, headers) as response:
+        with self.response(method, path, body, headers, client) as response:
             content = response.read().decode()
             if response.headers.get_content_type() == "application/json" and content:
                 content = json.loads(content)
@@ -281,6 +283,24 @@ def test_texts_are_those_of_generate(server, models):
     assert choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
 
 
+def test_random_numbers_of_a_request(server):
+    """Without a seed each prompt draws its own; with one, prompts and samples are as alone, and a
+    text that was cut goes on as if it had not been."""
+    ask = {"model": "out-mla", "max_tokens": 20}
+    answer = server.complete(**ask, prompt=["ROMEO:"] * 8)
+    assert len({choice["text"] for choice in answer["choices"]}) == 8
+    answer = server.complete(**ask, prompt=["ROMEO:"] * 2, seed=4, n=2)
+    texts = [choice["text"] for choice in answer["choices"]]
+    alone = [server.text(**ask, prompt="ROMEO:", seed=seed) for seed in (4, 5)]
+    assert texts == alone * 2 and alone[0] != alone[1]
+    ids = {}
+    for cut in (0, 7):
+        more = {"prompt": [*b"ROMEO:", *ids.get(0, [])[:cut]], "tokens_drawn": cut}
+        choice = server.complete(**{**ask, **more}, seed=4, return_token_ids=True)["choices"][0]
+        ids[cut] = [token["id"] for token in choice["nanomla"]["tokens"]]
+    assert ids[7][:13] == ids[0][7:]
+
+
 def test_a_stream_is_the_whole_in_parts(server):
     """Text, logprobs, ends and usage of a stream add up to those of one response."""
     body = {
@@ -406,7 +426,8 @@ def test_a_client_that_leaves_frees_its_row(server, stream):
 
 
 def test_too_many_clients(server):
-    """A full queue is refused with the time to wait, at once, and goes on when there is room."""
+    """A client's full queue is refused with the time to wait, at once, and goes on when there is
+    room. Others are served."""
     with contextlib.ExitStack() as stack:
         for _ in range(ROWS + QUEUE - 1):
             stack.enter_context(server.stream())
@@ -417,10 +438,12 @@ def test_too_many_clients(server):
             assert status == 503 and headers["Retry-After"] == "1"
             assert answer["error"]["code"] == "overloaded"
             assert server.text(**{**QUICK, "model": "out-mha"})  # it has its own queue
+            assert server.ask(*POST, QUICK, client="127.0.0.2")[0] == 200
         assert server.until(QUEUE - 1, "nanomla_waiting_requests", model="out-mla")
         assert stack.enter_context(server.stream()).status == 200
     assert server.until(0, "nanomla_active_rows") and server.until(0, "nanomla_waiting_requests")
-    assert server.ask(*POST, {**QUICK, "n": ROWS + 1})[0] == 400
+    assert len(server.complete(**QUICK, n=ROWS + QUEUE)["choices"]) == ROWS + QUEUE
+    assert server.ask(*POST, {**QUICK, "n": ROWS + QUEUE + 1})[0] == 400
 
 
 # ---- what is refused

@@ -45,6 +45,18 @@ def test_characters_wherever_tokens_cut_them():
     assert decoder.push(0xE2) == "" and decoder.finish() == "\ufffd"
 
 
+def test_a_character_that_tokens_before_begin():
+    """It goes on; bytes that can begin none do not, and neither does one that is whole."""
+    for before, token, text in (
+        ([65, 0xC3], 0xA9, "é"), ([0xE2, 0x82], 0xAC, "€"), ([0xF0, 0x9F, 0x98], 0x80, "😀"),
+        ([0xC3], 65, "\ufffdA"), ([0xC3, 0xA9], 65, "A"), ([0xA9], 65, "A"), ([], 0xA9, "\ufffd"),
+        ([0xE2, 0x82, 65], 0xAC, "\ufffd"),
+    ):
+        assert StreamDecoder(BYTES, before).push(token) == text
+    cut = Sample(BYTES, stop="é", prompt=[65, 0xC3])
+    assert list(cut.extend([0xA9, 66])) == ["", ""] and cut.done and cut.text == ""
+
+
 def test_a_sample_grows_up_to_its_stop_string():
     """Its text is what was shown; tokens after the stop string are not asked for."""
     tokens = iter("né, voilà: fin".encode())

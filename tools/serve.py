@@ -78,8 +78,8 @@ class ServeConfig(ModelSettings):
     queue: Annotated[
         Natural,
         Field(le=10**6),
-        "The number of texts of each model that may wait until others have ended.",
-    ] = 64
+        "The number of texts of one client and model that may wait until others have ended.",
+    ] = 128
     max_tokens: Annotated[
         Count, Field(le=10**9), "The largest number of tokens that one text may ask for."
     ] = 4096

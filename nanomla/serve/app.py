@@ -99,7 +99,8 @@ class Guard:
     pages elsewhere or without the token. A client that does not read its response is cut off.
 
     public: paths that need no token. draining: the server is shutting down.
-    scope["at_end"] is an ExitStack that is closed when a request has ended, in whatever way.
+    scope["caller"] is the client's address, by which clients take turns. scope["at_end"] is an
+    ExitStack that is closed when a request has ended, in whatever way.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Guard:
                 timer.cancel()
 
         app = self.app
+        scope["caller"] = client[0]
         request = Request(scope)
         try:
             self._check(request)
@@ -333,10 +335,11 @@ class Site:
             served = self.find(params.model)
             name = served.name
             # Beside the loop, because a long text takes long to turn into tokens.
-            arguments = (params, name, served.tokenizer, served.most)
+            client = request.scope["caller"]
+            arguments = (params, name, served.tokenizer, served.most, client)
             completion = await asyncio.to_thread(Completion, *arguments)
             _check(served, completion)
-            call = Call(served, completion.requests)
+            call = Call(served, completion.requests, client)
             self.stepper.open(call)
         except ApiError as error:
             self.metrics.requests.labels(name, error.status).inc()
