@@ -75,10 +75,15 @@ class StopText:
         if self.done:
             return ""
         self.pending += text
-        ends = [self.pending.index(stop) for stop in self.stops if stop in self.pending]
-        if ends:
+        found = []
+        for stop in self.stops:
+            begin = self.pending.find(stop)
+            if begin >= 0:
+                found.append((begin + len(stop), begin))
+        if found:  # the first that is complete counts, however the text is cut into pieces
             self.done = True
-            return self.pending[: min(ends)]
+            _, begin = min(found)
+            return self.pending[:begin]
         undecided = 0
         if not last:
             for stop in self.stops:

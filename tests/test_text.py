@@ -38,6 +38,25 @@ def test_stop_strings_wherever_pieces_cut_them():
     assert StopText(("y", "n")).push("any") == "a" and StopText(None).push("any") == "any"
 
 
+def test_several_stop_strings_wherever_pieces_cut_the_text():
+    """The one that is complete first counts, and of two that end together the longer."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices("abc", k=draw.randint(0, 12)))
+        stops = tuple("".join(draw.choices("abc", k=draw.randint(1, 4))) for _ in range(3))
+        matches = [
+            (begin + len(stop), begin)
+            for stop in stops
+            for begin in range(len(text))
+            if text.startswith(stop, begin)
+        ]
+        expected = text[: min(matches)[1]] if matches else text
+        for pieces in (cut(text, draw), list(text), [text]):
+            until = StopText(stops)
+            shown = "".join(until.push(piece) for piece in pieces) + until.push("", last=True)
+            assert (shown, until.done) == (expected, bool(matches))
+
+
 def test_characters_wherever_tokens_cut_them():
     """A character of several bytes appears when its last byte does; other bytes become a mark."""
     decoder = StreamDecoder(BYTES)
