@@ -78,6 +78,18 @@ def failing(self):
 nanomla.serve.stepper.Batch.step = failing
 nanomla.serve.app.encode = None
 """
+MISTAKE = """
+async def later(*_):
+    raise RuntimeError("a mistake")
+def now(*_):
+    raise RuntimeError("a mistake")
+"""
+BROKEN = {  # a part of the server, and a mistake in it
+    "the first lines": MISTAKE + "tools.serve.announce = now",
+    "the listener": MISTAKE + "nanomla.serve.listener.Listener.watch = later",
+    "uvicorn": MISTAKE + "import uvicorn; uvicorn.Server.on_tick = later",
+    "a step": MISTAKE + "nanomla.serve.app.Metrics.step = now",
+}
 SERVERS = {  # flags, and what is changed in the modules
     "plain": (["--compare={folder}/out-mha", f"--rows={ROWS}", f"--queue={QUEUE}"], ""),
     "strict": (["--host=0.0.0.0", "--token=secret"], STRICT),
@@ -88,8 +100,7 @@ SERVERS = {  # flags, and what is changed in the modules
 class Server:
     """A server's process and a client for it."""
 
-    def __init__(self, folder, name):
-        flags, patch = SERVERS[name]
+    def __init__(self, folder, name, flags=(), patch="", stdout=subprocess.PIPE):
         flags = [f"--out_dir={folder}/out-mla", "--port=0", "--max_tokens=1000000", *flags]
         command = ["-c", START.format(patch=patch)] if patch else ["-m", "tools.serve"]
         self.headers = {}  # of every request
@@ -98,7 +109,7 @@ class Server:
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, *command, *(flag.format(folder=folder) for flag in flags)],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
+                cwd=ROOT, stdout=stdout, stderr=errors, text=True,
             )
 
     def ready(self):
@@ -215,7 +226,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def servers(models):
     """All servers, which start side by side; none is left behind."""
-    servers = {name: Server(models.folder, name) for name in SERVERS}
+    servers = {name: Server(models.folder, name, *SERVERS[name]) for name in SERVERS}
     yield servers
     for one in servers.values():
         one.process.kill()
@@ -570,6 +581,45 @@ def test_a_failing_engine(servers):
     assert server.process.wait(10) == 1
     lines = server.stderr().splitlines()
     assert "serve.py: error: not expected, please report it" in lines and "a mistake" in lines[-1]
+
+
+def test_a_mistake_in_any_part_ends_the_server(models):
+    """With a traceback, and the port is free again; none of them hangs, and no client waits."""
+    broken = {part: Server(models.folder, part, [], BROKEN[part]) for part in BROKEN}
+    try:
+        server = broken["a step"].ready()
+        status, _, answer = server.ask(*POST, {**QUICK, "max_tokens": 1_000_000})
+        assert status == 500 and "a mistake" in answer["error"]["message"]
+        for part, server in broken.items():
+            assert server.process.wait(30) == 1, part
+            lines = server.stderr().splitlines()
+            assert lines[0] == "serve.py: error: not expected, please report it", part
+            assert lines[-1] == "RuntimeError: a mistake", part
+    finally:
+        for server in broken.values():
+            server.process.kill()
+    with contextlib.suppress(ConnectionRefusedError):
+        pytest.fail(f"the port is open: {socket.create_connection(('127.0.0.1', server.port))}")
+
+
+def test_a_server_whose_stdout_is_full_serves(models):
+    """Of its first lines there is a warning on stderr."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with open("/dev/full", "w") as full:
+        server = Server(models.folder, "full", [f"--port={port}"], stdout=full)
+    server.port = port
+    try:
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not server.stderr():
+            time.sleep(0.05)
+        assert server.complete(**QUICK)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 143
+    finally:
+        server.process.kill()
+    warning = "stdout cannot be written (No space left on device), going on without it"
+    assert server.stderr() == f"warning: {warning}\nserve.py: terminated\n"
 
 
 # ---- what fails before anything is served

@@ -216,7 +216,7 @@ async def serve(
 ) -> int:
     """
     Serve until a signal comes, and let what is running come to its end; returns the signal's
-    number. Raises what the engine's thread has ended with.
+    number. Raises what any part of the server has ended with instead.
     """
     import uvicorn
 
@@ -241,20 +241,24 @@ async def serve(
     with handled(note, "SIGINT", "SIGTERM"):
         watching = asyncio.create_task(listener.watch())
         running = asyncio.create_task(server.serve([listener]))
-        while not server.started and not running.done():
-            await asyncio.sleep(0.01)
-        announce(served, listener)
-        while not signals and not stepper.failure and not running.done():
-            await asyncio.sleep(0.05)
-        guard.draining = True
-        until = time.monotonic() + GRACE
-        while stepper.calls and not stepper.failure and time.monotonic() < until:
-            await asyncio.sleep(0.05)
-        stepper.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
-        server.should_exit = True
-        await running
-        watching.cancel()
-        stepper.ended = True
+        try:
+            while not server.started and not running.done():
+                await asyncio.sleep(0.01)
+            announce(served, listener)
+            while not (signals or stepper.failure or running.done() or watching.done()):
+                await asyncio.sleep(0.05)
+            guard.draining = True
+            until = time.monotonic() + GRACE
+            while stepper.calls and not stepper.failure and time.monotonic() < until:
+                await asyncio.sleep(0.05)
+            stepper.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+            server.should_exit = True
+            await running
+            if watching.done():
+                watching.result()
+            watching.cancel()
+        finally:
+            stepper.ended = True  # or the engine's thread, which main waits for, would go on
         if stepper.failure:
             raise stepper.failure
         last_step = asyncio.wrap_future(engine.submit(int))
