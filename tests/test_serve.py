@@ -220,6 +220,8 @@ def models(tmp_path_factory):
         "out-mla": save_run(folder / "out-mla", {"kind": "byte"}, **TINY_MLA),
         "out-mha": save_run(folder / "out-mha", {"kind": "char", "chars": CHARS}),
     }
+    content = torch.load(folder / "out-mha" / "best.pt")
+    torch.save({**content, "best_val_loss": -float("inf")}, folder / "out-mha" / "best.pt")
     return SimpleNamespace(folder=folder, opened=opened)
 
 
@@ -263,6 +265,7 @@ def test_models_page_and_headers(server):
     assert mla["bytes_per_token"] == 2 * 9 * 4 and mla["mha_bytes_per_token"] == 2 * 48 * 4
     assert mha["bytes_per_token"] == mha["mha_bytes_per_token"] == 2 * 48 * 4
     assert mla["iteration"] == 7 and mla["val_loss"] == 1.5 and mla["context"] == CONTEXT
+    assert mha["val_loss"] is None  # -inf is no loss
     for request in (("GET", "/"), ("GET", "/none"), ("DELETE", "/v1/models"), POST):
         headers = server.ask(*request)[1]
         assert headers["Content-Security-Policy"] == "default-src 'self'", request
@@ -344,7 +347,8 @@ def test_openais_client(server):
 def test_a_log_as_it_grows(server, models):
     """The settings of a run and new entries, with what JSON does not have as null."""
     log = models.folder / "out-mha" / "log.jsonl"
-    log.write_text('{"iter": 0, "loss": NaN}\n{"iter": 1, "loss": 2.5}\n{"iter": 2, "lo')
+    lines = ['{"iter": 0, "loss": NaN}', "[" * 100_000, '{"iter": 1, "loss": 2.5}']
+    log.write_text("\n".join([*lines, '{"iter": 2, "lo']))
     path = "/api/log?model=out-mha"
     answer = server.ask("GET", path)[2]
     assert answer["entries"] == [{"iter": 0, "loss": None}, {"iter": 1, "loss": 2.5}]

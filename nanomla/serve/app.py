@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import json
 import re
 import sys
 import traceback
@@ -32,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanomla.batch import Piece
 from nanomla.checks import Natural, brief
 from nanomla.errors import UserError
-from nanomla.files import parse_json
+from nanomla.files import json_text, parse_json
 from nanomla.runlog import read_log
 from nanomla.serve.listener import PATIENCE, Listener
 from nanomla.serve.protocol import ApiError, Completion, Fields, encode, read_params
@@ -67,9 +66,13 @@ def is_loopback(host: str) -> bool:
 
 
 def as_json(value: Any, status: int = 200) -> Response:
-    """A response of the API. Numbers that JSON does not have must have been replaced before."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Response(text, status, NOT_STORED, JSON)
+    """A response of the API."""
+    return Response(compact(value), status, NOT_STORED, JSON)
+
+
+def compact(value: Any) -> str:
+    """A value as JSON without blanks; settings of a run that JSON has no type for become text."""
+    return json_text(value, separators=(",", ":"), default=str)
 
 
 async def as_error(request: Request, error: Exception) -> Response:
@@ -407,7 +410,7 @@ class Site:
         }
         if start > len(entries):
             answer |= {"entries": entries, "restarted": True}
-        return as_json(_as_json_has_it(answer))
+        return as_json(answer)
 
     async def attention(self, request: Request) -> Response:
         """The attention weights of one layer over some tokens, while the model is not busy."""
@@ -470,9 +473,4 @@ def _model_object(served: Served) -> dict[str, Any]:
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: %s\n\n" % json.dumps(value, separators=(",", ":")).encode()
-
-
-def _as_json_has_it(value: Any) -> Any:
-    """A value out of a file as JSON has it: null for numbers that it does not have."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    return b"data: %s\n\n" % compact(value).encode()
