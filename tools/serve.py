@@ -174,16 +174,13 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
     if folder.is_file():
         folder = folder.parent
     log = folder / "log.jsonl"
-    val_loss = stored.best_val_loss
-    if val_loss == float("inf"):
-        val_loss = None
     about = {
         **describe(model, batch),
         "device": opened.device,
         "dtype": dtype_name(opened.dtype),
         "parameters": model.get_num_params(non_embedding=False),
         "iteration": stored.iter_num,
-        "val_loss": val_loss,
+        "val_loss": stored.best_val_loss,  # infinity, which JSON has as null, if none is known
         "has_log": log.is_file(),
         "max_tokens": cfg.max_tokens,
     }
