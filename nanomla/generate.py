@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nanomla.cache import Cache
 from nanomla.checks import Natural, NonNegative, UpToOne, check, fits, require
-from nanomla.errors import UserError
+from nanomla.errors import UserError, say
 from nanomla.kernels import on_gpu
 
 NOT_FINITE = "the model's logits are not finite; try --dtype=float32, and as --cache_dtype"
@@ -343,6 +343,6 @@ class DecodingStep:
         except RuntimeError as error:
             self.capture = False
             reason = str(error).splitlines()[0]
-            print(f"warning: decoding goes on without a CUDA graph: {reason}", file=sys.stderr)
+            say(f"warning: decoding goes on without a CUDA graph: {reason}", sys.stderr)
         else:
             self.graph = graph

@@ -48,7 +48,7 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 
 from nanomla.checks import Positive, check
 from nanomla.dataset import Meta, write_dataset
-from nanomla.errors import UsageError, UserError, run_script
+from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.prepare import Piece, encode_chars, encode_split, report
 from nanomla.settings import configure
 from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     speed = meta.bytes / 1e6 / (time.perf_counter() - start)
     report(folder, meta)
     size = f"{meta.documents:,} documents, {meta.bytes / 1e6:,.1f} MB"
-    print(f"{size}, tokenized at {speed:.1f} MB/s")
+    say(f"{size}, tokenized at {speed:.1f} MB/s")
 
 
 # ---- Reading

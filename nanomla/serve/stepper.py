@@ -147,9 +147,12 @@ class Stepper:
 
     def _deliver(self, served: Served, pieces: list[Piece], before: float, after: float) -> None:
         pieces = [piece for piece in pieces if piece.request in self.calls]  # others are closed
-        for piece in pieces:
-            self.calls[piece.request].push(piece, before, after)
-        self.on_step(served, after - before, pieces)
+        try:
+            for piece in pieces:
+                self.calls[piece.request].push(piece, before, after)
+            self.on_step(served, after - before, pieces)
+        except Exception as error:  # noqa: BLE001  the loop would only log it, and the calls wait
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self.failure = error

@@ -1,6 +1,6 @@
 // One model's text: the prompt, tokens with their probabilities, and the request that adds more.
 
-import { openAlternatives } from "./alternatives.js";
+import { closeAlternatives, openAlternatives } from "./alternatives.js";
 import { events } from "./server.js";
 import { element, number, oncePerFrame, percent, plural, spoken } from "./util.js";
 
@@ -114,6 +114,7 @@ export class Column {
     this.finish = null; // why the last request ended, as the server says
     this.ended = ""; // and as the page does: Done, Stopped or Broke off
     this.note.textContent = "";
+    closeAlternatives(this.view);
     this.view.replaceChildren(element("span", { className: "prompt" }, prompt));
     this.showRate();
   }
