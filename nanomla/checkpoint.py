@@ -26,7 +26,7 @@ from nanomla.convert import factorise_values
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
 from nanomla.files import one_line, replacing
-from nanomla.tokenizer import check_spec
+from nanomla.tokenizer import check_spec, same_ids
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
@@ -51,7 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None  # as nanomla.optim.optimizer_state returns it
     scaler: dict[str, Any] | None = None  # the state of float16's GradScaler
     iter_num: Natural = 0  # iterations done
-    best_val_loss: float = math.inf  # nats per token
+    best_val_loss: float = math.inf  # nats per token; infinity: none is known
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings by name
     tokenizer: dict[str, Any] | None = None  # what nanomla.tokenizer.Tokenizer is made from
     wandb_run_id: str | None = None
@@ -59,6 +59,8 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         check(self)
+        if not math.isfinite(self.best_val_loss):  # below -inf or NaN no loss would be the best
+            self.best_val_loss = math.inf
 
 
 def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:
@@ -292,8 +294,10 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
             place = Path(str(name))
         spec = read_meta(place).tokenizer
         remedy = f"put its data folder, with its meta.pkl, at {place}, or {other}"
-    if own is not None and own != spec:
-        raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+    if own is not None:
+        if spec is None or not same_ids(own, spec):
+            raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+        spec = own
     if spec:
         count = check_spec(spec, str(place))
         if spec["kind"] == "char" and count != vocab_size:

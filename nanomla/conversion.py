@@ -27,6 +27,7 @@ from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.errors import UserError
 from nanomla.files import one_line, read_json, write_text
+from nanomla.tokenizer import same_ids
 
 RECORD = checkpoint.CONVERSION[0]
 CHOICE_TOKENS = 2**14  # of training text, on which plans are compared
@@ -80,7 +81,7 @@ class Source:
             spec = checkpoint.tokenizer_spec(self.stored)
         except UserError:  # nothing says what its ids mean
             spec = None
-        if spec and self.data.tokenizer and spec != self.data.tokenizer:
+        if spec and self.data.tokenizer and not same_ids(spec, self.data.tokenizer):
             problem = f"dataset {self.cfg.data} was prepared with another tokenizer than {name}'s"
             raise UserError(f"{problem}: its token ids mean other text")
         if ids and ids > self.config.vocab_size:

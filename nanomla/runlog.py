@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomla.errors import say
-from nanomla.files import replacing, write_text
+from nanomla.files import json_text, replacing, write_text
 
 
 class RunLog:
@@ -66,7 +66,7 @@ class RunLog:
             entry["settings"] = self.settings
             self.settings = []
         try:
-            self.file.write(json.dumps(entry).encode() + b"\n")
+            self.file.write(json_text(entry).encode() + b"\n")
             self.file.flush()
         except OSError as error:
             if not self.warned:
@@ -134,10 +134,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a log.jsonl, [] if there is none; lines damaged by a kill are left out."""
     entries = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("iter"), int):
                 entries.append(entry)

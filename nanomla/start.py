@@ -19,6 +19,7 @@ from nanomla.errors import UserError
 from nanomla.memory import require_memory
 from nanomla.optim import Settings
 from nanomla.runlog import read_log
+from nanomla.tokenizer import same_ids
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
@@ -173,7 +174,7 @@ def open_model(cfg: Settings, origins: dict[str, str], data: Dataset) -> tuple[G
     model, factorised = checkpoint.build(ckpt, **changes)
     if factorised:
         warn0(factorised)
-    if ckpt.tokenizer and data.tokenizer and ckpt.tokenizer != data.tokenizer:
+    if ckpt.tokenizer and data.tokenizer and not same_ids(ckpt.tokenizer, data.tokenizer):
         warn0(
             f"{ckpt.source} was trained with another tokenizer than dataset {cfg.dataset}'s: "
             "its token ids mean other text"

@@ -7,26 +7,47 @@ Text on its way in and out of a model: prompts as tokens, characters in pieces, 
 """
 
 import codecs
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 from model import GPTConfig
+from nanomla.errors import say
 from nanomla.generate import check_prompt
 from nanomla.tokenizer import Tokenizer
 
+LONGEST_BEGINNING = 3  # bytes of a character in UTF-8, which has up to 4, without its last
+
 
 def encode_prompt(text: str, tokenizer: Tokenizer, config: GPTConfig) -> list[int]:
-    """A prompt's tokens. Raises UserError if it cannot be spelled or the model cannot take it."""
+    """
+    A prompt's tokens; of more than the model's context the last, and a line on stderr tells of it.
+    Raises UserError if it cannot be spelled or the model cannot take it.
+    """
     tokens = tokenizer.encode(text)
-    check_prompt(tokens, config.vocab_size, config.block_size)
-    return tokens
+    check_prompt(tokens, config.vocab_size)
+    left_out = len(tokens) - config.block_size
+    if left_out > 0:
+        counts = f"the prompt has {len(tokens):,} tokens, the model's context {config.block_size:,}"
+        say(f"{counts}; the first {left_out:,} are left out", sys.stderr)
+    return tokens[-config.block_size :]
 
 
 class StreamDecoder:
-    """Decodes token by token. The bytes of an unfinished character wait for the rest of it."""
+    """
+    Decodes token by token. The bytes of an unfinished character wait for the rest of it.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    before: the tokens that precede; a character that they leave unfinished goes on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        raw = b""
+        for token in reversed(before):
+            if len(raw) >= LONGEST_BEGINNING:
+                break
+            raw = tokenizer.token_bytes(token) + raw
+        self.decoder.decode(raw)
 
     def push(self, token: int) -> str:
         """The characters that this token completes."""
@@ -54,10 +75,15 @@ class StopText:
         if self.done:
             return ""
         self.pending += text
-        ends = [self.pending.index(stop) for stop in self.stops if stop in self.pending]
-        if ends:
+        found = []
+        for stop in self.stops:
+            begin = self.pending.find(stop)
+            if begin >= 0:
+                found.append((begin + len(stop), begin))
+        if found:  # the first that is complete counts, however the text is cut into pieces
             self.done = True
-            return self.pending[: min(ends)]
+            _, begin = min(found)
+            return self.pending[:begin]
         undecided = 0
         if not last:
             for stop in self.stops:
@@ -70,30 +96,45 @@ class StopText:
 
 def begun(text: str, stop: str) -> int:
     """How many characters at the end of a text are the beginning of a stop string."""
-    for count in range(len(stop) - 1, 0, -1):
+    for count in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:count]):
             return count
     return 0
 
 
 class Sample:
-    """One continuation as it grows: its tokens, and its text up to the stop string."""
+    """
+    One continuation as it grows: its tokens, and its text up to the stop string or an end.
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | tuple[str, ...] | None = None) -> None:
+    prompt: the tokens before it. A character that they leave unfinished is the first of its text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: str | tuple[str, ...] | None = None,
+        ends: tuple[int, ...] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
+        self.ends = ends  # the tokens that end it, and are no part of it
+        self.ended = False  # whether one of these has come
         self.tokens: list[int] = []
         self.text = ""
         self.decoded = 0  # characters that the tokens have completed, shown or not
         self.seconds = 0.0  # until its end, for who measures it
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, prompt)
         self._until = StopText(stop)
 
     @property
     def done(self) -> bool:
-        """Whether the stop string has come."""
-        return self._until.done
+        """Whether the stop string or an end has come."""
+        return self._until.done or self.ended
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that can be shown now."""
+        if token in self.ends:
+            self.ended = True
+            return self.finish()
         self.tokens.append(token)
         return self._show(self._decoder.push(token))
 
@@ -108,7 +149,7 @@ class Sample:
         return shown
 
     def extend(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Add tokens up to the stop string; yields the text that each lets show."""
+        """Add tokens up to the stop string or an end; yields the text that each lets show."""
         for token in tokens:
             yield self.push(int(token))
             if self.done:

@@ -1,10 +1,12 @@
 """What is read from and written to the disk. Run: python -m pytest tests/test_files.py"""
 
+import json
+
 import pytest
 
 from nanomla import files
 from nanomla.errors import UserError
-from nanomla.files import read_json, replacing, write_text
+from nanomla.files import json_text, read_json, replacing, write_text
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,14 @@ def test_bad_json_is_one_line(tmp_path, monkeypatch, content, words):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     with pytest.raises(UserError, match=r"no b.json in this folder"):
         read_json(tmp_path / "b.json")
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    """NaN and the infinities, wherever they are; no other value changes."""
+    value = {"a": [1.5, float("nan"), {"b": -float("inf")}], "c": "NaN", "d": 2**70, "e": 1e308}
+    none = {**value, "a": [1.5, None, {"b": None}]}
+    assert json.loads(json_text(value)) == none
+    assert json_text(none, indent=1) == json.dumps(none, indent=1)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
