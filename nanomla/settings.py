@@ -151,6 +151,8 @@ def read_arguments(
     rest = [argument for argument in argv if argument not in HELP]
     while rest:
         argument = rest.pop(0)
+        if not argument:
+            raise UsageError("'': an argument must be some text; --help lists the settings")
         if argument.startswith("-"):
             key, value, where = _read_flag(argument, rest, settings)
             assign(key, value, where)

@@ -29,7 +29,7 @@ import torch
 import train
 from model import GPT, GPTConfig
 from nanomla import costs
-from nanomla.checks import Count, Natural, Positive, Several, check, require
+from nanomla.checks import Count, Natural, Positive, Several, Text, check, fits, in_words, require
 from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, resolve_device
 from nanomla.errors import UsageError, UserError, run_script
@@ -80,7 +80,7 @@ class CompareConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     title: Annotated[
-        str | None, "The title of the report, and the name of its folder below out_dir."
+        Text | None, "The title of the report, and the name of its folder below out_dir."
     ] = None
     variants: Annotated[
         str,
@@ -101,7 +101,7 @@ class CompareConfig:
         "Each variant is also trained with as many parameters as the first, by the width of its "
         "MLP.",
     ] = True
-    out_dir: Annotated[str, "The folder of the report and of the runs."] = "out-compare"
+    out_dir: Annotated[Text, "The folder of the report and of the runs."] = "out-compare"
     jobs: Annotated[
         Count | None,
         "The number of runs side by side. None stands for the number of a CPU's cores, at most 4.",
@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     flags = [argument for argument in argv if argument.startswith("-")]
     names = [argument for argument in argv if not argument.startswith("-")]
+    for name in names:
+        if not fits(name, Text):
+            raise UsageError(f"{name!r}: an argument must be {in_words(Text)}")
     files = [name for name in names if name.endswith(".py")]
     if len(files) == len(names):
         compare_each(files, flags)

@@ -25,7 +25,7 @@ from pydantic import Field
 
 import train
 from nanomla import checkpoint, conversion, formats
-from nanomla.checks import Count, Natural, Positive, check
+from nanomla.checks import Count, Natural, Positive, Text, check
 from nanomla.conversion import Conversion, Source
 from nanomla.convert import METHODS, Plan
 from nanomla.distributed import print0
@@ -54,12 +54,12 @@ class ConvertConfig:
     }
 
     init_from: Annotated[
-        str | None,
+        Text | None,
         "The weights to convert: the folder of a run, a checkpoint file, gpt2, gpt2-medium, "
         "gpt2-large, gpt2-xl, or a folder of safetensors.",
     ] = None
     data: Annotated[
-        str | None, "A dataset in the source's tokens: a folder below data/, or a path."
+        Text | None, "A dataset in the source's tokens: a folder below data/, or a path."
     ] = None
     block_size: Annotated[
         Annotated[int, Field(ge=2)] | None,
@@ -67,7 +67,7 @@ class ConvertConfig:
     ] = None
 
     to: Annotated[
-        str | None,
+        Text | None,
         "The folder to write: a new one, an empty one, or that of a conversion to go on with.",
     ] = None
     cache: Annotated[
@@ -112,7 +112,7 @@ class ConvertConfig:
 
     eval_tokens: Annotated[Count, "About how many validation tokens to measure on."] = 2**17
     seed: Annotated[Natural, "The seed of the windows that are drawn."] = 1337
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[Text, "The device to run on: auto, cpu, cuda, cuda:1, ..."] = "auto"
 
     def __post_init__(self) -> None:
         check(self)

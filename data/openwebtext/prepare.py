@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
 from nanomla.bpe import load_encoding
-from nanomla.checks import Count, Positive, check
+from nanomla.checks import Count, Positive, Text, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.prepare import Piece, cores, encode_split, report
@@ -53,10 +53,10 @@ class PrepareConfig:
     }
 
     data_files: Annotated[
-        str | None,
+        Text | None,
         "Files that are read instead of the hub's, as patterns with commas between them.",
     ] = None
-    field: Annotated[str, "The name of the column that holds the text."] = "text"
+    field: Annotated[Text, "The name of the column that holds the text."] = "text"
     limit: Annotated[
         Annotated[int, Field(ge=2)] | None,
         "Only so many documents are taken, from the start, and kept in memory.",
@@ -65,7 +65,7 @@ class PrepareConfig:
         Positive, Field(lt=1), "The share of the documents that is val, which has at least one."
     ] = 0.0005
     num_proc: Annotated[Count, "The number of processes that download and unpack."] = CORES
-    out: Annotated[str, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
+    out: Annotated[Text, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
 
     def __post_init__(self) -> None:
         check(self)

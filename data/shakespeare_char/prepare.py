@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
-from nanomla.checks import check
+from nanomla.checks import Text, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import run_script
 from nanomla.prepare import encode_chars, read_shakespeare, report
@@ -28,7 +28,7 @@ class PrepareConfig:
     headings: ClassVar[dict[str, str]] = {"tiny": "text", "out": "output"}
 
     tiny: Annotated[bool, "The text is nanoGPT's tiny Shakespeare instead."] = False
-    out: Annotated[str, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
+    out: Annotated[Text, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
 
     def __post_init__(self) -> None:
         check(self)

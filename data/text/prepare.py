@@ -46,7 +46,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
-from nanomla.checks import Positive, check
+from nanomla.checks import Positive, Text, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.files import read_json
@@ -71,10 +71,10 @@ class PrepareConfig:
         "name": "output", "tokenizer": "tokens", "val_fraction": "split", "field": "text",
     }
 
-    name: Annotated[str | None, "The dataset is written to data/NAME, for --dataset=NAME."] = None
-    out: Annotated[str | None, "The dataset is written to this folder instead."] = None
+    name: Annotated[Text | None, "The dataset is written to data/NAME, for --dataset=NAME."] = None
+    out: Annotated[Text | None, "The dataset is written to this folder instead."] = None
     tokenizer: Annotated[
-        str, f"The tokenizer: {', '.join(TOKENIZERS)}, or a folder with a {HF_TOKENIZER}."
+        Text, f"The tokenizer: {', '.join(TOKENIZERS)}, or a folder with a {HF_TOKENIZER}."
     ] = "gpt2"
     val_fraction: Annotated[Positive, Field(lt=1), "The share of the text that is val."] = 0.1
     split: Annotated[
@@ -83,7 +83,7 @@ class PrepareConfig:
         "hash.",
     ] = "tail"
     seed: Annotated[int, "The seed that chooses the documents of --split=document."] = 1337
-    field: Annotated[str, "The field of a line of a .jsonl file that holds the text."] = "text"
+    field: Annotated[Text, "The field of a line of a .jsonl file that holds the text."] = "text"
     errors: Annotated[
         Literal["strict", "replace"],
         "What happens at invalid UTF-8: strict stops, replace puts U+FFFD in its place.",
