@@ -1,8 +1,11 @@
 """Reading what is on disk, with errors that name the file, and the one way to replace a file."""
 
 import contextlib
+import glob
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,24 +55,68 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """
-    Inside, the name of a temporary file in the folder of `path`, to be written. At the end it is
+    Inside, the name of a temporary file or folder beside `path`, to be written. At the end it is
     synced and takes the name of `path`; if anything fails before, `path` stays what it was and the
-    temporary file is removed. Raises OSError.
+    temporary one is removed. Raises OSError.
+
+    A folder takes two renames, as none replaces a folder that is not empty. After a kill between
+    the two, put_back gives the earlier folder its name again.
     """
     path = Path(path)
+    put_back(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        unfinished.unlink(missing_ok=True)  # of a process that was killed and had this number
         yield unfinished
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
+        for written in [unfinished, *unfinished.rglob("*")]:
+            if written.is_file():
+                with open(written, "rb") as file:
+                    os.fsync(file.fileno())
+        if unfinished.is_dir() and path.is_dir():
+            path.rename(unfinished.with_suffix(".old"))
         os.replace(unfinished, path)
     finally:
+        put_back(path)
+
+
+def put_back(path: Path) -> None:
+    """
+    End what `replacing` had begun for this path in processes that are gone, or in this one: what
+    was there before gets its name back if nothing has it, all else is removed.
+
+    Only this system's processes are known: of two machines that write to the same path at once,
+    one may fail.
+    """
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        name = re.fullmatch(r"([0-9]{1,9})\.(tmp|old)", temporary.name[len(path.name) + 2 :])
+        if name is None or _is_another_process(int(name[1])):
+            continue
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            if name[2] == "old" and not path.exists():
+                temporary.rename(path)
+            elif temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink()
+
+
+def _is_another_process(number: int) -> bool:
+    """Whether a process that is not this one has this number; True where that is not known."""
+    if number == os.getpid():
+        return False
+    if os.name == "posix":  # elsewhere this signal would end it
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file of UTF-8, whole or not at all. Raises OSError."""
+    """
+    Write a file of UTF-8, whole or not at all. What cannot be in UTF-8, such as the bytes of a
+    name that is none, becomes an escape like \\udcff. Raises OSError.
+    """
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")

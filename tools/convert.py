@@ -273,16 +273,14 @@ def train_and_measure(settings: dict[str, Any], source: Source, title: str) -> f
 # ---- what is written and printed
 def record_texts(record: Conversion, heal: dict[str, Any]) -> dict[str, str]:
     """The files of a record, by name, and train.py's config for its healing, if there is any."""
-    texts = {
-        RECORD: as_json(dataclasses.asdict(record)),
-        REPORT: report_text(record) + "\n",
-    }
+    texts = {REPORT: report_text(record) + "\n"}
     if heal:
         command = f"python train.py {heal['out_dir']}/{HEAL}"
         lines = [f"# Goes on with the healing of a conversion: {command}"]
         lines += [f"{name} = {value!r}" for name, value in heal.items()]
         texts[HEAL] = "\n".join(lines) + "\n"
-    return texts
+    # last, as the same command goes on by what it says
+    return texts | {RECORD: as_json(dataclasses.asdict(record))}
 
 
 def report_text(record: Conversion) -> str:
