@@ -31,6 +31,7 @@ from nanomla.cache import dtype_name
 from nanomla.chat import Chat
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne
 from nanomla.errors import UsageError, UserError, run_script, say, script_name
+from nanomla.files import require_file
 from nanomla.generate import PREFILL_CHUNK, stream_tokens
 from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
@@ -160,6 +161,7 @@ def read_prompt(start: str) -> str:
     if start.startswith("FILE:"):
         path = start.removeprefix("FILE:")
         try:
+            require_file(path, or_pipe=True)
             start = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
             reason = getattr(error, "strerror", None) or error

@@ -1,6 +1,7 @@
 """Reading what is on disk, with errors that name the file, and the one way to replace a file."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -21,6 +22,17 @@ def one_line(text: object) -> str:
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
+def require_file(path: str | Path, or_pipe: bool = False) -> None:
+    """
+    Raise OSError if there is something at `path` of which reading may find no end: a device, a
+    socket, or a pipe, which is let through where a person may have named one, as in <(zcat a.gz).
+    """
+    path = Path(path)
+    has_an_end = path.is_file() or path.is_dir() or (or_pipe and path.is_fifo())
+    if path.exists() and not has_an_end:
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """
     The object in a .json file of at most LARGEST_JSON bytes.
@@ -29,6 +41,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        require_file(path)
         with open(path, "rb") as file:
             text = file.read(LARGEST_JSON + 1)
         if len(text) > LARGEST_JSON:

@@ -4,14 +4,16 @@ import errno
 import itertools
 import os
 import shutil
+import socket
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from model import GPT
-from nanomla import conversion, files, formats
+from nanomla import checkpoint, conversion, files, formats
 from nanomla.dataset import Dataset, Meta, write_dataset
 from nanomla.distributed import World
 from nanomla.errors import UserError
@@ -19,8 +21,19 @@ from nanomla.files import read_json, replacing, write_text
 from nanomla.formats.folder import write_folder
 from nanomla.runfolder import RunFolder, move_earlier_run
 from nanomla.runlog import RunLog, read_log
+from nanomla.settings import run_config_file
+from sample import read_prompt
 from tests.conftest import save_model, tiny_config
 from tools import report
+
+READERS = {
+    "JSON": read_json,
+    "checkpoint": checkpoint.load,
+    "weights": lambda path: formats.folder.read_tensors(path.parent),
+    "model": formats.open_weights,
+    "config file": lambda path: run_config_file(str(path)),
+    "prompt": lambda path: read_prompt(f"FILE:{path}"),
+}
 
 
 @pytest.mark.parametrize(
@@ -40,6 +53,29 @@ def test_bad_json_is_one_line(tmp_path, monkeypatch, content, words):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     with pytest.raises(UserError, match=r"no b.json in this folder"):
         read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+@pytest.mark.parametrize("reader", READERS)
+def test_only_what_has_an_end_is_read(tmp_path, kind, reader):
+    """Elsewhere reading would go on for ever. A pipe may be what a person named as text."""
+    path = tmp_path / "model.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    if kind == "pipe" and reader in ("config file", "prompt"):
+        writer = threading.Thread(target=path.write_text, args=("seed = 5",))
+        writer.start()
+        assert READERS[reader](path) in ({"seed": 5}, "seed = 5")
+        writer.join()
+    else:
+        with pytest.raises(UserError, match=r"model.safetensors\b.*not a regular file") as caught:
+            READERS[reader](path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

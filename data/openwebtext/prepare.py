@@ -17,6 +17,7 @@ import glob
 import hashlib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def load_documents(cfg: PrepareConfig, source: str) -> "Dataset":
     if cfg.data_files is not None:
         files = []
         for pattern in cfg.data_files.split(","):
-            files += glob.glob(pattern, recursive=True)
+            files += filter(os.path.isfile, glob.glob(pattern, recursive=True))
         kinds = {READERS.get(Path(file.removesuffix(".gz")).suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise UsageError(

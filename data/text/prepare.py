@@ -48,7 +48,7 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 
 from nanomla.checks import Positive, Text, check
 from nanomla.dataset import Meta, write_dataset
-from nanomla.errors import UsageError, UserError, run_script
+from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.files import read_json
 from nanomla.prepare import Piece, encode_chars, encode_split, report
 from nanomla.settings import configure
@@ -138,18 +138,29 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The given files, and the text files in the given folders. Raises UsageError without any."""
+    """
+    The given files, and the text files in the given folders. What is no regular file, such as a
+    pipe or a device, is left out with a line in a folder. Raises UsageError if it was given, as
+    the text is read several times, and if there is no file.
+    """
     if not paths:
         raise UsageError("say what to read, as in prepare.py my/*.txt --name=mine")
     files = []
     for path in map(Path, paths):
         if not path.is_dir():
+            if path.exists() and not path.is_file():
+                problem = "not a regular file, which can be read more than once"
+                raise UsageError(f"{path}: {problem}; write the text to one")
             files.append(path)
             continue
         for inner in sorted(path.rglob("*")):
             hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
-            if inner.name.removesuffix(".gz").endswith(SUFFIXES) and not hidden:
+            if not inner.name.removesuffix(".gz").endswith(SUFFIXES) or hidden or inner.is_dir():
+                continue
+            if inner.is_file():
                 files.append(inner)
+            else:
+                say(f"warning: {inner} is left out: it is no regular file", sys.stderr)
     if not files:
         suffixes = ", ".join(SUFFIXES)
         raise UsageError(f"{', '.join(paths)}: no {suffixes} file in there, gzipped or not")

@@ -39,7 +39,7 @@ def open_weights(name: str | Path, prefer_best: bool = False, verify: bool = Tru
     path = Path(name)
     if not path.exists():
         put_back(path)  # an export that was killed
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return load(path, verify)
     if name in PRETRAINED or (path / CONFIG).exists() or (path / WEIGHTS).exists():
         return read_pretrained(name)

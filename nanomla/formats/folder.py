@@ -13,7 +13,7 @@ from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer
 from nanomla.costs import cached_numbers
 from nanomla.errors import UserError
-from nanomla.files import one_line, read_json, replacing, write_text
+from nanomla.files import one_line, read_json, replacing, require_file, write_text
 from nanomla.formats.base import MARK, Settings, Tensors
 from nanomla.tokenizer import (
     BYTE_LETTERS,
@@ -71,6 +71,7 @@ def read_tensors(folder: Path) -> Tensors:
     tensors = {}
     for file in sorted(files):
         try:
+            require_file(folder / file)
             tensors |= load_file(folder / file)
         except FileNotFoundError:
             problem = f"{folder}: no {file} in this folder"
