@@ -25,7 +25,7 @@ from nanomla.convert import Calibration, LayerReport, Plan, calibrate, to_mla, w
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.errors import UserError
-from nanomla.files import one_line, read_json, replacing, write_text
+from nanomla.files import read_record, replacing, write_text
 
 RECORD = checkpoint.CONVERSION[0]
 CHOICE_TOKENS = 2**14  # of training text, on which plans are compared
@@ -222,11 +222,7 @@ def read_conversion(folder: str | Path) -> Conversion | None:
     path = Path(folder) / RECORD
     if not path.exists():
         return None
-    content = read_json(path)
-    try:
-        return Conversion(**content)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the record of a conversion ({one_line(error)})") from None
+    return read_record(path, Conversion)
 
 
 def make_record(source: Source, made: Converted, asked: dict[str, Any]) -> Conversion:

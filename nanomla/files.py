@@ -9,10 +9,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nanomla.errors import UserError
 
+Record = TypeVar("Record")
 LARGEST_JSON = 2**27  # bytes of a .json file; the tokenizer of a large vocabulary has 40 MB
 
 
@@ -63,6 +64,16 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{source}: cannot be read (it is no JSON object)")
     return content
+
+
+def read_record(path: str | Path, kind: type[Record]) -> Record:
+    """A dataclass with the values in a .json file. Raises UserError if they are no such record."""
+    content = read_json(path)
+    try:
+        return kind(**content)
+    except (TypeError, ValueError) as error:
+        reason = f"no {kind.__name__.lower()}: {one_line(error)}"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
 
 
 @contextlib.contextmanager

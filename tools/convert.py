@@ -33,6 +33,7 @@ from nanomla.errors import UsageError, UserError, run_script
 from nanomla.files import write_text
 from nanomla.formats.folder import as_json
 from nanomla.settings import configure
+from nanomla.start import stored_settings
 from tools.bench.timing import markdown
 from tools.report import can_draw, new_axes, save, style
 
@@ -235,9 +236,10 @@ def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "learning_rate": 2e-4,  # where the source's is not known
     }
+    stored = stored_settings(train.TrainConfig, source.stored)
     for name in RECIPE:
-        if source.stored.config.get(name) is not None:
-            recipe[name] = source.stored.config[name]
+        if stored.get(name) is not None:
+            recipe[name] = stored[name]
     highest = recipe["learning_rate"]
     scale = 0.5
     if cfg.heal_lr:
