@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from model import GPTConfig
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
-from nanomla.checks import Text, check
+from nanomla.checks import Text, check, fits
 from nanomla.conversion import read_conversion
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.formats import folder
@@ -151,7 +151,9 @@ def training_command(stored: Checkpoint) -> str | None:
     defaults = flat(TrainConfig())
     flags = []
     for name, value in stored.config.items():
-        if name not in known or value == defaults[name] or name.startswith("wandb_"):
+        if name not in known or name.startswith("wandb_") or not fits(value, known[name].type):
+            continue
+        if value == defaults[name]:
             continue
         if name != "init_from" or value != "resume":
             flags.append(f"--{name}={value}")
