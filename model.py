@@ -24,7 +24,7 @@ draws tokens.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -42,7 +42,7 @@ from nanomla.attention import (
 )
 from nanomla.cache import Cache, LayerCache
 from nanomla.checks import Count, Positive, Several, Share, check, require
-from nanomla.generate import Sampler, stream_tokens
+from nanomla.generate import Sampler, check_shape, stream_tokens
 from nanomla.kernels import Linear, Quantized, attend, causal_weights, dequantise
 from nanomla.latent_tokens import LatentTokenAttention
 from nanomla.memory import require_memory
@@ -977,8 +977,7 @@ class GPT(nn.Module):
             del parts["wpe"]
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        positions = torch.arange(config.block_size, device="cpu")
-        cos, sin = rope_tables(positions, config, torch.float32)
+        cos, sin = self._rotary_tables()
         self.register_buffer("rope_cos", cos, persistent=False)  # one table for all layers
         self.register_buffer("rope_sin", sin, persistent=False)
         if not self.lm_head.weight.is_meta:
@@ -996,6 +995,19 @@ class GPT(nn.Module):
 
         model, _ = build(open_weights(source, prefer_best=True), **(override_args or {}))
         return model
+
+    def _rotary_tables(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, (block_size, rotary_dim / 2), in float32."""
+        positions = torch.arange(self.config.block_size, device="cpu")
+        return rope_tables(positions, self.config, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":
+        """Move or convert the model; its rotary tables stay float32, so that none is rounded."""
+        super()._apply(fn, recurse)
+        cos, sin = self._rotary_tables()
+        self.rope_cos = cos.to(self.rope_cos.device)
+        self.rope_sin = sin.to(self.rope_sin.device)
+        return self
 
     def tie_weights(self) -> None:
         """Let shared weights be one parameter: lm_head and wte, and all latent projections."""
@@ -1016,9 +1028,13 @@ class GPT(nn.Module):
         """
         idx (B, T) int64. With targets (B, T): logits (B, T, V) and the mean cross-entropy over all
         but -1. Without: logits of the last position, (B, 1, V), or with all_logits of all, and
-        None. With a cache, idx goes on from what it holds. Raises ValueError for a context or a
-        cache that does not fit.
+        None. With a cache, idx goes on from what it holds. Raises ValueError for an idx without a
+        token, for targets of another shape, and for a context or a cache that does not fit.
         """
+        check_shape(idx)
+        if targets is not None:
+            allowed = f"the shape of idx, {tuple(idx.shape)}"
+            require(targets.shape == idx.shape, "targets.shape", tuple(targets.shape), allowed)
         if cache is not None:
             self._check_made_for(cache)  # nothing is written before the cache is known to fit
             cache.check(*idx.shape, self.lm_head.weight.device)
@@ -1058,7 +1074,7 @@ class GPT(nn.Module):
             cos, sin = rope_tables(torch.arange(end), self.config, x.dtype)
             rotation = cos.to(x.device)[at], sin.to(x.device)[at]
         else:
-            rotation = self.rope_cos[at], self.rope_sin[at]
+            rotation = self.rope_cos[at].to(x.dtype), self.rope_sin[at].to(x.dtype)
         return self.transformer.drop(x), rotation
 
     @torch.no_grad()
@@ -1066,8 +1082,9 @@ class GPT(nn.Module):
         """
         What every token of idx (B, T) reads of all in one layer, for pictures: (B, nh, T, T), row i
         what token i reads of tokens 0 to i. For a model in evaluation mode. Raises ValueError for a
-        layer that is not there.
+        layer that is not there, or an idx without a token.
         """
+        check_shape(idx)
         blocks = self.transformer.h
         require(layer in range(len(blocks)), "layer", layer, f"from 0 to {len(blocks) - 1}")
         x, rotation = self._embed(idx, None)

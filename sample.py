@@ -37,6 +37,7 @@ from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
 from nanomla.signals import handled
 from nanomla.text import Sample, encode_prompt
+from nanomla.tokenizer import ends_of_text
 
 ROWS = 64  # samples side by side
 COMMANDS = "/reset forgets the conversation, /stats measures it, //text is sent as /text"
@@ -90,6 +91,9 @@ class SampleConfig(ModelSettings):
     stop: Annotated[
         str | None, "A sample ends before this text, in which \\n stands for a new line."
     ] = None
+    ignore_eos: Annotated[
+        bool, "A sample goes on past the tokens that end a text in the model's tokenizer."
+    ] = False
     seed: Annotated[Seed, "The seed of the draws."] = 1337
 
     use_cache: Annotated[
@@ -124,12 +128,15 @@ class SampleConfig(ModelSettings):
             return {}
         return {"use_svd": True, "svd_rank": self.svd_rank, "svd_method": self.svd_method}
 
-    def sampling(self) -> Sampling:
+    def sampling(self, opened: Opened) -> Sampling:
         """How samples are drawn, and where they end."""
         stop = None
         if self.stop:
             stop = self.stop.replace("\\n", "\n")
-        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, stop)
+        ends = ()
+        if not self.ignore_eos:
+            ends = ends_of_text(opened.tokenizer.spec)
+        return Sampling(self.max_new_tokens, self.temperature, self.top_k, self.top_p, stop, ends)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.interactive:
         made, seconds = converse(cfg, opened)
     elif cfg.one_per_line:
-        made, seconds = print_several(cfg, opened, prompt.splitlines())
+        made, seconds = print_several(cfg, opened, lines_of(prompt))
     elif cfg.json or cfg.num_samples > 1:
         made, seconds = print_several(cfg, opened, [prompt])
     else:
@@ -162,13 +169,18 @@ def read_prompt(start: str) -> str:
         path = start.removeprefix("FILE:")
         try:
             require_file(path, or_pipe=True)
-            start = Path(path).read_text(encoding="utf-8")
+            start = Path(path).read_bytes().decode("utf-8")  # with its ends of lines as they are
         except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--start=FILE:{path}: cannot be read ({reason})") from None
     if not start:
         raise UsageError("--start: the prompt is empty; give at least one character")
     return start
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, which end at \\n or \\r\\n; \\r alone is a character like any other."""
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def compile_mlps(model: GPT) -> None:
@@ -217,8 +229,8 @@ def print_stream(pieces: Iterator[str], interrupts: Sequence[int] = ()) -> float
 def print_one(cfg: SampleConfig, opened: Opened, prompt: str) -> tuple[int, float]:
     """Print a prompt and its continuation; returns the tokens made and the seconds they took."""
     tokens = encode_prompt(prompt, opened.tokenizer, opened.model.config)
-    sampling = cfg.sampling()
-    sample = Sample(opened.tokenizer, sampling.stop)
+    sampling = cfg.sampling(opened)
+    sample = Sample(opened.tokenizer, sampling.stop, sampling.ends)
     sys.stdout.write(prompt)
     drawn = stream_tokens(
         opened.model,
@@ -277,7 +289,7 @@ def draw_in_batch(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -
     requests = []
     for prompt, seeds_of_prompt in zip(prompts, seeds, strict=True):
         for count, seed in zip(counts, seeds_of_prompt, strict=True):
-            requests.append(Request(prompt, cfg.sampling(), count, seed))
+            requests.append(Request(prompt, cfg.sampling(opened), count, seed))
     for request in requests:
         batch.submit(request)
     began = time.perf_counter()
@@ -293,13 +305,13 @@ def draw_in_batch(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -
 
 def draw_without_cache(cfg: SampleConfig, opened: Opened, prompts: list[list[int]]) -> list[Sample]:
     """The same, with the samples of one prompt side by side."""
-    sampling = cfg.sampling()
+    sampling = cfg.sampling(opened)
     sampler = sampling.sampler(cfg.seed, opened.device)
     samples = []
     for prompt in prompts:
         began = time.perf_counter()
         idx = torch.tensor([prompt] * cfg.num_samples, device=opened.device)
-        some = [Sample(opened.tokenizer, sampling.stop) for _ in idx]
+        some = [Sample(opened.tokenizer, sampling.stop, sampling.ends) for _ in idx]
         for tokens in stream_tokens(opened.model, idx, cfg.max_new_tokens, sampler, False):
             for sample, token in zip(some, tokens[:, 0].tolist(), strict=True):
                 if not sample.done:
@@ -320,12 +332,13 @@ def converse(cfg: SampleConfig, opened: Opened) -> tuple[int, float]:
 
     On a terminal, Ctrl-C stops an answer or empties a line; two in a row end the conversation.
     """
-    how = (cfg.sampling(), cfg.seed, opened.cache_dtype, cfg.prefill_chunk)
+    how = (cfg.sampling(opened), cfg.seed, opened.cache_dtype, cfg.prefill_chunk)
     chat = Chat(opened.model, opened.tokenizer, *how)
     seconds = 0.0
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 should not end it
+        # A line that is no UTF-8 should not end it, and lines end as in lines_of.
+        sys.stdin.reconfigure(errors="replace", newline="\n")
     if terminal:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives input() line editing and a history
@@ -365,7 +378,7 @@ def read_line(terminal: bool) -> str:
         prompt = "> "
     for _ in range(2):
         try:
-            return input(prompt)
+            return input(prompt).removesuffix("\r")
         except EOFError:
             break
         except KeyboardInterrupt:

@@ -156,7 +156,9 @@ class TrainConfig:
 
     eval_interval: Annotated[Count, "The number of iterations between evaluations."] = 2000
     eval_iters: Annotated[
-        Count, "The number of batches of each split in an evaluation. They are always the same."
+        Count,
+        "The number of batches of each split in an evaluation, always the same. Losses compare "
+        "where this times batch_size and block_size is the same.",
     ] = 200
     eval_only: Annotated[bool, "The model is evaluated once and not trained."] = False
     sample_interval: Annotated[
@@ -375,6 +377,7 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
 
     accumulation = cfg.gradient_accumulation_steps
     tokens_per_iter = accumulation * cfg.batch_size * config.block_size
+    evaluated = cfg.eval_iters * cfg.batch_size * config.block_size
     processes = "1 process"
     if world.size > 1:
         processes = f"{world.size} processes"
@@ -383,6 +386,8 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
         f"run: {world.device}, {trainer.dtype}, {processes}, {tokens_per_iter:,} tokens per "
         f"iteration ({accumulation} x {cfg.batch_size} x {config.block_size}), "
         f"iterations {first} to {cfg.max_iters}",
+        f"evaluation: {evaluated:,} tokens of each split "
+        f"({cfg.eval_iters} x {cfg.batch_size} x {config.block_size})",
     )
     if cfg.eval_only:
         print0(f"iteration {first}: {evaluation_text(trainer.evaluate())}")

@@ -58,7 +58,8 @@ def start(script: str, argv: list[str] | None) -> tuple[Experiment, Dataset, int
     cfg, _ = configure(kind, argv)
     print(f"{machine(cfg.device)}, torch {torch.__version__}, seed {cfg.seed}")
     data = Dataset(cfg.dataset, SHAPE["block_size"])
-    return cfg, data, padded_vocab(data)
+    data.model_vocab_size = padded_vocab(data)
+    return cfg, data, data.model_vocab_size
 
 
 def title(cfg: Experiment) -> str:

@@ -39,7 +39,7 @@ class Sampling:
     top_k: int | None = 200
     top_p: float | None = None
     stop: str | tuple[str, ...] | None = None  # what ends a sample, and is no part of it
-    end: int | None = None  # the token that ends a sample, and is no part of it
+    ends: tuple[int, ...] = ()  # the tokens that end a sample, and are no part of it
 
     def sampler(self, seed: int, device: torch.device | str = "cpu") -> Sampler:
         """What draws the tokens. Raises ValueError for settings out of range."""
@@ -112,7 +112,7 @@ class Drawing:
     def push(self, token: int, score: Score) -> tuple[str, str | None]:
         """Take a token that was drawn; returns the text to show and how the sample ends, if so."""
         self.made += 1
-        if token == self.sampling.end:
+        if token in self.sampling.ends:
             return self.sample.finish(), "stop"
         begin = self.sample.decoded
         text = self.sample.push(token)

@@ -20,7 +20,7 @@ from nanomla.tokenizer import Tokenizer
 class Chat:
     """
     A conversation: every line follows all that came before, of which the cache is kept. One that
-    outgrows the model's context goes on from the newer half of it.
+    outgrows the model's context goes on from the newer half of it, or from a line that is longer.
 
     cache_dtype None: that of the weights. prefill_chunk: as in stream_tokens.
     """
@@ -51,11 +51,10 @@ class Chat:
     def reply(self, line: str) -> Iterator[str]:
         """
         The model's continuation of the conversation and this line, piece by piece. Raises UserError
-        for a line that the tokenizer cannot spell or that is longer than the context; the
-        conversation is then as before.
+        for a line that the tokenizer cannot spell; the conversation is then as before.
         """
         self._add(encode_prompt(line + "\n", self.tokenizer, self.model.config))
-        sample = Sample(self.tokenizer, self.sampling.stop)
+        sample = Sample(self.tokenizer, self.sampling.stop, self.sampling.ends)
         tokens = stream_tokens(
             self.model,
             torch.tensor([self.context], device=self.cache.device),
@@ -70,16 +69,21 @@ class Chat:
             self.tokens_made += len(sample.tokens)
             if sample.tokens:  # the cache holds all but the last, or a part that it could hold
                 text = self.context + sample.tokens
-                self.context = text[-(self.cache.pos + 1) :]
+                recent = self.cache.pos + 1
+                if sample.ended:  # the last is the end, which is no part of the conversation
+                    recent = self.cache.pos
+                self.context = text[-recent:]
 
     def _add(self, new: list[int]) -> None:
         """Put the tokens of a line behind the context, which is cut if they do not fit."""
-        first = len(self.tokenizer.encode(""))  # tokens that a tokenizer puts before every text
+        begin = self.tokenizer.encode("")  # what a tokenizer puts before every text
+        if new[: len(begin)] != begin:  # the beginning of a long line is left out
+            begin = []
         if self.context:
-            self.context = self.context + new[first:]
+            self.context = self.context + new[len(begin) :]
         else:
             self.context = new
         if len(self.context) > self.cache.max_len:
-            recent = max(newer_half(self.cache.max_len) - first, 1)
-            self.context = new[:first] + self.context[-recent:]
+            recent = max(newer_half(self.cache.max_len), len(new)) - len(begin)
+            self.context = begin + self.context[-max(recent, 1) :]
             self.cache.truncate(0)

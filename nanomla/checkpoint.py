@@ -26,7 +26,7 @@ from nanomla.convert import factorise_values
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
 from nanomla.files import one_line, replacing, require_file
-from nanomla.tokenizer import check_spec
+from nanomla.tokenizer import check_spec, same_ids
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
 LATEST, BEST = "ckpt.pt", "best.pt"
@@ -293,8 +293,10 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
             place = Path(str(name))
         spec = read_meta(place).tokenizer
         remedy = f"put its data folder, with its meta.pkl, at {place}, or {other}"
-    if own is not None and own != spec:
-        raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+    if own is not None:
+        if spec is None or not same_ids(own, spec):
+            raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+        spec = own
     if spec:
         count = check_spec(spec, str(place))
         if spec["kind"] == "char" and count != vocab_size:

@@ -26,6 +26,7 @@ from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.errors import UserError
 from nanomla.files import read_record, replacing, write_text
+from nanomla.tokenizer import same_ids
 
 RECORD = checkpoint.CONVERSION[0]
 CHOICE_TOKENS = 2**14  # of training text, on which plans are compared
@@ -63,6 +64,7 @@ class Source:
             longest = f"the longest context of {cfg.init_from} is {self.config.block_size}"
             raise UserError(f"--block_size={cfg.block_size} does not work: {longest}")
         self.data = Dataset(cfg.data, self.block_size)
+        self.data.model_vocab_size = self.config.vocab_size
         self.tokenizer = self._tokenizer()
         windows = 5 * 10**7 // (self.config.vocab_size * self.block_size)  # with logits of 200 MB
         self.batch_size = max(1, min(64, windows))
@@ -75,7 +77,7 @@ class Source:
             spec = checkpoint.tokenizer_spec(self.stored)
         except UserError:  # nothing says what its ids mean
             spec = None
-        if spec and self.data.tokenizer and spec != self.data.tokenizer:
+        if spec and self.data.tokenizer and not same_ids(spec, self.data.tokenizer):
             problem = f"dataset {self.cfg.data} was prepared with another tokenizer than {name}'s"
             raise UserError(f"{problem}: its token ids mean other text")
         if ids and ids > self.config.vocab_size:

@@ -36,14 +36,14 @@ def parameters(config: GPTConfig) -> int:
     return first + (config.n_layer - 1) * (count(2) - first)
 
 
-def training_bytes(config: GPTConfig, sequences: int) -> int:
+def training_bytes(config: GPTConfig, sequences: int, moments: int) -> int:
     """
     What training on so many sequences at a time takes at least, in bytes: weights, gradients and
-    AdamW's state, logits and their gradient, and the residual stream before every layer.
+    an optimizer's moments, logits and their gradient, and the residual stream before every layer.
     """
     tokens = sequences * config.block_size
     numbers = tokens * (2 * config.vocab_size + config.n_layer * config.n_embd)
-    return 4 * (4 * parameters(config) + numbers)  # float32
+    return 4 * ((2 + moments) * parameters(config) + numbers)  # float32
 
 
 def cached_numbers(model: GPT) -> float:

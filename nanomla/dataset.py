@@ -80,6 +80,7 @@ class Dataset:
                 + self._remedy()
             )
         self.vocab_size = meta.vocab_size
+        self.model_vocab_size: int | None = None  # of the model that reads it
         self.tokenizer = meta.tokenizer
         self.split_bytes = meta.split_bytes
         self.splits = {split: self._map(split, meta) for split in ("train", "val")}
@@ -148,15 +149,23 @@ class Dataset:
 
         tokens = self.splits[split]
         window = tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (B, T + 1)
-        largest = int(window.max())
-        if self.vocab_size is not None and largest >= self.vocab_size:
-            raise UserError(
-                f"{self.folder / split}.bin holds token id {largest}, but the vocabulary has "
-                f"{self.vocab_size}; its meta file and its tokens do not belong together: "
-                "prepare it again"
-            )
+        self._check_ids(split, int(window.max()))
         ids = torch.from_numpy(window.astype(np.int64))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def _check_ids(self, split: str, largest: int) -> None:
+        """Raise UserError if an id is beyond the vocabulary of the meta file or of the model."""
+        holds = f"{self.folder / split}.bin holds token id {largest}, but the"
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise UserError(
+                f"{holds} vocabulary has {self.vocab_size}; its meta file and its tokens do not "
+                "belong together: prepare it again"
+            )
+        if self.model_vocab_size is not None and largest >= self.model_vocab_size:
+            raise UserError(
+                f"{holds} model has vocab_size={self.model_vocab_size}; it needs "
+                f"{largest + 1} or more"
+            )
 
 
 def read_meta(place: Path) -> Meta:

@@ -117,9 +117,7 @@ def stream_tokens(
     require(whole, "max_new_tokens", max_new_tokens, "a whole number of at least 0")
     block_size = model.config.block_size
     ends = torch.tensor(stop_ids(stop), device=idx.device)
-    if idx.dim() != 2 or idx.size(1) == 0:
-        wrong = f"idx of shape {tuple(idx.shape)} does not work"
-        raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
+    check_shape(idx)
     for prompt in idx.tolist():
         check_prompt(prompt, model.config.vocab_size)
     context = begin_context(idx, cache, block_size)
@@ -148,6 +146,13 @@ def stream_tokens(
     finally:
         for module in training:  # a part may have been in evaluation mode before
             module.training = True
+
+
+def check_shape(idx: Tensor) -> None:
+    """Raise ValueError if idx is not (B, T), or has no sequence or no token."""
+    if idx.dim() != 2 or idx.numel() == 0:
+        wrong = f"idx of shape {tuple(idx.shape)} does not work"
+        raise ValueError(f"{wrong}: it must be (B, T) with at least one token")
 
 
 def stop_ids(stop: int | Iterable[int] | None) -> list[int]:

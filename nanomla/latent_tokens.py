@@ -174,8 +174,14 @@ class LatentTokenAttention(Attention):
         return 0
 
     def flops_per_token(self, decoding: bool) -> int:
-        """Those of the matrices, of writing into the slots and of reading them."""
-        return super().flops_per_token(decoding) + 2 * self.nh * 4 * self.m * self.hs
+        """
+        Those of the matrices, of writing into the slots and of reading them; in training also those
+        of the pairs of tokens in a chunk.
+        """
+        products = 4 * self.m * self.hs
+        if not decoding:
+            products += 2 * CHUNK * (self.m + self.hs)
+        return super().flops_per_token(decoding) + 2 * self.nh * products
 
 
 # ---- The recurrence, token by token and many tokens at a time

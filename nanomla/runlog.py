@@ -140,7 +140,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     entries = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = fit(json.loads(line), dict[str, Any])
                 fit(entry.get("iter"), Natural)

@@ -20,6 +20,7 @@ from nanomla.errors import UserError
 from nanomla.memory import require_memory
 from nanomla.optim import Settings
 from nanomla.runlog import read_log
+from nanomla.tokenizer import same_ids
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
@@ -188,7 +189,7 @@ def open_model(cfg: Settings, origins: dict[str, str], data: Dataset) -> tuple[G
     model, factorised = checkpoint.build(ckpt, **changes)
     if factorised:
         warn0(factorised)
-    if ckpt.tokenizer and data.tokenizer and ckpt.tokenizer != data.tokenizer:
+    if ckpt.tokenizer and data.tokenizer and not same_ids(ckpt.tokenizer, data.tokenizer):
         warn0(
             f"{ckpt.source} was trained with another tokenizer than dataset {cfg.dataset}'s: "
             "its token ids mean other text"
@@ -262,9 +263,12 @@ def require_room(cfg: Settings, config: GPTConfig) -> None:
     remedy = "use a smaller model, batch_size or block_size"
     weights = 4 * costs.parameters(config)
     require_memory(weights, "a model of this size", "cpu", remedy)  # where it is made
-    needs = costs.training_bytes(config, cfg.batch_size)
+    moments = 2  # of AdamW
+    if cfg.optimizer == "muon":
+        moments = 1  # of matrices, which are most of a model
+    needs = costs.training_bytes(config, cfg.batch_size, moments)
     if cfg.parallel == "fsdp":
-        needs -= 4 * weights  # weights, gradients and two moments are shared out
+        needs -= (2 + moments) * weights  # weights, gradients and moments are shared out
     require_memory(needs, "training this model with this batch", device, remedy)
 
 
@@ -304,6 +308,7 @@ def check_model(config: GPTConfig, cfg: Settings, data: Dataset) -> None:
             f"dataset {cfg.dataset} has token ids up to {data.vocab_size - 1}, the model only "
             f"vocab_size={config.vocab_size}; {remedy}"
         )
+    data.model_vocab_size = config.vocab_size  # nanoGPT's datasets do not say what their ids are
     if cfg.init_from != "scratch":
         return  # what the weights' own config stores was said when they were made
     idle = [f"{name}={getattr(config, name)!r}" for name in without_effect(config)]

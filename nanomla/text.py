@@ -7,18 +7,27 @@ Text on its way in and out of a model: prompts as tokens, characters in pieces, 
 """
 
 import codecs
+import sys
 from collections.abc import Iterable, Iterator
 
 from model import GPTConfig
+from nanomla.errors import say
 from nanomla.generate import check_prompt
 from nanomla.tokenizer import Tokenizer
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer, config: GPTConfig) -> list[int]:
-    """A prompt's tokens. Raises UserError if it cannot be spelled or the model cannot take it."""
+    """
+    A prompt's tokens; of more than the model's context the last, and a line on stderr tells of it.
+    Raises UserError if it cannot be spelled or the model cannot take it.
+    """
     tokens = tokenizer.encode(text)
-    check_prompt(tokens, config.vocab_size, config.block_size)
-    return tokens
+    check_prompt(tokens, config.vocab_size)
+    left_out = len(tokens) - config.block_size
+    if left_out > 0:
+        counts = f"the prompt has {len(tokens):,} tokens, the model's context {config.block_size:,}"
+        say(f"{counts}; the first {left_out:,} are left out", sys.stderr)
+    return tokens[-config.block_size :]
 
 
 class StreamDecoder:
@@ -77,9 +86,16 @@ def begun(text: str, stop: str) -> int:
 
 
 class Sample:
-    """One continuation as it grows: its tokens, and its text up to the stop string."""
+    """One continuation as it grows: its tokens, and its text up to the stop string or an end."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: str | tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: str | tuple[str, ...] | None = None,
+        ends: tuple[int, ...] = (),
+    ) -> None:
+        self.ends = ends  # the tokens that end it, and are no part of it
+        self.ended = False  # whether one of these has come
         self.tokens: list[int] = []
         self.text = ""
         self.decoded = 0  # characters that the tokens have completed, shown or not
@@ -89,11 +105,14 @@ class Sample:
 
     @property
     def done(self) -> bool:
-        """Whether the stop string has come."""
-        return self._until.done
+        """Whether the stop string or an end has come."""
+        return self._until.done or self.ended
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that can be shown now."""
+        if token in self.ends:
+            self.ended = True
+            return self.finish()
         self.tokens.append(token)
         return self._show(self._decoder.push(token))
 
@@ -108,7 +127,7 @@ class Sample:
         return shown
 
     def extend(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Add tokens up to the stop string; yields the text that each lets show."""
+        """Add tokens up to the stop string or an end; yields the text that each lets show."""
         for token in tokens:
             yield self.push(int(token))
             if self.done:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from nanomla.bpe import MERGES, TABLES, load_encoding
-from nanomla.checks import Natural, brief, fits, require
+from nanomla.checks import Natural, Several, brief, fits, require
 from nanomla.errors import UserError
 from nanomla.files import one_line, parse_json, read_json
 from nanomla.prepare import sha256
 
 HF_TOKENIZER = "tokenizer.json"
+HF_SETTINGS = ("config.json", "generation_config.json")  # beside it, with the ids of an end
 KINDS = ("char", "byte", "tiktoken", "hf")
 TIKTOKEN_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 TIKTOKEN_ENDS = {"gpt2": 50256, "cl100k_base": 100257, "o200k_base": 199999}
@@ -27,13 +28,29 @@ LETTER_BYTES |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 BYTE_LETTERS = sorted(LETTER_BYTES, key=LETTER_BYTES.get)
 
 
-def end_of_text(spec: dict[str, Any] | None) -> int | None:
-    """The id that ends a text in this tokenizer; None if it has none or it is not known."""
+def ends_of_text(spec: dict[str, Any] | None) -> tuple[int, ...]:
+    """The ids any of which ends a text in this tokenizer; () if it has none or none is known."""
     if not spec:
-        return None
-    if spec.get("kind") == "tiktoken":
-        return TIKTOKEN_ENDS.get(spec.get("name"))
-    return spec.get("end")  # of Hugging Face's; no other kind has it
+        return ()
+    end = spec.get("end")
+    if end is None and spec.get("kind") == "tiktoken":
+        end = TIKTOKEN_ENDS.get(spec.get("name"))
+    if end is None:
+        return ()
+    if isinstance(end, list):
+        return tuple(end)
+    return (end,)
+
+
+def end_of_text(spec: dict[str, Any] | None) -> int | None:
+    """The first of the ids that end a text, which stands between two texts; None without one."""
+    ends = ends_of_text(spec)
+    return ends[0] if ends else None
+
+
+def same_ids(spec: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two specs give every text the same ids; where a text ends may differ."""
+    return {**spec, "end": None} == {**other, "end": None}
 
 
 def start_of_text(spec: dict[str, Any] | None) -> int | None:
@@ -74,6 +91,9 @@ def _count_ids(spec: Any) -> int:
         kind = spec.get("kind")
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer {brief(spec)}; known kinds: {', '.join(KINDS)}")
+    end = spec.get("end")
+    valid = fits(end, Natural | Several[Natural] | None)
+    require(valid, "end", end, "the id that ends a text, or a list of such ids")
     if kind == "char":
         chars = spec.get("chars")
         unique = isinstance(chars, str) and 0 < len(chars) == len(set(chars))
@@ -96,8 +116,8 @@ class Tokenizer:
     Text to ids and back.
 
     spec: {"kind": "char", "chars": ...}, {"kind": "byte"}, {"kind": "tiktoken", "name": "gpt2"} or
-    {"kind": "hf", "json": the text of a tokenizer.json, "end": the id that ends a text, "bos": the
-    id that begins one}; the last two are left out where they are not known.
+    {"kind": "hf", "json": the text of a tokenizer.json, "end": the id that ends a text, or a list
+    of several, "bos": the id that begins one}; the last two are left out where they are not known.
     source: the file or checkpoint that it comes from, for errors.
     Raises UserError for a spec that is none of these.
     """
@@ -113,7 +133,7 @@ class Tokenizer:
             self.bpe = load_encoding(spec["name"])
         elif self.kind == "hf":
             self.hf, self.decoders = _open_hf(spec["json"], source)
-            self.added = self.hf.get_added_tokens_decoder()  # ids whose bytes are their name's
+            self.added = self.hf.get_added_tokens_decoder()  # tokens by id
 
     def encode(self, text: str) -> list[int]:
         """
@@ -164,14 +184,15 @@ class Tokenizer:
         text = self.hf.id_to_token(token)
         if text is None:  # ids may have gaps
             return b""
-        if token in self.added:
-            return text.encode("utf-8")
+        added = self.added.get(token)
         for decoder in self.decoders:
             kind = decoder["type"]
+            if kind == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+                return bytes([int(text[3:5], 16)])
+            if added is not None and (added.special or kind == "ByteLevel"):
+                continue  # a special token keeps its name; an added one has letters, not bytes
             if kind == "ByteLevel" and all(letter in LETTER_BYTES for letter in text):
                 return bytes(LETTER_BYTES[letter] for letter in text)
-            if kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", text):
-                return bytes([int(text[3:5], 16)])
             if kind == "Metaspace":
                 text = text.replace(decoder["replacement"], " ")
             elif kind == "Replace":
@@ -206,25 +227,39 @@ def _count_hf(content: dict[str, Any], source: str) -> int:
         raise UserError(f"{source}: not a tokenizer of Hugging Face ({reason})") from None
 
 
-def read_hf(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def read_hf(path: Path) -> dict[str, Any]:
     """
-    The spec of the tokenizer in a tokenizer.json.
+    The spec of the tokenizer in a tokenizer.json. The ids that begin and end a text are those in
+    the config.json and the generation_config.json beside it: any that one of them has is an end.
 
-    settings: what the config.json beside it holds; the ids that begin and end a text are there.
     Raises UserError naming the file if it is missing or no tokenizer.
     """
     content = read_json(path)
     count = _count_hf(content, str(path))
+    spec = {"kind": "hf", "json": path.read_bytes().decode("utf-8")}
     if count == TIKTOKEN_SIZES["gpt2"] and _has_gpt2s_merges(content):
-        return {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
-    spec = {"kind": "hf", "json": path.read_text(encoding="utf-8")}
-    for name, key in (("end", "eos_token_id"), ("bos", "bos_token_id")):
-        token = settings.get(key)
-        if isinstance(token, list) and token:  # several end a text in some models
-            token = token[0]
-        if fits(token, Natural) and token < count:
-            spec[name] = token
+        spec = {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
+    ends = list(ends_of_text(spec))
+    beginnings = []
+    for file in HF_SETTINGS:
+        if path.with_name(file).exists():
+            settings = read_json(path.with_name(file))
+            ends += _ids(settings.get("eos_token_id"), count)
+            beginnings += _ids(settings.get("bos_token_id"), count)
+    ends = list(dict.fromkeys(ends))  # each once
+    if len(ends) > 1:
+        spec["end"] = ends
+    elif ends and spec["kind"] == "hf":
+        spec["end"] = ends[0]
+    if beginnings and spec["kind"] == "hf":
+        spec["bos"] = beginnings[0]
     return spec
+
+
+def _ids(value: Any, count: int) -> list[int]:
+    """The ids below count in a setting that holds one, several in a list, or anything else."""
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if fits(token, Natural) and token < count]
 
 
 def _has_gpt2s_merges(content: dict[str, Any]) -> bool:

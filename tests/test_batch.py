@@ -218,7 +218,7 @@ def test_the_end_of_a_text_is_no_part_of_it():
     served = batch({})
     text, ids, *_ = serve(served, [Request([3], Sampling(12, 0))])[0]
     first = ids.index(ids[5])
-    ended = serve(served, [Request([3], Sampling(12, 0, end=ids[5]))])[0]
+    ended = serve(served, [Request([3], Sampling(12, 0, ends=(22, ids[5])))])[0]
     assert ended[:3] == (text[:first], ids[:first], "stop")
 
 

@@ -6,6 +6,7 @@ import torch
 from nanomla.batch import Sampling
 from nanomla.chat import Chat
 from nanomla.errors import UserError
+from nanomla.generate import Sampler
 from nanomla.tokenizer import Tokenizer
 from tests.conftest import KINDS, TINY_MLA, make
 
@@ -28,8 +29,8 @@ def test_every_answer_follows_all_that_was_said(settings):
     """Also past the context, of which the newer half stays, and after a line that is refused."""
     talk = chat(settings)
     context = []
-    for line in ("ab", "c", "Z", "d" * 16, "ef", "g", "hi"):
-        if line in ("Z", "d" * 16):
+    for line in ("ab", "c", "Z", "ef", "g", "hi"):
+        if line == "Z":
             with pytest.raises(UserError):
                 list(talk.reply(line))
             continue
@@ -43,6 +44,41 @@ def test_every_answer_follows_all_that_was_said(settings):
     talk.reset()
     new = generated(talk.model, TOKENIZER.encode("ab\n"))
     assert "".join(talk.reply("ab")) == TOKENIZER.decode(new)
+
+
+@pytest.mark.parametrize("begin", [[], [5]], ids=["", "with a beginning"])
+def test_a_long_line_is_not_cut_to_half(capsys, monkeypatch, begin):
+    """All of it stays that fits the context; a line on stderr counts what does not."""
+    encode = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: begin + encode(text))
+    talk = chat(new=1)
+    for line in ("abc", "defabcdefabcd", "bcd", "abcdefghijklmnopqrstuv", "ab"):
+        new = TOKENIZER.encode(line + "\n")
+        context = talk.context + new[len(begin) :]
+        if len(context) + len(begin) > 16:
+            context = begin + context[-max(8, len(new)) + len(begin) :]
+        answer = "".join(talk.reply(line))
+        assert answer == TOKENIZER.decode(generated(talk.model, context[-16:], 1))
+    counts = f"has {23 + len(begin)} tokens, the model's context 16; the first {7 + len(begin)} are"
+    assert capsys.readouterr().err == f"the prompt {counts} left out\n"
+
+
+@pytest.mark.parametrize("count", [0, 3, 11])
+def test_an_end_is_no_part_of_the_conversation(count):
+    """A line after an answer that ended goes on from the answer, also where the cache was cut."""
+    torch.manual_seed(0)
+    model = make(TINY_MLA)
+    full = Chat(model, TOKENIZER, Sampling(12, temperature=1.0), seed=0)
+    text = TOKENIZER.encode("".join(full.reply("abcdefg")))
+    assert len(set(text)) == 12 and len(full.context) < 20
+    talk = Chat(model, TOKENIZER, Sampling(12, temperature=1.0, ends=(22, text[count])), seed=0)
+    assert TOKENIZER.encode("".join(talk.reply("abcdefg"))) == text[:count]
+    everything = TOKENIZER.encode("abcdefg\n") + text[:count]
+    assert talk.context == everything[-len(talk.context) :] and talk.tokens_made == count
+    talk.sampling = Sampling(1)
+    talk.sampler = Sampler(temperature=0)
+    context = [*talk.context, *TOKENIZER.encode("a\n")]
+    assert "".join(talk.reply("a")) == TOKENIZER.decode(generated(model, context, 1))
 
 
 @pytest.mark.parametrize("listened", [1, 4])

@@ -36,7 +36,7 @@ def test_fields_reach_the_engine():
     (request,) = complete(prompt="hi", temperature=None, stop=None, n=None).requests
     s = request.sampling
     assert (s.max_new_tokens, s.temperature, s.top_p, s.stop, request.n) == (16, 1.0, 1.0, None, 1)
-    assert request.prompt == [104, 105] and not s.top_k and s.end is None
+    assert request.prompt == [104, 105] and not s.top_k and s.ends == ()
     assert not request.prompt_logprobs and request.logprobs is None and not request.cache_prompt
     (request,) = complete(
         prompt=[1, 2], max_tokens=5.0, temperature=0, top_p=0.5, top_k=7, n=3, seed=4,
@@ -60,8 +60,10 @@ def test_prompts():
     assert [r.prompt for r in complete(prompt=[[5], [6, 7]]).requests] == [[5], [6, 7]]
     gpt2 = SimpleNamespace(spec={"kind": "tiktoken", "name": "gpt2"})
     (request,) = complete(gpt2).requests
-    assert request.prompt == [50256] and request.sampling.end == 50256
-    assert complete(gpt2, ignore_eos=True).requests[0].sampling.end is None
+    assert request.prompt == [50256] and request.sampling.ends == (50256,)
+    assert complete(gpt2, ignore_eos=True).requests[0].sampling.ends == ()
+    several = SimpleNamespace(spec={"kind": "tiktoken", "name": "gpt2", "end": [50256, 198]})
+    assert complete(several).requests[0].sampling.ends == (50256, 198)
     assert complete(prompt="").requests[0].prompt == [10]
     with pytest.raises(ApiError, match="no token to begin with"):
         complete(CHARS, prompt="")

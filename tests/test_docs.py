@@ -156,3 +156,10 @@ def test_what_is_printed_runs(tree):
     assert done.returncode == 0, done.stderr[-2000:]
     failed = json.loads(done.stdout)
     assert not failed, "\n".join(str(part) for case in failed for part in case)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/nanogpt.md", "docs/conversion.md"])
+def test_pages_say_that_a_config_file_is_a_program(page):
+    """Whoever gets one from somebody else must know before it runs."""
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert re.search(r"config file.{,20} is a Python program|is a config file, a program", text)

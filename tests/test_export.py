@@ -8,7 +8,9 @@ import torch
 
 from model import GPT
 from nanomla import checkpoint, formats
+from nanomla.dataset import read_meta
 from nanomla.errors import UserError
+from nanomla.tokenizer import ends_of_text
 from tests.conftest import (
     QUICK,
     TINY_MLA,
@@ -151,7 +153,8 @@ def test_a_foreign_folder_is_sampled_and_exported(tmp_path):
     theirs = byte_level()
     folder = tmp_path / "hf"
     foreign("llama", vocab_size=288).save_pretrained(folder)
-    theirs.save(str(folder / "tokenizer.json"))
+    json_text = theirs.to_str(pretty=True).replace("\n", "\r\n")  # as Windows writes it
+    (folder / "tokenizer.json").write_bytes(json_text.encode())
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"eos_token_id": [0, 5], "bos_token_id": 7}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -159,10 +162,9 @@ def test_a_foreign_folder_is_sampled_and_exported(tmp_path):
     assert done.returncode == 0 and "as llama: " in done.stdout and done.stderr == ""
     names = {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     assert files(tmp_path / "e") == names | {"tokenizer_config.json"}
-    text = (folder / "tokenizer.json").read_text()
-    assert (tmp_path / "e" / "tokenizer.json").read_text() == text
+    assert (tmp_path / "e" / "tokenizer.json").read_bytes() == json_text.encode()
     wrote = json.loads((tmp_path / "e" / "config.json").read_text())
-    assert (wrote["bos_token_id"], wrote["eos_token_id"]) == (7, 0)
+    assert (wrote["bos_token_id"], wrote["eos_token_id"]) == (7, [0, 5])
     opened = AutoTokenizer.from_pretrained(tmp_path / "e")
     assert opened(TEXT)["input_ids"] == theirs.encode(TEXT).ids
     assert opened.eos_token == "<|end|>" and opened.bos_token == theirs.id_to_token(7)
@@ -171,6 +173,46 @@ def test_a_foreign_folder_is_sampled_and_exported(tmp_path):
     (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 288}}}')
     done = run("sample.py", f"--init_from={folder}", "--start=a")
     assert fails_with_one_line(done, 1, str(folder), "ids up to 288", "vocab_size=288")
+
+
+def test_all_ends_go_out_and_transformers_stops_at_them(tmp_path):
+    """
+    Those of config.json and of generation_config.json; in our own format and through a dataset that
+    is prepared with the folder's tokenizer too.
+    """
+    folder = tmp_path / "hf"
+    foreign("llama", vocab_size=288).save_pretrained(folder)
+    byte_level().save(str(folder / "tokenizer.json"))
+    idx = torch.tensor([[70, 71, 72]])
+    made = greedy(load_with_transformers(folder), idx, 9)[0, 3:].tolist()
+    count = max(i for i in range(9) if made[i] not in made[:i])
+    assert count > 1
+    settings = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 3}
+    (folder / "config.json").write_text(json.dumps(settings))
+    ends = {"eos_token_id": [279, made[count]]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    assert export(folder, tmp_path / "e").returncode == 0
+    wrote = json.loads((tmp_path / "e" / "config.json").read_text())
+    assert wrote["eos_token_id"] == [3, 279, made[count]]
+    for exported in (folder, tmp_path / "e"):
+        stopped = greedy(load_with_transformers(exported), idx, 9)[0, 3:].tolist()
+        assert stopped == made[: count + 1]
+        assert ends_of_text(formats.read_pretrained(exported).tokenizer) == (3, 279, made[count])
+    assert export(tmp_path / "e", tmp_path / "ours", "--format=nanomla").returncode == 0
+    spec = formats.read_pretrained(folder).tokenizer
+    assert formats.read_pretrained(tmp_path / "ours").tokenizer == spec
+    (tmp_path / "a.txt").write_text("to be or not to be, wörld\n" * 60)
+    data = [tmp_path / "a.txt", f"--out={tmp_path}/data", f"--tokenizer={folder}"]
+    assert run("data/text/prepare.py", *data).returncode == 0
+    assert read_meta(tmp_path / "data").tokenizer == spec
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+    meta["tokenizer"]["end"] = 3  # as an earlier version wrote it
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    done = export(folder, tmp_path / "e", f"--dataset={tmp_path}/data")
+    assert done.returncode == 0 and formats.read_pretrained(tmp_path / "e").tokenizer == spec
+    args = [*QUICK, f"--dataset={tmp_path}/data", f"--out_dir={tmp_path}/o", "--max_iters=1"]
+    tuned = run("train.py", *args, f"--init_from={folder}")
+    assert tuned.returncode == 0 and "another tokenizer" not in tuned.stderr, tuned.stderr
 
 
 def test_a_foreign_folder_is_fine_tuned_on_text_in_its_own_ids(tmp_path):

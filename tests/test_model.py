@@ -4,6 +4,7 @@ The model against itself along other paths; tests/test_formats.py has it beside 
 Run: python -m pytest tests/test_model.py
 """
 
+import copy
 import itertools
 from dataclasses import asdict
 
@@ -242,6 +243,50 @@ def test_what_none_stands_for():
     given = GPT(tiny_config(pos_emb="rope", rope_freqs=plain.config.frequencies.tolist()))
     given.load_state_dict(plain.state_dict())
     assert torch.equal(all_logits(given, idx), all_logits(plain, idx))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (4,), (1, 2, 3)])
+def test_tokens_without_sequence_or_token(kind, shape):
+    """One clear error with a cache and without, by whatever name the model is called."""
+    model = make(kind)
+    idx = torch.zeros(shape, dtype=torch.int64)
+    wrong = rf"idx of shape \({', '.join(map(str, shape))},?\) does not work: it must be \(B, T\)"
+    cache = model.make_cache(2, 8)
+    for run in (
+        lambda: model(idx),
+        lambda: model(idx, idx),
+        lambda: model(idx, cache=cache),
+        lambda: model.attention_weights(idx, 0),
+        lambda: model.generate(idx, 3),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            run()
+    assert cache.pos == 0
+
+
+def test_targets_of_another_shape():
+    """As many targets in other places are refused: they would give a loss, of other tokens."""
+    model = make("MLA")
+    idx = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"targets.shape=\(4, 2\)"):
+        model(idx, idx.view(4, 2))
+
+
+@pytest.mark.parametrize("settings", [{"pos_emb": "rope"}, TINY_MLA, KINDS["rotary latent"]])
+def test_another_dtype_and_back(settings):
+    """A model that was bfloat16 or float16 is, with its weights loaded again, what it was."""
+    model = make(settings)
+    weights = copy.deepcopy(model.state_dict())
+    idx = torch.randint(23, (2, 16))
+    logits = all_logits(model, idx)
+    for narrow in (torch.bfloat16, torch.float16):
+        low = all_logits(model.to(narrow), idx)
+        assert low.dtype == narrow and torch.allclose(low.float(), logits, rtol=0, atol=1)
+        model.float().load_state_dict(weights)
+        assert torch.equal(all_logits(model, idx), logits)
+    model.to_empty(device="cpu").load_state_dict(weights)
+    assert torch.equal(all_logits(model, idx), logits)
 
 
 def test_built_on_the_meta_device_and_filled():

@@ -16,7 +16,8 @@ import sample
 from nanomla import checkpoint
 from nanomla.errors import run_script
 from nanomla.tokenizer import Tokenizer
-from tests.conftest import QUICK, run
+from tests.conftest import QUICK, TINY_MLA, make, run, save_model
+from tests.test_tokenizer import byte_level
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,127 @@ def test_prompts_one_per_line(draw, tmp_path):
         assert record["prompt"] == prompt
         assert record["text"] == alone[i // 2].removeprefix(prompt).partition(stop)[0]
     assert draw("--start=to be", f"--stop={stop}").stdout == alone[0].partition(stop)[0] + "\n"
+
+
+def save_with_ends(folder, ends=None):
+    """A run's folder with a byte-level model of 280 ids, whose tokenizer has these ends."""
+    torch.manual_seed(0)
+    model = make(TINY_MLA, vocab_size=280, block_size=40)
+    tokenizer = {"kind": "hf", "json": byte_level().to_str()}
+    if ends is not None:
+        tokenizer["end"] = ends
+    folder.mkdir(exist_ok=True)
+    save_model(folder, model, best=True, tokenizer=tokenizer)
+    return model, Tokenizer(tokenizer)
+
+
+def test_samples_end_at_any_end_in_every_mode(tmp_path, monkeypatch):
+    """The end itself is not printed, and --ignore_eos goes on; up to it the texts are the same."""
+    model, tokenizer = save_with_ends(tmp_path)
+    ids = tokenizer.encode("to be")
+    made = model.generate(torch.tensor([ids]), 12, temperature=0)[0, len(ids) :].tolist()
+    count = max(i for i in range(12) if made[i] not in made[:i])
+    assert count > 1
+    whole = "to be" + tokenizer.decode(made)
+    short = "to be" + tokenizer.decode(made[:count])
+
+    def text(*args):
+        start = [f"--out_dir={tmp_path}", "--start=to be", "--max_new_tokens=12"]
+        done = run("sample.py", *start, "--temperature=0", *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    line = "\n---------------\n"
+    for ends in (None, made[count], [279, made[count]]):
+        save_with_ends(tmp_path, ends)
+        want = whole if ends is None else short
+        tokens = 12 if ends is None else count
+        for cache in ("--use_cache=True", "--use_cache=False"):
+            assert text(cache) == want + "\n"
+            assert text(cache, "--ignore_eos=True") == whole + "\n"
+            assert text(cache, "--num_samples=2") == (want + line) * 2
+            assert text(cache, "--one_per_line") == want + line
+            record = json.loads(text(cache, "--json"))
+            assert ("to be" + record["text"], record["tokens"]) == (want, tokens)
+            draws = [cache, "--temperature=1.5", "--num_samples=3", "--seed=5"]
+            on = text(*draws, "--ignore_eos=True").split(line)
+            assert all(a.startswith(b) for a, b in zip(on, text(*draws).split(line), strict=True))
+        monkeypatch.setattr("sys.stdin", io.StringIO("to be\n"))
+        said = run(
+            "sample.py", f"--out_dir={tmp_path}", "--interactive", "--max_new_tokens=12",
+            "--temperature=0",
+        ).stdout
+        new = tokenizer.encode("to be\n")
+        reply = model.generate(torch.tensor([new]), 12, temperature=0)[0, len(new) :].tolist()
+        if ends is not None and made[count] in reply:
+            reply = reply[: reply.index(made[count])]
+        assert said == tokenizer.decode(reply) + "\n"
+
+
+def test_a_model_with_gpt2s_tokenizer_ends_at_its_end(tmp_path, monkeypatch):
+    """As in the server, whatever the model was trained on."""
+    prompts = []
+
+    def drawn(model, idx, *_args, **_options):
+        prompts.append(idx.tolist())
+        yield from torch.tensor([[[5]], [[6]], [[50256]], [[7]]])
+
+    monkeypatch.setattr(sample, "stream_tokens", drawn)
+    gpt2 = {"kind": "tiktoken", "name": "gpt2"}
+    save_model(tmp_path, make({}, vocab_size=50304), best=True, tokenizer=gpt2)
+    start = [f"--out_dir={tmp_path}", "--start=a"]
+    assert run("sample.py", *start).stdout == "a&'\n" and prompts == [[[64]]]
+    assert run("sample.py", *start, "--ignore_eos=True").stdout == "a&'<|endoftext|>(\n"
+
+
+BREAKS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines cuts too
+
+
+def test_lines_end_at_newlines_alone(tmp_path, monkeypatch):
+    """Also as Windows writes them. All else, a lone \\r too, is text, and a file is as it is."""
+    save_model(tmp_path, make({}, vocab_size=256), best=True, tokenizer={"kind": "byte"})
+    (tmp_path / "prompts.txt").write_bytes(f"a{BREAKS}b\r\n\r\n\nc\rd\ne".encode())
+    args = [f"--out_dir={tmp_path}", "--max_new_tokens=1", "--temperature=0"]
+    file = f"--start=FILE:{tmp_path}/prompts.txt"
+    printed = run("sample.py", *args, file, "--one_per_line", "--json").stdout
+    prompts = [json.loads(line)["prompt"] for line in printed.split("\n")[:-1]]
+    assert prompts == [f"a{BREAKS}b", "c\rd", "e"]
+    (tmp_path / "prompts.txt").write_bytes(b"a\r\nb\r")
+    record = json.loads(run("sample.py", *args, file, "--json").stdout)
+    assert record["prompt"] == "a\r\nb\r"
+
+    heard = []
+
+    def reply(_chat, line):
+        heard.append(line)
+        yield ""
+
+    monkeypatch.setattr("nanomla.chat.Chat.reply", reply)
+    typed = io.BytesIO(f"a{BREAKS}b\r\nc\rd\n".encode() + b"\xff\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8"))
+    assert run("sample.py", *args, "--interactive").returncode == 0
+    assert heard == [f"a{BREAKS}b", "c\rd", "\ufffd"]
+
+
+def test_a_prompt_longer_than_the_context_is_cropped(trained, draw, tmp_path, monkeypatch):
+    """To its last tokens, as in nanoGPT, and one line on stderr counts the rest; in every mode."""
+    model, tokenizer = opened(trained)
+    prompt = "to be or not to be, that is"
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    want = prompt + tokenizer.decode(model.generate(idx, 12, temperature=0)[0, 27:].tolist())
+    without = model.generate(idx, 12, temperature=0, use_cache=False)[0, 27:].tolist()
+    line = "the prompt has 27 tokens, the model's context 16; the first 11 are left out\n"
+    done = draw(f"--start={prompt}")
+    assert done.stdout == want + "\n" and done.stderr.startswith(line)
+    done = draw(f"--start={prompt}", "--use_cache=False")
+    assert done.stdout == prompt + tokenizer.decode(without) + "\n"
+    assert done.stderr.count(line) == 1
+    (tmp_path / "prompts.txt").write_text(f"{prompt}\nto be\n")
+    done = draw(f"--start=FILE:{tmp_path}/prompts.txt", "--one_per_line", "--json")
+    first = json.loads(done.stdout.split("\n")[0])
+    assert first["prompt"] + first["text"] == want and done.stderr.count(line) == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO(prompt[1:]))
+    assert draw("--interactive").stderr.startswith(line)
 
 
 def test_a_conversation(trained, draw, monkeypatch):

@@ -1,12 +1,22 @@
 """Tokenizers and streamed text. Run: python -m pytest tests/test_tokenizer.py"""
 
 import json
+import random
 
 import pytest
 
 from nanomla.errors import UserError
+from nanomla.formats.folder import tokenizer_files
 from nanomla.text import StreamDecoder
-from nanomla.tokenizer import Tokenizer, check_spec, end_of_text, read_hf, start_of_text
+from nanomla.tokenizer import (
+    Tokenizer,
+    check_spec,
+    end_of_text,
+    ends_of_text,
+    read_hf,
+    same_ids,
+    start_of_text,
+)
 
 WORDS = ["to be or not to be, that is the question", "héllo wörld 🙂"]
 TEXT = "to be, 🙂 wörld\n日本 <|end|>x"
@@ -67,6 +77,87 @@ def sentencepiece():
     return HF.from_str(json.dumps(content))
 
 
+def added(id, content, special=False):
+    """An entry of a tokenizer.json's added_tokens."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": id, "content": content, **flags, "special": special}
+
+
+def with_added(made, *contents, bytes_too=False):
+    """A tokenizer with further tokens and, if asked, its bytes among the added ones, as llama's."""
+    from tokenizers import Tokenizer as HF
+
+    content = json.loads(made.to_str())
+    content["truncation"] = None
+    vocab = content["model"]["vocab"]
+    if bytes_too:
+        names = [name for name in vocab if name.startswith("<0x")]
+        content["added_tokens"] += [added(vocab[name], name) for name in names]
+    content["added_tokens"] += [added(len(vocab) + i, name) for i, name in enumerate(contents)]
+    return HF.from_str(json.dumps(content))
+
+
+def metaspace():
+    """A Unigram model with ▁ for spaces and bytes for unknown characters, as T5 and Gemma have."""
+    from tokenizers import Tokenizer as HF
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pieces = ["<unk>", *(f"<0x{b:02x}>" for b in range(256)), "▁", "▁to", "be", "o", "t", "ö", "▁▁"]
+    made = HF(models.Unigram([(piece, -1.0) for piece in pieces], 0, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    steps = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")]
+    made.decoder = decoders.Sequence(steps)
+    return made
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        with_added(sentencepiece(), "<|im_end|>", "▁▁", "<0x4>", "日▁本", bytes_too=True),
+        with_added(byte_level(), "<pad>", "日本", "  ", "<0x41>", "\n\n", "Ġ日"),
+        with_added(metaspace(), "<|end|>", "▁▁▁", "a▁b"),
+    ],
+    ids=["sentencepiece", "byte level", "metaspace"],
+)
+def test_ids_decode_as_by_the_tokenizers_library(theirs):
+    """
+    Every id between two others, whose bytes are whole, and texts drawn from all of them; added
+    tokens are bytes, spaces or names as they are there. Streamed or at once is the same.
+    """
+    ours = Tokenizer({"kind": "hf", "json": theirs.to_str()})
+    special = {i for i, token in theirs.get_added_tokens_decoder().items() if token.special}
+    [x] = [id for id in range(ours.vocab_size) if theirs.id_to_token(id) == "be"] or [40]
+    draw = random.Random(0)
+    texts = [[x, id, x] for id in range(ours.vocab_size)]
+    for _ in range(300):
+        ids = [x]
+        for _ in range(draw.randint(1, 9)):
+            character = [theirs.token_to_id(f"<0x{b:02X}>") for b in draw.choice("aé日🙂").encode()]
+            if None in character or draw.random() < 0.7:
+                character = [draw.randrange(ours.vocab_size)]
+            ids += character
+        texts.append([*ids, x])
+    compared = 0
+    for ids in texts:
+        text = ours.decode(ids)
+        decoder = StreamDecoder(ours)
+        assert "".join(decoder.push(id) for id in ids) + decoder.finish() == text
+        if "\ufffd" not in text and not special & {*ids}:  # of broken bytes the library marks more
+            assert text == theirs.decode(ids, skip_special_tokens=False), ids
+            compared += 1
+    assert compared > ours.vocab_size / 2
+    for id in special:
+        assert ours.decode([id]) == theirs.id_to_token(id)
+
+
+def test_a_word_that_was_added_is_its_letters():
+    """The library takes é for a byte where a whole word was added; the text is what was meant."""
+    theirs = with_added(byte_level(), "café")
+    ours = Tokenizer({"kind": "hf", "json": theirs.to_str()})
+    assert ours.decode(ours.encode("to café é")) == "to café é"
+    assert theirs.decode(theirs.encode("café").ids) == "caf\ufffd"
+
+
 def test_char_tokenizer():
     """Text goes round; a character outside the vocabulary is named."""
     tokenizer = Tokenizer({"kind": "char", "chars": "\n abé"})
@@ -114,19 +205,39 @@ def test_sentencepiece_tokenizer_json():
 
 
 @pytest.mark.parametrize(
-    ("settings", "ids"),
+    ("settings", "generation", "ids", "ends"),
     [
-        ({"eos_token_id": 0, "bos_token_id": 3}, {"end": 0, "bos": 3}),
-        ({"eos_token_id": [5, 0], "bos_token_id": None}, {"end": 5}),
-        ({"eos_token_id": 280, "bos_token_id": -1}, {}),
+        ({"eos_token_id": 0, "bos_token_id": 3}, None, {"end": 0, "bos": 3}, (0,)),
+        ({"eos_token_id": [5, 0], "bos_token_id": None}, None, {"end": [5, 0]}, (5, 0)),
+        ({"eos_token_id": 5}, {"eos_token_id": [0, 5, 9]}, {"end": [5, 0, 9]}, (5, 0, 9)),
+        ({}, {"eos_token_id": 7, "bos_token_id": 3}, {"end": 7, "bos": 3}, (7,)),
+        ({"eos_token_id": [280, 2]}, {"eos_token_id": 2}, {"end": 2}, (2,)),
+        ({"eos_token_id": 280, "bos_token_id": -1}, {"eos_token_id": [True, "5"]}, {}, ()),
     ],
 )
-def test_where_a_text_begins_and_ends(tmp_path, settings, ids):
-    """The ids in config.json, if the tokenizer has them."""
+def test_where_a_text_begins_and_ends(tmp_path, settings, generation, ids, ends):
+    """All ids in config.json and generation_config.json, if the tokenizer has them."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    spec = read_hf(tmp_path / "tokenizer.json", settings)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    spec = read_hf(tmp_path / "tokenizer.json")
     assert spec == {"kind": "hf", "json": spec["json"], **ids}
-    assert start_of_text(spec) == ids.get("bos") and end_of_text(spec) == ids.get("end")
+    assert Tokenizer(spec) and ends_of_text(spec) == ends
+    assert start_of_text(spec) == ids.get("bos") and end_of_text(spec) == next(iter(ends), None)
+    assert same_ids(spec, {**spec, "end": 11}) and not same_ids(spec, {**spec, "json": "{}"})
+
+
+def test_gpt2s_tokenizer_keeps_further_ends(tmp_path):
+    """Its own end comes first; a folder that names no other has the spec of data/."""
+    gpt2 = {"kind": "tiktoken", "name": "gpt2"}
+    for name, text in tokenizer_files(gpt2).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 50256}')
+    assert read_hf(tmp_path / "tokenizer.json") == gpt2
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [198, 50256]}')
+    spec = read_hf(tmp_path / "tokenizer.json")
+    assert spec == {**gpt2, "end": [50256, 198]} and ends_of_text(spec) == (50256, 198)
 
 
 def bpe(vocab='{"a": 0}', **fields):
@@ -148,6 +259,7 @@ def hf(text):
         ({"kind": "tiktoken", "name": "p50k"}, "name must be an encoding, one of gpt2, cl100k"),
         ({"kind": "hf"}, "json must be the text of a tokenizer.json"),
         (hf("[]"), "tokenizer.json: cannot be read"),
+        ({"kind": "byte", "end": [0, -1]}, "end=[0, -1] does not work: end must be the id that"),
         (hf(bpe('{"a": "b"}')), "tokenizer.json: not a tokenizer of Hugging Face"),
         (hf(bpe(normalizer={"type": "Magic"})), "tokenizer.json cannot be read"),
         (hf(bpe(decoder=None)), "the decoder None, which is not supported, only ByteLevel"),

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,6 +107,30 @@ def test_a_new_run_moves_the_earlier_one_to_another_folder(tmp_path, dataset):
     assert run("train.py", *args, "--max_iters=10", "--seed=2").returncode == 0
     assert (tmp_path / "o" / "old-1" / "ckpt.pt").read_bytes() == first
     assert not same(weights(tmp_path / "o"), weights(tmp_path / "o" / "old-1"))
+
+
+def test_an_evaluation_says_over_how_many_tokens(tmp_path, dataset):
+    """Equal weights have another loss over other tokens, which batch_size decides."""
+    args = [*QUICK, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
+    assert run("train.py", *args, "--max_iters=10").returncode == 0
+    evaluated = []
+    for size in (4, 8):
+        again = ["--eval_only", "--init_from=resume", f"--batch_size={size}"]
+        done = run("train.py", *args, *again)
+        assert f"evaluation: {2 * size * 16} tokens of each split (2 x {size} x 16)" in done.stdout
+        evaluated.append(done.stdout.partition("val loss ")[2].partition(",")[0])
+    assert evaluated[0] != evaluated[1]
+
+
+def test_a_dataset_without_meta_and_ids_beyond_the_vocabulary(tmp_path):
+    """nanoGPT's folders say nothing of their ids: one line names the file, the id, the model's."""
+    for split in ("train", "val"):
+        np.full(100, 300, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    args = [*QUICK, f"--dataset={tmp_path}", f"--out_dir={tmp_path}/o", "--max_iters=1"]
+    done = run("train.py", *args, "--vocab_size=300")
+    words = ("train.bin holds token id 300", "vocab_size=300; it needs 301 or more")
+    assert fails_with_one_line(done, 1, *words)
+    assert run("train.py", *args, "--vocab_size=301").returncode == 0
 
 
 def test_settings_without_effect_are_named(tmp_path, dataset):

@@ -24,7 +24,7 @@ from nanomla.conversion import read_conversion
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.formats import folder
 from nanomla.settings import configure, declared, flat
-from nanomla.tokenizer import end_of_text, start_of_text
+from nanomla.tokenizer import end_of_text, ends_of_text, start_of_text
 from train import TrainConfig
 
 
@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     if kind != "nanomla":
         settings["bos_token_id"] = start_of_text(spec)
         settings["eos_token_id"] = end_of_text(spec)
+        if len(ends_of_text(spec)) > 1:
+            settings["eos_token_id"] = list(ends_of_text(spec))
     commands = [f"python -m tools.export {shlex.join(argv)}"]
     training = training_command(stored)
     if training:

@@ -247,6 +247,7 @@ def final_loss(model: GPT, settings: dict[str, Any], eval_tokens: int) -> float:
     dtype = resolve_dtype(settings.get("dtype", "auto"), device_type, config.n_embd)
     model.to(device).eval()
     data = Dataset(settings["dataset"], config.block_size)
+    data.model_vocab_size = config.vocab_size
     losses = []
     for x, y in data.spread("val", eval_tokens, max(1, min(64, 16384 // config.block_size))):
         with torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32"):

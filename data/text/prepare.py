@@ -49,7 +49,6 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 from nanomla.checks import Positive, Text, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script, say
-from nanomla.files import read_json
 from nanomla.prepare import Piece, encode_chars, encode_split, report
 from nanomla.settings import configure
 from nanomla.tokenizer import HF_TOKENIZER, Tokenizer, end_of_text, read_hf
@@ -343,7 +342,7 @@ def make_tokenizer(name: str) -> Tokenizer:
     The tokenizer of this name, or of a folder of weights or the tokenizer.json in it, with the spec
     that a checkpoint read from there has.
 
-    Raises UserError if tokenizer.json or the config.json beside it cannot be used.
+    Raises UserError if tokenizer.json or a settings file beside it cannot be used.
     """
     if name == "byte":
         return Tokenizer({"kind": "byte"})
@@ -357,11 +356,7 @@ def make_tokenizer(name: str) -> Tokenizer:
             f"--tokenizer={name}: tokenizer must be one of {', '.join(TOKENIZERS)}, "
             f"or a folder with a {HF_TOKENIZER}"
         )
-    config = path.with_name("config.json")
-    settings = {}
-    if config.exists():
-        settings = read_json(config)
-    tokenizer = Tokenizer(read_hf(path, settings), str(path))
+    tokenizer = Tokenizer(read_hf(path), str(path))
     if tokenizer.kind == "hf":
         tokenizer.hf.encode_special_tokens = True  # as ordinary text
     return tokenizer

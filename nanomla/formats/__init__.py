@@ -7,12 +7,15 @@ the tensors that are there, and no size from a config.json is ever allocated.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
+
+import torch
 
 from model import GPT, GPTConfig
 from nanomla.checkpoint import BEST, LATEST, Checkpoint, find, load
 from nanomla.checks import brief
-from nanomla.errors import UserError
+from nanomla.errors import UserError, say
 from nanomla.files import one_line, put_back, read_json
 from nanomla.formats.base import MARK, Settings, Tensors
 from nanomla.formats.deepseek import DEEPSEEK
@@ -78,7 +81,14 @@ def read_pretrained(name_or_folder: str | Path) -> Checkpoint:
         raise UserError(f"{folder / CONFIG}: {missing.args[0]} is missing") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG}: {one_line(error)}") from None
-    spec = read_tokenizer(folder, settings)
+    head = state.get("lm_head.weight")
+    if head is not None and args.get("tie_weights", True):  # what transformers does then
+        wte = state.setdefault("transformer.wte.weight", head)
+        if not torch.equal(wte, head):
+            args["tie_weights"] = False
+            note = "lm_head and wte are stored and differ, so they are not tied"
+            say(f"{folder}: {note}, although {CONFIG} ties them", sys.stderr)
+    spec = read_tokenizer(folder)
     return Checkpoint(state, args, tokenizer=spec, source=str(name_or_folder))
 
 

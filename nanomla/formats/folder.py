@@ -14,7 +14,7 @@ from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer
 from nanomla.costs import cached_numbers
 from nanomla.errors import UserError
 from nanomla.files import one_line, read_json, replacing, require_file, write_text
-from nanomla.formats.base import MARK, Settings, Tensors
+from nanomla.formats.base import MARK, Tensors
 from nanomla.tokenizer import (
     BYTE_LETTERS,
     HF_TOKENIZER,
@@ -90,14 +90,14 @@ def read_tensors(folder: Path) -> Tensors:
     return tensors
 
 
-def read_tokenizer(folder: Path, settings: Settings) -> dict[str, Any] | None:
+def read_tokenizer(folder: Path) -> dict[str, Any] | None:
     """The spec of a folder's tokenizer, ours or Hugging Face's; None if it has none."""
     path = folder / TOKENIZER
     if path.exists():
         spec = read_json(path)
     elif (folder / HF_TOKENIZER).exists():
         path = folder / HF_TOKENIZER
-        spec = read_hf(path, settings)
+        spec = read_hf(path)
     else:
         return None
     check_spec(spec, str(path))

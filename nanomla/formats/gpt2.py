@@ -32,7 +32,10 @@ ONLY = {  # the one value that a model here computes; it is also GPT2Config's de
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+GELU = {  # by the names that transformers has
+    "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_python_tanh": "tanh",
+    "gelu_fast": "tanh", "gelu_accurate": "tanh", "gelu": "exact", "gelu_python": "exact",
+}
 TRANSPOSED = (  # stored as (in, out)
     "attn.c_attn.weight",
     "attn.c_proj.weight",

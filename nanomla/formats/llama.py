@@ -6,7 +6,7 @@ Mistral and Qwen2 are read where they are the same function.
 import torch
 
 from model import GPT, GPTConfig
-from nanomla.checks import brief
+from nanomla.checks import Count, brief, fits, require
 from nanomla.formats.base import (
     FREE,
     NO_END,
@@ -28,17 +28,21 @@ SHAPE = {  # Llama's name and ours
     "num_attention_heads": "n_head",
     "hidden_size": "n_embd",
 }
+SCALED_BY_FACTOR = ("default", "linear", "dynamic", "yarn", "llama3")  # rotations
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 
 def rotary_args(settings: Settings) -> Settings:
     """What the settings of Llama and DeepSeek-V3 have in common, as arguments of GPTConfig."""
     settings = {**DEFAULTS, **settings}
-    require_value(settings, "hidden_act", "silu")
+    require_value(settings, "hidden_act", "silu", "swish")  # two names of one function
     layers = settings.get("layer_types") or []
-    if any(layer != "full_attention" for layer in layers):
+    unknown = set(layers) - {"full_attention", "sliding_attention"}
+    if unknown:
         problem = "is not supported, only full_attention in every layer"
         raise ValueError(f"layer_types={brief(layers)} {problem}")
+    if "sliding_attention" in layers:
+        require_wide_window(settings)
     args = {ours: settings[theirs] for theirs, ours in SHAPE.items()}
     args["mlp"] = "swiglu"
     args["mlp_hidden"] = settings["intermediate_size"]
@@ -48,6 +52,16 @@ def rotary_args(settings: Settings) -> Settings:
     args["pos_emb"] = "rope"
     args["rope_theta"] = _rope_theta(settings)
     return args
+
+
+def require_wide_window(settings: Settings) -> None:
+    """Raise ValueError for a sliding window through which a token does not see all before it."""
+    window = settings["sliding_window"]
+    context = settings["max_position_embeddings"]
+    if not fits(window, Count) or window < context:
+        problem = f"sliding_window={brief(window)} with max_position_embeddings={brief(context)}"
+        remedy = "lower max_position_embeddings to the window, up to which it changes nothing"
+        raise ValueError(f"{problem}: sliding windows are not supported; {remedy}")
 
 
 def rotary_settings(config: GPTConfig) -> Settings:
@@ -69,7 +83,7 @@ def _rope_theta(settings: Settings) -> float:
     """
     The rotary base. transformers 5 keeps it in rope_parameters, older versions beside rope_scaling.
 
-    Raises ValueError for scaled or partial rotations.
+    Raises ValueError for scaled or partial rotations, but a scale of 1 is none.
     """
     rotation = {
         "rope_theta": settings.get("rope_theta", 10000.0),
@@ -77,7 +91,12 @@ def _rope_theta(settings: Settings) -> float:
     }
     for name in ("rope_scaling", "rope_parameters"):
         values = settings.get(name) or {}
+        require(isinstance(values, dict), name, values, "an object or null")
         kind = values.get("rope_type", values.get("type", "default"))
+        by_one = values.get("factor") == 1 and values.get("attention_factor") in (None, 1)
+        if by_one and kind in SCALED_BY_FACTOR:  # what else is there has no effect then
+            values = {name: value for name, value in values.items() if name in rotation}
+            kind = "default"
         unknown = values.keys() - rotation.keys() - {"rope_type", "type"}
         if kind != "default" or unknown:
             problem = "this model's rotation is not scaled, only type 'default'"
@@ -160,10 +179,14 @@ def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
     biased = set()  # linear maps of every block
     if kind == "mistral":
         settings = {"sliding_window": 4096, **settings}  # what MistralConfig takes
-        require_value(settings, "sliding_window", None)
+        if settings["sliding_window"] is not None:
+            require_wide_window(settings)
     elif kind == "qwen2":
-        settings = {"use_sliding_window": False, **settings}
-        require_value(settings, "use_sliding_window", False)
+        settings = {"sliding_window": 4096, "max_window_layers": 28, **settings}  # as Qwen2Config
+        slides = settings.get("use_sliding_window") and settings["sliding_window"] is not None
+        first = settings["max_window_layers"]  # that slides, if layer_types does not say which do
+        if slides and not settings.get("layer_types") and first < settings["num_hidden_layers"]:
+            require_wide_window(settings)
         biased |= {"attn.c_attn"}
     else:  # what a missing number of key/value heads means here alone
         settings = {"num_key_value_heads": None, **settings}

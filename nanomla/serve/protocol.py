@@ -31,7 +31,7 @@ from nanomla.batch import Piece, Request, Sampling, Token
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, brief, in_words
 from nanomla.errors import UserError
 from nanomla.files import one_line
-from nanomla.tokenizer import Tokenizer, end_of_text, start_of_text
+from nanomla.tokenizer import Tokenizer, ends_of_text, start_of_text
 
 LEAST = -9999.0  # stands for log probabilities that JSON does not have: minus infinity, no number
 KINDS = {  # what OpenAI calls a status
@@ -263,15 +263,15 @@ class Completion:
         seed = params.seed
         if seed is None:
             seed = secrets.randbits(62)
-        end = None
+        ends = ()
         if not params.ignore_eos:
-            end = end_of_text(tokenizer.spec)
+            ends = ends_of_text(tokenizer.spec)
         stops = params.stop
         if isinstance(stops, str):
             stops = [stops]
         sampling = Sampling(
             max_new_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k,
-            top_p=params.top_p, stop=tuple(stops) or None, end=end,
+            top_p=params.top_p, stop=tuple(stops) or None, ends=ends,
         )
         self.requests = [
             Request(

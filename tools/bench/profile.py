@@ -26,6 +26,7 @@ def measure(device: str, rounds: int, recipe: TrainConfig) -> Rows:
     kind = device.partition(":")[0]
     data = Dataset(recipe.dataset, recipe.model.block_size)
     vocab_size = recipe.vocab_size or padded_vocab(data)
+    data.model_vocab_size = vocab_size
     config = dataclasses.replace(recipe.model, vocab_size=vocab_size)
     model = GPT(config).to(device)
     optimizers = make_optimizers(model, recipe, kind)
