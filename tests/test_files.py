@@ -89,6 +89,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_text(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    write_text(path, "a name that is no UTF-8: \udcff")
+    assert path.read_text(encoding="utf-8") == r"a name that is no UTF-8: \udcff"
 
 
 # ---- Whatever interrupts a write, and when

@@ -66,7 +66,10 @@ class PrepareConfig:
         Positive, Field(lt=1), "The share of the documents that is val, which has at least one."
     ] = 0.0005
     num_proc: Annotated[Count, "The number of processes that download and unpack."] = CORES
-    out: Annotated[Text, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
+    out: Annotated[
+        Text | None,
+        "The folder for train.bin, val.bin and meta.json. None stands for that of this script.",
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -107,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         for split, part in parts.items():
             ids = encode_split(split, texts(part), encode, end, meta, bar)
             splits[split] = itertools.chain(ids, [end])
-        meta = write_dataset(Path(cfg.out), splits, meta)
-    report(Path(cfg.out), meta)
+        meta = write_dataset(Path(cfg.out or HERE), splits, meta)
+    report(Path(cfg.out or HERE), meta)
 
 
 def load_documents(cfg: PrepareConfig, source: str) -> "Dataset":
