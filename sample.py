@@ -63,7 +63,7 @@ class SampleConfig(ModelSettings):
         Literal["exact", "randomized"], "The method that factorises the value maps."
     ] = "exact"
 
-    start: Annotated[str, "The prompt, or FILE:path to read it from a file."] = "\n"
+    start: Annotated[str, "The prompt, or FILE:path to read it from a file or a pipe."] = "\n"
     one_per_line: Annotated[bool, "Every line of the prompt is a prompt of its own."] = False
     interactive: Annotated[
         bool, "Prompts are read from the keyboard, and each goes on from all before."
