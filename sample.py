@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.use_cache:
         cache_size = describe_cache(opened)
     rate = tokens_per_second(made, seconds)
-    print(f"{rate} on {opened.device} in {dtype_name(opened.dtype)}; {cache_size}", file=sys.stderr)
+    say(f"{rate} on {opened.device} in {dtype_name(opened.dtype)}; {cache_size}", sys.stderr)
 
 
 def read_prompt(start: str) -> str:
@@ -185,7 +185,7 @@ def lines_of(text: str) -> list[str]:
 
 def compile_mlps(model: GPT) -> None:
     """Compile the MLPs alone, as attention's shapes change with every token in the cache."""
-    print("compiling (the first tokens take longer)", file=sys.stderr)
+    say("compiling (the first tokens take longer)", sys.stderr)
     for block in model.transformer.h:
         block.mlp.compile()
 

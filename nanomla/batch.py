@@ -8,9 +8,10 @@ Continuous batching: requests join and leave between the steps of one batch.
             print(piece.text, end="")
 """
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,9 +22,11 @@ from model import GPT
 from nanomla.cache import Cache
 from nanomla.checks import require
 from nanomla.errors import UserError
-from nanomla.generate import NOT_FINITE, Sampler, check_prompt, draw_each, newer_half
+from nanomla.generate import NOT_FINITE, Sampler, check_prompt, draw_again, draw_each, newer_half
 from nanomla.text import Sample, StreamDecoder
 from nanomla.tokenizer import Tokenizer
+
+DRAWING_AGAIN = 0.02  # seconds of a step, at most, for what was drawn before
 
 Likely = tuple[tuple[int, float], ...]  # token ids and their log probabilities, best first
 Score = tuple[float | None, Likely]  # a token's own log probability, and the likeliest beside it
@@ -64,16 +67,20 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """n continuations of a prompt. The last four fields are set while a Batch serves it."""
+    """n continuations of a prompt. The last five fields are set while a Batch serves it."""
 
     prompt: list[int]
     sampling: Sampling
     n: int = 1
     seed: int = 1337  # of sample 0; sample i draws with seed + i
+    tokens_drawn: int = 0  # before, with this seed: the prompt's last ones, where a text was cut
     logprobs: int | None = None  # so many likely tokens beside each that is drawn; None: no logprob
     prompt_logprobs: bool = False  # the same for the tokens of the prompt
     cache_prompt: bool = False  # go on from what earlier requests with this flag left, and leave it
     window: int | None = None  # of a prompt that is too long, the last tokens; None: it is refused
+    client: str = ""  # who asks
+    call: str = ""  # which of the client's calls this is a part of
+    samplers: list[Sampler] = field(default_factory=list)  # of the samples
     samples: list[Sample] = field(default_factory=list)  # as they grow
     prompt_tokens: list[Token] = field(default_factory=list)  # with prompt_logprobs
     cached: int = 0  # prompt tokens that the cache had already
@@ -95,16 +102,71 @@ class Piece:
     error: str | None = None
 
 
+class Turns:
+    """Requests that wait. Their clients come in turn, and so do the calls of each client."""
+
+    def __init__(self) -> None:
+        self.clients: dict[str, dict[str, deque[Request]]] = {}  # the next in turn first
+        self.count = 0  # of the requests
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, request: Request) -> None:
+        """Let a request wait behind the others of its call."""
+        self.count += 1
+        calls = self.clients.setdefault(request.client, {})
+        calls.setdefault(request.call, deque()).append(request)
+
+    def next_of_each(self) -> Iterator[Request]:
+        """The next request of every client, in the order of their turns."""
+        for calls in self.clients.values():
+            line = next(iter(calls.values()))
+            yield line[0]
+
+    def take(self, request: Request) -> None:
+        """Remove a client's next request: the next turns are those of others."""
+        self.count -= 1
+        calls = self.clients.pop(request.client)
+        line = calls.pop(request.call)
+        line.popleft()
+        if line:
+            calls[request.call] = line
+        if calls:
+            self.clients[request.client] = calls
+
+    def put_back(self, request: Request) -> None:
+        """Undo a take: the request comes next."""
+        self.count += 1
+        calls = self.clients.pop(request.client, {})
+        line = calls.pop(request.call, deque())
+        line.appendleft(request)
+        self.clients = {request.client: {request.call: line, **calls}, **self.clients}
+
+    def remove(self, request: Request) -> None:
+        """Remove a request wherever it is, if it waits."""
+        calls = self.clients.get(request.client, {})
+        line = calls.get(request.call, deque())
+        if request not in line:
+            return
+        self.count -= 1
+        line.remove(request)
+        if not line:
+            del calls[request.call]
+        if not calls:
+            del self.clients[request.client]
+
+
 # ---- What a batch works on
 class Drawing:
     """A sample that is being drawn, with a sampler of its own and the tokens not yet shown."""
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, device: torch.device):
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer):
         self.index = index
         self.tokenizer = tokenizer
         self.sampling = request.sampling
-        self.sampler = request.sampling.sampler((request.seed + index) % 2**63, device)
-        self.sample = Sample(tokenizer, request.sampling.stop)
+        self.sampler = request.samplers[index]
+        self.sample = Sample(tokenizer, request.sampling.stop, prompt=request.prompt)
         self.made = 0
         self.unshown: list[tuple[int, Token]] = []  # with the character that each begins at
         request.samples.append(self.sample)
@@ -170,9 +232,10 @@ class Batch:
     into one of the others, all but the last token, which is the first that a step reads. What is
     left in the rest may be gone on from.
 
-    rows: samples at a time. max_len: tokens that a row holds, by default the model's context; a
-    longer text goes on with its newer half. prefill_chunk: prompt tokens read in one step, 1 or
-    more, else ValueError.
+    rows: samples at a time, and one more of a client that has none while others have them all.
+    Clients get free rows in turn, and so do the calls of each. max_len: tokens that a row holds, by
+    default the model's context; a longer text goes on with its newer half. prefill_chunk: prompt
+    tokens read in one step, 1 or more, else ValueError.
     The model is put into evaluation mode. A Batch is not thread-safe: one thread owns it.
     """
 
@@ -191,11 +254,12 @@ class Batch:
         self.rows = rows
         self.prefill_chunk = prefill_chunk
         self.max_len = max_len or model.config.block_size
-        self.cache = model.make_cache(rows + 1, self.max_len, cache_dtype)
+        self.cache = model.make_cache(rows + 2, self.max_len, cache_dtype)
         self.device = self.cache.device
-        self.slots = [Slot(self.cache.row(i)) for i in range(rows)]
-        self.spare = self.cache.row(rows)  # to exchange two rows
-        self.waiting: deque[Request] = deque()
+        self.slots = [Slot(self.cache.row(i)) for i in range(rows + 1)]
+        self.spare = self.cache.row(rows + 1)  # to exchange two rows
+        self.drawing_again: dict[Request, Iterator[None]] = {}  # before these wait for a row
+        self.waiting = Turns()
         self.joining: Slot | None = None  # whose prompt is being read
         self.active = 0  # samples being drawn, in the first slots
         self.tokens_made = 0
@@ -205,7 +269,7 @@ class Batch:
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.active or self.joining or self.waiting)
+        return bool(self.active or self.joining or self.waiting or self.drawing_again)
 
     @property
     def cache_bytes(self) -> int:
@@ -222,20 +286,26 @@ class Batch:
             if request.window is not None:
                 fits = 1 <= request.window <= self.max_len
                 require(fits, "window", request.window, f"from 1 to {self.max_len} tokens")
-            require(1 <= request.n <= self.rows, "n", request.n, f"from 1 to {self.rows}")
+            require(request.n >= 1, "n", request.n, "1 or more")
             request.sampling.sampler(0)
         except ValueError as error:
             raise UserError(str(error)) from None
 
     def submit(self, request: Request) -> None:
-        """Serve a request as soon as n rows are free, after those that came before."""
+        """Serve a request as rows become free, when it is its client's turn."""
         self.check(request)
-        self.waiting.append(request)
+        seeds = [(request.seed + i) % 2**63 for i in range(request.n)]
+        request.samples = []
+        request.samplers = [request.sampling.sampler(seed, self.device) for seed in seeds]
+        if request.tokens_drawn > 0:
+            self.drawing_again[request] = self._draw_again(request)
+        else:
+            self.waiting.add(request)
 
     def cancel(self, request: Request) -> None:
         """Stop serving a request: its rows are free at once. Nothing happens if it has ended."""
-        if request in self.waiting:
-            self.waiting.remove(request)
+        self.drawing_again.pop(request, None)
+        self.waiting.remove(request)
         if self.joining is not None and self.joining.request is request:
             self._free(self.joining, keep=False)
             self.joining = None
@@ -248,11 +318,32 @@ class Batch:
         """Read some of the prompts that wait, then draw one token for every sample."""
         began = time.perf_counter()
         self.steps += 1
+        self._go_on_drawing_again()
         pieces = self._read_prompts()
         if self.active:
             pieces += self._draw()
         self.seconds += time.perf_counter() - began
         return pieces
+
+    # ---- Texts that were cut
+    def _draw_again(self, request: Request) -> Iterator[None]:
+        """Take a request's samplers to where its text was cut."""
+        for sampler in request.samplers:
+            yield from draw_again(sampler, request.tokens_drawn, self.model.config.vocab_size)
+
+    def _go_on_drawing_again(self) -> None:
+        """
+        Take the samplers of texts that were cut some way further. A thousand tokens of GPT-2's
+        vocabulary take a second on a CPU, for which others need not wait.
+        """
+        until = time.perf_counter() + DRAWING_AGAIN
+        for request in list(self.drawing_again):
+            drawing = self.drawing_again.pop(request)
+            for _ in drawing:
+                if time.perf_counter() > until:
+                    self.drawing_again[request] = drawing  # behind the others
+                    return
+            self.waiting.add(request)
 
     # ---- Prompts
     def _read_prompts(self) -> list[Piece]:
@@ -266,9 +357,11 @@ class Batch:
         while budget > 0:
             if self.joining is None:
                 budget -= self._read_together(budget)
-                if not self.waiting or self.waiting[0].n > self.rows - self.active:
+                request = self._next()
+                if request is None:
                     break
-                self.joining = self._begin(self.waiting.popleft())
+                self.waiting.take(request)
+                self.joining = self._begin(request)
             slot = self.joining
             new = slot.unread()[: self.prefill_chunk]
             budget -= max(len(new), 1)
@@ -286,6 +379,20 @@ class Batch:
                 pieces += self._end_prompt("length")
         return pieces
 
+    def _next(self) -> Request | None:
+        """The next request in turn whose client may have a row; None if there is none."""
+        for request in self.waiting.next_of_each():
+            if self._rows_for(request.client) > 0:
+                return request
+        return None
+
+    def _rows_for(self, client: str) -> int:
+        """How many more rows a client may have now, if others want none."""
+        free = self.rows - self.active
+        if free == 0 and all(slot.request.client != client for slot in self.slots[: self.rows]):
+            return 1  # the row beyond
+        return free
+
     def _read_together(self, budget: int) -> int:
         """
         Read the short prompts that wait in one pass, if there are several that need no more than
@@ -294,29 +401,33 @@ class Batch:
         group: list[Request] = []
         free = self.rows - self.active
         width = 0
-        for request in self.waiting:
+        while self.cache.grows and self.waiting:
+            request = next(self.waiting.next_of_each())
             longest = max(width, len(request.prompt) - 1)
             has_room = request.n <= free and (len(group) + 1) * longest <= budget
             if not (has_room and self._is_plain(request)):
                 break
+            self.waiting.take(request)
             group.append(request)
             free -= request.n
             width = longest
-        if len(group) < 2 or not self.cache.grows:
+        caches: list[Cache] = []
+        if len(group) > 1:
+            with contextlib.suppress(ValueError):  # that int8 cannot hold is found when read alone
+                caches = self._read_padded([request.prompt[:-1] for request in group])
+        if not caches:
+            for request in reversed(group):
+                self.waiting.put_back(request)
             return 0
-        try:
-            caches = self._read_padded([request.prompt[:-1] for request in group])
-        except ValueError:  # a prompt that int8 cannot hold is found when read alone
-            return 0
-        for cache in caches:
-            slot = self._begin(self.waiting.popleft())
+        for request, cache in zip(group, caches, strict=True):
+            slot = self._begin(request)
             slot.cache.copy_from(cache)
             self._join(slot)
         return len(group) * width
 
     def _is_plain(self, request: Request) -> bool:
         """Whether there is nothing to a request's prompt but tokens to read, which fit a row."""
-        special = request.cache_prompt or request.prompt_logprobs
+        special = request.cache_prompt or request.prompt_logprobs or request.samples
         reads = 1 < len(request.prompt) <= self.max_len and request.sampling.max_new_tokens > 0
         return reads and not special
 
@@ -351,10 +462,16 @@ class Batch:
             if len(prompt) > self.max_len:
                 slot.start = len(prompt) - request.window
         slot.tokens = list(prompt)
+        slot.request = request
+        if request.samples:  # it has been read before, for those
+            for other in self.slots[: self.active]:
+                if other.request is request and other.start == slot.start and self.cache.grows:
+                    slot.cache.copy_from(other.cache)
+                    slot.cache.truncate(len(prompt) - slot.start - 1)
+            return slot
         request.cached = slot.cache.pos
         request.computed = len(prompt) - slot.start - slot.cache.pos
-        slot.request = request
-        slot.decoder = StreamDecoder(self.tokenizer)
+        slot.decoder = StreamDecoder(self.tokenizer, prompt[: slot.start])
         if request.prompt_logprobs:
             self._add_prompt_token(slot, prompt[slot.start], (None, ()))  # nothing precedes it
         return slot
@@ -380,7 +497,7 @@ class Batch:
         if not new:
             return
         request = slot.request
-        scored = request.prompt_logprobs and slot.drawing is None  # else the prompt has been read
+        scored = request.prompt_logprobs and not request.samples  # else it has been read before
         following = slot.start + slot.cache.pos + 1
         idx = torch.tensor([new], device=self.device)
         logits, _ = self.model(idx, cache=slot.cache, all_logits=scored)
@@ -399,30 +516,39 @@ class Batch:
         slot.request.prompt_tokens.append(Token(token, raw, chars, *score))
 
     def _end_prompt(self, finish: str, error: str | None = None) -> list[Piece]:
-        """The joining request ends without a sample."""
+        """The joining request ends without a sample, or without those that it lacks."""
         request = self.joining.request
         pos = self.joining.cache.pos
         nbytes = self.joining.cache.nbytes_at(pos)
+        text = ""
+        if error is None:
+            text = StreamDecoder(self.tokenizer, request.prompt).finish()
         self._free(self.joining, keep=False)
         self.joining = None
         ends = []
-        for index in range(request.n):
-            ends.append(Piece(request, index, "", (), 0, pos, nbytes, finish, error))
+        for index in range(len(request.samples), request.n):
+            ends.append(Piece(request, index, text, (), 0, pos, nbytes, finish, error))
         return ends
 
     def _join(self, first: Slot) -> None:
-        """A request has its prompt in the cache but for the last token: draw from now on."""
+        """
+        A request has its prompt in the cache but for the last token: draw from now on, as many of
+        its samples as there are rows for. The others wait for their client's next turn.
+        """
         request = first.request
+        lacking = request.n - len(request.samples)
+        count = min(lacking, self._rows_for(request.client))
         self._exchange(self.slots.index(first), self.active)
-        for index in range(request.n):
-            slot = self.slots[self.active + index]
+        for slot in self.slots[self.active : self.active + count]:
             if slot is not first:
                 slot.cache.copy_from(first.cache)
                 slot.tokens = list(first.tokens)
                 slot.start = first.start
                 slot.request = request
-            slot.drawing = Drawing(request, index, self.tokenizer, self.device)
-        self.active += request.n
+            slot.drawing = Drawing(request, len(request.samples), self.tokenizer)
+        self.active += count
+        if count < lacking:
+            self.waiting.add(request)
 
     # ---- Samples
     def _draw(self) -> list[Piece]:

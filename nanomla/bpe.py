@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanomla import prepare
-from nanomla.errors import UserError
+from nanomla.errors import UserError, say
 from nanomla.files import replacing
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _fetch(name: str) -> Path:
     for url, table in tables.items():
         with replacing(folder / _file_name(url)) as unfinished:
             unfinished.write_bytes(table)
-    print(f"{name} tables: from {source}, now in {folder}", file=sys.stderr)
+    say(f"{name} tables: from {source}, now in {folder}", sys.stderr)
     return folder
 
 

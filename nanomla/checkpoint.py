@@ -51,7 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None  # as nanomla.optim.optimizer_state returns it
     scaler: dict[str, Any] | None = None  # the state of float16's GradScaler
     iter_num: Natural = 0  # iterations done
-    best_val_loss: float = math.inf  # nats per token
+    best_val_loss: float = math.inf  # nats per token; infinity: none is known
     config: dict[str, Any] = field(default_factory=dict)  # the run's settings by name
     tokenizer: dict[str, Any] | None = None  # what nanomla.tokenizer.Tokenizer is made from
     wandb_run_id: str | None = None
@@ -59,6 +59,8 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         check(self)
+        if not math.isfinite(self.best_val_loss):  # below -inf or NaN no loss would be the best
+            self.best_val_loss = math.inf
 
 
 def save(out_dir: str | Path, checkpoint: Checkpoint, best: bool) -> None:

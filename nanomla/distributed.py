@@ -23,7 +23,17 @@ import torch.distributed.nn
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nanomla.errors import SIGNALS, STDERR, STDOUT, UsageError, UserError, printable, say, silence
+from nanomla.errors import (
+    SIGNALS,
+    STDERR,
+    STDOUT,
+    UsageError,
+    UserError,
+    outliving,
+    printable,
+    say,
+    silence,
+)
 from nanomla.signals import handled, raise_stopped
 
 SIGNAL_OF_A_DEAD_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
@@ -108,12 +118,10 @@ def print0(*lines: str) -> None:
     """Print lines on rank 0, above its progress bar, and flush them, if anybody can read them."""
     if _rank() != 0:
         return
-    try:
+    with outliving(sys.stdout):
         for line in lines:
             tqdm.write(printable(line), file=sys.stdout)
         sys.stdout.flush()
-    except OSError:
-        silence(STDOUT)  # the screen is closed or full, which must not end a run
 
 
 def warn0(line: str) -> None:

@@ -4,11 +4,12 @@ an exception into such a line and an exit status. Importing this file changes no
 handles signals while a script runs.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from nanomla.signals import Stopped, handled, raise_stopped
@@ -42,7 +43,33 @@ def printable(text: str) -> str:
 
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line that may name what others have named, on stdout or `file`, and flush it."""
-    print(printable(line), file=file or sys.stdout, flush=True)
+    stream = file or sys.stdout
+    with outliving(stream):
+        print(printable(line), file=stream, flush=True)
+
+
+def say_unexpected(line: str, error: BaseException) -> None:
+    """Print on stderr an error that nobody expected: a line and where it was raised."""
+    say(f"{script_name()}: error: {line}", sys.stderr)
+    with outliving(sys.stderr):
+        traceback.print_exception(error)
+
+
+@contextlib.contextmanager
+def outliving(stream: TextIO) -> Iterator[None]:
+    """
+    A context that stdout or stderr may fail in, because its reader has left or its disk is full:
+    what is being done goes on, and nothing more is written there. stderr is told of stdout's end.
+    """
+    try:
+        yield
+    except OSError as error:
+        if stream is sys.stderr:
+            silence(STDERR)
+        else:
+            silence(STDOUT)
+            what = f"stdout cannot be written ({error.strerror}), going on without it"
+            say(f"warning: {what}", sys.stderr)
 
 
 def silence(*streams: int) -> None:
@@ -107,6 +134,9 @@ def run_script(main: Callable[[], None]) -> None:
     Run a script's main(). SIGTERM and SIGINT then close what is open, and an exception becomes a
     line on stderr and an exit status.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, so that a file opened later would get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the end
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter gets a "?"
             stream.reconfigure(errors="replace")
@@ -129,9 +159,7 @@ def _report(error: BaseException) -> int:
         return status  # torchrun stops the other ranks when one has failed, which says why
     if line is None:
         notes = getattr(error, "__notes__", [])
-        line = f"{script_name()}: error: not expected, please report it"
-        say("; ".join([line, *notes]), sys.stderr)
-        traceback.print_exception(error)
+        say_unexpected("; ".join(["not expected, please report it", *notes]), error)
     elif line:
         say(f"{script_name()}: {line}", sys.stderr)
     return status

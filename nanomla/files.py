@@ -76,6 +76,19 @@ def read_record(path: str | Path, kind: type[Record]) -> Record:
         raise UserError(f"{path}: cannot be read ({reason})") from None
 
 
+def json_text(value: Any, **layout: Any) -> str:
+    """
+    A value as JSON, with null for the numbers that JSON does not have, NaN and the infinities.
+
+    layout: json.dumps's arguments.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except ValueError:
+        text = json.dumps(value, **layout)
+        return json.dumps(json.loads(text, parse_constant=lambda name: None), **layout)
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """

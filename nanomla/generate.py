@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nanomla.cache import Cache
 from nanomla.checks import Natural, NonNegative, UpToOne, check, fits, require
-from nanomla.errors import UserError
+from nanomla.errors import UserError, say
 from nanomla.kernels import on_gpu
 
 NOT_FINITE = "the model's logits are not finite; try --dtype=float32, and as --cache_dtype"
@@ -92,6 +92,19 @@ def draw_each(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
             times.exponential_(generator=samplers[i].generator)
         tokens[group] = (chance / wait).argmax(dim=-1, keepdim=True)
     return tokens
+
+
+def draw_again(sampler: Sampler, count: int, vocab_size: int) -> Iterator[None]:
+    """
+    Take a sampler's generator past the numbers that draw_each took for so many tokens, one token at
+    each step of the iterator.
+    """
+    if sampler.temperature == 0:
+        return
+    times = torch.empty(1, vocab_size, device=sampler.generator.device)
+    for _ in range(count):
+        times.exponential_(generator=sampler.generator)
+        yield
 
 
 # ---- The loop
@@ -330,6 +343,6 @@ class DecodingStep:
         except RuntimeError as error:
             self.capture = False
             reason = str(error).splitlines()[0]
-            print(f"warning: decoding goes on without a CUDA graph: {reason}", file=sys.stderr)
+            say(f"warning: decoding goes on without a CUDA graph: {reason}", sys.stderr)
         else:
             self.graph = graph

@@ -78,12 +78,7 @@ class Progress:
             line += f", {self.skipped} skipped"
         print0(line)
         if self.log is not None:
-            grad_norm = None  # JSON has no infinity
-            if math.isfinite(norm):
-                grad_norm = norm
-            self.log.write(
-                iter=it, loss=loss, grad_norm=grad_norm, lr=lr, ms=ms, tokens_per_s=rate
-            )
+            self.log.write(iter=it, loss=loss, grad_norm=norm, lr=lr, ms=ms, tokens_per_s=rate)
 
     def evaluation(self, it: int, measures: dict[str, float]) -> None:
         """Print and log an evaluation, redraw loss.png, and print a sample if one is due."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from nanomla.checks import Natural, fit
 from nanomla.errors import say
-from nanomla.files import replacing, write_text
+from nanomla.files import json_text, replacing, write_text
 
 NUMBERS = ("loss", "train_loss", "val_loss", "ms", "seconds")  # what is drawn and compared
 
@@ -69,7 +69,7 @@ class RunLog:
             entry["settings"] = self.settings
             self.settings = []
         try:
-            self.file.write(json.dumps(entry).encode() + b"\n")
+            self.file.write(json_text(entry).encode() + b"\n")
             self.file.flush()
         except OSError as error:
             if not self.warned:

@@ -8,12 +8,14 @@ Text on its way in and out of a model: prompts as tokens, characters in pieces, 
 
 import codecs
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from model import GPTConfig
 from nanomla.errors import say
 from nanomla.generate import check_prompt
 from nanomla.tokenizer import Tokenizer
+
+LONGEST_BEGINNING = 3  # bytes of a character in UTF-8, which has up to 4, without its last
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer, config: GPTConfig) -> list[int]:
@@ -31,11 +33,21 @@ def encode_prompt(text: str, tokenizer: Tokenizer, config: GPTConfig) -> list[in
 
 
 class StreamDecoder:
-    """Decodes token by token. The bytes of an unfinished character wait for the rest of it."""
+    """
+    Decodes token by token. The bytes of an unfinished character wait for the rest of it.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    before: the tokens that precede; a character that they leave unfinished goes on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        raw = b""
+        for token in reversed(before):
+            if len(raw) >= LONGEST_BEGINNING:
+                break
+            raw = tokenizer.token_bytes(token) + raw
+        self.decoder.decode(raw)
 
     def push(self, token: int) -> str:
         """The characters that this token completes."""
@@ -63,10 +75,15 @@ class StopText:
         if self.done:
             return ""
         self.pending += text
-        ends = [self.pending.index(stop) for stop in self.stops if stop in self.pending]
-        if ends:
+        found = []
+        for stop in self.stops:
+            begin = self.pending.find(stop)
+            if begin >= 0:
+                found.append((begin + len(stop), begin))
+        if found:  # the first that is complete counts, however the text is cut into pieces
             self.done = True
-            return self.pending[: min(ends)]
+            _, begin = min(found)
+            return self.pending[:begin]
         undecided = 0
         if not last:
             for stop in self.stops:
@@ -79,20 +96,25 @@ class StopText:
 
 def begun(text: str, stop: str) -> int:
     """How many characters at the end of a text are the beginning of a stop string."""
-    for count in range(len(stop) - 1, 0, -1):
+    for count in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:count]):
             return count
     return 0
 
 
 class Sample:
-    """One continuation as it grows: its tokens, and its text up to the stop string or an end."""
+    """
+    One continuation as it grows: its tokens, and its text up to the stop string or an end.
+
+    prompt: the tokens before it. A character that they leave unfinished is the first of its text.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         stop: str | tuple[str, ...] | None = None,
         ends: tuple[int, ...] = (),
+        prompt: Sequence[int] = (),
     ) -> None:
         self.ends = ends  # the tokens that end it, and are no part of it
         self.ended = False  # whether one of these has come
@@ -100,7 +122,7 @@ class Sample:
         self.text = ""
         self.decoded = 0  # characters that the tokens have completed, shown or not
         self.seconds = 0.0  # until its end, for who measures it
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, prompt)
         self._until = StopText(stop)
 
     @property

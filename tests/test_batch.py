@@ -80,6 +80,121 @@ def test_a_request_does_not_depend_on_the_others(settings, chunk):
             assert text.startswith("".join(CHARS[token] for token in ids))
 
 
+@pytest.mark.parametrize("settings", [{}, SLOTS])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_that_was_cut_goes_on_as_if_it_had_not_been(settings, temperature):
+    """Anywhere, past the context too, with the row that has the text or without it."""
+    sampling = Sampling(40, temperature, top_k=5)
+    whole = Request([3, 1, 4], sampling, seed=7)
+    served = batch(settings)
+    held = {}
+    served.submit(whole)
+    while served.busy:
+        for piece in served.step():
+            held[piece.made] = piece.held
+    ids = whole.samples[0].tokens
+    for cut in (1, 9, 13, 14, 21, 22, 39):
+        window = held[cut] + 1 if held[cut] < 16 else 8
+        text = [3, 1, 4, *ids[:cut]]
+        rest = Sampling(40 - cut, temperature, top_k=5)
+        again = Request(text, rest, seed=7, tokens_drawn=cut, window=window)
+        assert serve(served, [again])[0][1] == ids[cut:], cut
+    with_row = Request([3, 1, 4], Sampling(21, temperature, top_k=5), seed=7, cache_prompt=True)
+    serve(served, [with_row])
+    rest = Sampling(19, temperature, top_k=5)
+    again = Request([3, 1, 4, *ids[:21]], rest, seed=7, tokens_drawn=21, window=8)
+    again.cache_prompt = True
+    assert serve(served, [again])[0][1] == ids[21:] and again.cached > 0
+
+
+def test_numbers_of_a_text_that_was_cut_are_drawn_beside_other_texts(monkeypatch):
+    """Others go on and begin meanwhile, and several take turns; a cancelled one is forgotten."""
+    monkeypatch.setattr("nanomla.batch.DRAWING_AGAIN", 0.0)  # a token of one of them in a step
+    served = batch()
+    slow = [Request([3], Sampling(2), tokens_drawn=20) for _ in range(3)]
+    for request in slow:
+        served.submit(request)
+    served.cancel(slow[2])
+    ends = {}
+    for step in range(60):
+        if step == 5:
+            served.submit(Request([1, 2], Sampling(3)))
+        for piece in served.step():
+            if piece.finish:
+                ends[piece.request] = step
+    assert not served.busy and slow[2] not in ends
+    first, second, third = sorted(ends.values())
+    assert first == 7 and 30 < second <= third
+
+
+def test_more_samples_than_rows():
+    """Any number: each begins when a row is free, and is what its seed gives. The prompt is read
+    once as long as one of them has it."""
+    served = batch(rows=2)
+    lengths = []
+    served.model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].size(1)))
+    many = Request([3, 1, 4], Sampling(9), n=7, seed=5, logprobs=0, prompt_logprobs=True)
+    samples = serve(served, [Request([1], Sampling(4)), many])[1:]
+    assert lengths.count(2) == 1
+    seeds = range(5, 12)
+    alone = [serve(served, [Request([3, 1, 4], Sampling(9), seed=seed)])[0] for seed in seeds]
+    assert [sample[:3] for sample in samples] == [sample[:3] for sample in alone]
+    assert (many.cached, many.computed, len(many.prompt_tokens)) == (0, 3, 3)
+
+
+def began(served, some):
+    """The steps in which requests have drawn their first tokens."""
+    steps = {}
+    while not all(request in steps for request in some):
+        for piece in served.step():
+            steps.setdefault(piece.request, served.steps)
+    return [steps[request] for request in some]
+
+
+def test_clients_take_turns():
+    """A long list keeps no other client waiting: one without a row gets the row beyond, a second
+    one the next that is free; and no other call of its own client, which comes in turn."""
+    served = batch(rows=3)
+    long = [Request([i], Sampling(40), client="a", call="1") for i in range(9)]
+    for request in long:
+        served.submit(request)
+    served.step()
+    short = [Request([1], Sampling(5), client=client) for client in ("b", "c")]
+    call = Request([5], Sampling(5), client="a", call="2")
+    for request in (*short, call):
+        served.submit(request)
+    assert began(served, [*short, *long[3:5], call]) == [2, 7, 41, 41, 41]
+    assert began(served, long[5:7]) == [46, 81]
+
+
+def test_prompts_are_read_in_turn():
+    """Short ones together, a request of each client and call; what is not read comes next."""
+    served = batch({}, rows=6, prefill_chunk=8)
+    some = [Request([1] * 5, Sampling(3), client=client, call=call) for client, call in
+            (("a", "1"), ("a", "1"), ("a", "2"), ("b", "3"), ("b", "3"))]
+    for request in some:
+        served.submit(request)
+    assert began(served, some) == [1, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("end", [[0xC3], [0xE2, 0x82], [0xA9], [0x41], [0xF0, 0x9F]])
+def test_a_character_that_a_prompt_leaves_unfinished_is_the_samples_first(end):
+    """Its text is that of all tokens, without that of the prompt's whole characters."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer({"kind": "byte"})
+    served = Batch(make(TINY_MLA, vocab_size=256, block_size=64), tokenizer, rows=8)
+    request = Request([65, 66, *end], Sampling(12, 1.5), n=24)
+    before = bytes(request.prompt).decode("utf-8", "ignore")
+    if end == [0xA9]:
+        before += "\ufffd"  # it begins no character
+    for text, ids, _, tokens in serve(served, [request]):
+        assert before + text == bytes([65, 66, *end, *ids]).decode("utf-8", "replace")
+        unfinished = text.endswith("\ufffd")
+        assert len(text) - unfinished <= sum(token.chars for token in tokens) <= len(text)
+    nothing = serve(served, [Request([65, *end], Sampling(0))])[0]
+    assert "A" + nothing[0] == bytes([65, *end]).decode("utf-8", "replace") or not nothing[0]
+
+
 @torch.no_grad()
 def test_short_prompts_are_read_in_one_pass():
     """Prompts that arrive together cost one pass."""
@@ -205,7 +320,7 @@ def test_refused_requests():
     served = batch({})
     ok = Sampling(5)
     for wrong in (
-        Request([23], ok), Request([1] * 17, ok), Request([1], ok, n=4),
+        Request([23], ok), Request([1] * 17, ok), Request([1], ok, n=0),
         Request([1] * 17, ok, window=17), Request([1], Sampling(5, float("nan"))),
     ):
         with pytest.raises(UserError):

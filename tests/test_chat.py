@@ -96,3 +96,14 @@ def test_an_answer_that_is_cut_short(listened):
     context = [*talk.context, *TOKENIZER.encode("c\n")]
     text = "".join(talk.reply("c"))
     assert text == TOKENIZER.decode(generated(talk.model, context, 6))
+
+
+def test_a_line_that_is_said_again_draws_other_numbers():
+    """Also after the conversation was forgotten."""
+    torch.manual_seed(0)
+    talk = Chat(make(TINY_MLA), TOKENIZER, Sampling(12, temperature=1.5))
+    answers = []
+    for _ in range(4):
+        answers.append("".join(talk.reply("ab")))
+        talk.reset()
+    assert len(set(answers)) == 4

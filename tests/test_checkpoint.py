@@ -1,6 +1,7 @@
 """Checkpoints survive or fail with one line. Run: python -m pytest tests/test_checkpoint.py"""
 
 import dataclasses
+import math
 import os
 import pickle
 import random
@@ -93,6 +94,9 @@ def test_every_field_is_a_key_on_disk(tmp_path):
     again = checkpoint.load(tmp_path / "ckpt.pt")
     assert type(again.best_val_loss) is float and again.best_val_loss == 2.0
     assert (again.iter_num, again.config, again.optimizer) == (0, {}, None)
+    for loss in (-math.inf, math.nan):  # no loss would be below it
+        torch.save({**bare, "best_val_loss": loss}, tmp_path / "ckpt.pt")
+        assert checkpoint.load(tmp_path / "ckpt.pt").best_val_loss == math.inf
 
 
 @pytest.mark.parametrize("settings", [{"pos_emb": "rope"}, SHARED])

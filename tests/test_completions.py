@@ -4,19 +4,21 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from nanomla.batch import Piece, Token
+from nanomla.batch import Batch, Piece, Token
 from nanomla.serve.protocol import ApiError, Completion, read_params
 from nanomla.text import StreamDecoder
 from nanomla.tokenizer import Tokenizer
+from tests.conftest import TINY_MLA, make
 
 BYTES = Tokenizer({"kind": "byte"})
 CHARS = Tokenizer({"kind": "char", "chars": "abc"})
 
 
-def complete(tokenizer=BYTES, **body):
+def complete(tokenizer=BYTES, most=80, **body):
     """The completion that a JSON body asks for."""
-    return Completion(read_params(body, limit=100), "m", tokenizer, most=80)
+    return Completion(read_params(body, limit=100), "m", tokenizer, most)
 
 
 def tokens_of(raw, logprob=-0.5, top=()):
@@ -50,13 +52,20 @@ def test_fields_reach_the_engine():
     assert read_params({"prompt": "a"}, limit=8).max_tokens == 8
     seeds = {complete(prompt="a").requests[0].seed for _ in range(5)}
     assert len(seeds) == 5  # without a seed every call draws its own
+    seeds = {complete(prompt="a", seed=-1).requests[0].seed for _ in range(5)}
+    assert len(seeds) == 5 and -1 not in seeds
+    (request,) = complete(prompt="a", top_k=-1, n=128, seed=3, tokens_drawn=9, most=128).requests
+    assert (request.sampling.top_k, request.n, request.tokens_drawn) == (0, 128, 9)
+    assert complete(stop=[str(i) for i in range(16)]).requests[0].sampling.stop[15] == "15"
 
 
 def test_prompts():
     """Texts or lists of ids, one or several; GPT-2's end of text begins an empty one."""
     requests = complete(prompt=["a", "bc"]).requests
     assert [r.prompt for r in requests] == [[97], [98, 99]]
-    assert requests[0].seed == requests[1].seed
+    assert requests[0].seed != requests[1].seed  # each draws its own numbers
+    for seed in (4, 0, -2, 2**63 - 1):  # equal prompts give equal texts
+        assert [r.seed for r in complete(prompt=["a", "b"], seed=seed).requests] == [seed, seed]
     assert [r.prompt for r in complete(prompt=[[5], [6, 7]]).requests] == [[5], [6, 7]]
     gpt2 = SimpleNamespace(spec={"kind": "tiktoken", "name": "gpt2"})
     (request,) = complete(gpt2).requests
@@ -77,10 +86,18 @@ def test_prompts():
         ({"max_tokens": 101}, "max_tokens", "more than this server makes, 100"),
         ({"temperature": math.inf}, "temperature", "a finite number of at least 0 and at most 100"),
         ({"n": True}, "n", "a whole number of at least 1"),
+        ({"n": 129}, "n", "at most 128"),
+        ({"top_k": -2}, "top_k", "at least -1"),
+        ({"seed": 2**63}, "seed", "below 9223372036854775808"),
+        ({"tokens_drawn": 3}, "tokens_drawn", "needs the seed"),
+        ({"tokens_drawn": 3, "seed": -1}, "tokens_drawn", "needs the seed"),
+        ({"min_p": 0.1}, "min_p", "min_p=0.1 is not supported: leave it out, or send 0"),
+        ({"stop_token_ids": [5]}, "stop_token_ids", "leave it out, or send []"),
+        ({"guided_json": {}}, "guided_json", "leave it out, or send null"),
         ({"prompt": ["a"] * 41, "n": 2}, "n", "41 prompts with n=2"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
         ({"stream_options": {"usage": True}, "stream": True}, "stream_options", "include_usage"),
-        ({"stop": ["a", 5]}, "stop", "at most 4 texts, each of 1 to 500 characters"),
+        ({"stop": ["a", 5]}, "stop", "at most 16 texts, each of 1 to 500 characters"),
         ({"best_of": 2}, "best_of", "equal to n"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"prompt": [[]]}, "prompt", "none of them empty"),
@@ -98,6 +115,55 @@ def test_what_is_refused(body, param, words):
     assert error.body()["error"]["type"] == "invalid_request_error"
 
 
+def test_fields_that_change_nothing():
+    """What the clients of other servers always send gives the request without them."""
+    vllm = {
+        "use_beam_search": False, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+        "length_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False,
+        "ignore_eos": False, "min_tokens": 0, "skip_special_tokens": True,
+        "spaces_between_special_tokens": True, "early_stopping": False, "bad_words": [],
+        "presence_penalty": 0.0, "frequency_penalty": 0, "allowed_token_ids": None,
+        "prompt_logprobs": None, "response_format": {"type": "text"}, "logit_bias": None,
+    }
+    others = {
+        "user": "me", "metadata": {"run": "1"}, "store": False, "typical_p": 1, "logit_bias": {},
+        "mirostat": 0, "repeat_penalty": 1.0, "grammar": "", "watermark": False,
+        "skip_special_tokens": False, "suffix": None,
+    }
+    for extra in (vllm, others, dict.fromkeys([*vllm, *others])):
+        (request,) = complete(prompt="hi", seed=1, **extra).requests
+        (plain,) = complete(prompt="hi", seed=1).requests
+        request.call = plain.call
+        assert vars(request) == vars(plain)
+
+
+def test_characters_that_a_prompt_leaves_unfinished():
+    """Echoed whole; without echo it is the first of the text. Offsets count from the prompt."""
+    torch.manual_seed(0)
+    served = Batch(make(TINY_MLA, vocab_size=256, block_size=64), BYTES, rows=8)
+    for prompt in ([65, 0xC3], [65, 0xE2, 0x82], "é", [0xA9]):
+        body = {"prompt": prompt, "n": 24, "max_tokens": 6, "seed": 1, "logprobs": 0}
+        for echo in (True, False):
+            completion = complete(**body, echo=echo, temperature=1.5)
+            (request,) = completion.requests
+            served.submit(request)
+            pieces = []
+            while served.busy:
+                pieces += served.step()
+            for choice in completion.whole(pieces, 0.0)["choices"]:
+                ids = [*request.prompt, *request.samples[choice["index"]].tokens]
+                whole = bytes(ids).decode("utf-8", "replace")
+                offsets = choice["logprobs"]["text_offset"]
+                names = choice["logprobs"]["tokens"]
+                if not echo:
+                    assert len(offsets) == 6 and whole.endswith(choice["text"])
+                else:
+                    assert choice["text"] == whole and len(offsets) == len(ids)
+                for offset, name in zip(offsets, names, strict=True):
+                    at = whole[offset : offset + 1]
+                    assert at == name or name.startswith("bytes:") and not at.isascii() or not at
+
+
 def test_characters_of_several_tokens():
     """Tokens that are no UTF-8 alone are named by their bytes; offsets count characters."""
     completion = complete(prompt="a", logprobs=2)
@@ -107,7 +173,8 @@ def test_characters_of_several_tokens():
     choice = completion.whole([ended], 0.0)["choices"][0]
     logprobs = choice["logprobs"]
     assert logprobs["tokens"] == ["bytes:\\xc3", "bytes:\\xa9", "!"] and choice["text"] == "é!"
-    assert logprobs["text_offset"] == [0, 0, 1] and logprobs["token_logprobs"] == [-0.5] * 3
+    assert logprobs["text_offset"] == [1, 1, 2]  # from the prompt's start, as OpenAI's
+    assert logprobs["token_logprobs"] == [-0.5] * 3
     assert logprobs["top_logprobs"][0] == {"bytes:\\xc3": -0.1, "x": -9999.0}
     assert logprobs["top_logprobs"][2] == {"bytes:\\xc3": -0.1, "x": -9999.0, "!": -0.5}
 

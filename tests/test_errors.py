@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def script(tmp_path):
     """A call that starts a script with this body of main()."""
     started = []
 
-    def start(body):
+    def start(body, redirected=""):
         path = tmp_path / "script.py"
         code = "\n    ".join(body.strip().splitlines())
         path.write_text(
@@ -86,7 +87,13 @@ def script(tmp_path):
         )
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-        started.append(subprocess.Popen([sys.executable, path], env=environment, **pipes))
+        reader, unread = os.pipe()  # nobody reads what is written to it
+        os.close(reader)
+        command = f'exec 4>&{unread}; exec "{sys.executable}" script.py {redirected}'
+        command = ["bash", "-c", command]
+        options = {"cwd": tmp_path, "env": environment, "pass_fds": [unread], **pipes}
+        started.append(subprocess.Popen(command, **options))
+        os.close(unread)
         return started[-1]
 
     yield start
@@ -115,6 +122,57 @@ def test_a_reader_that_leaves_ends_a_script_quietly(script):
     assert process.stdout.readline() == "0\n"
     process.stdout.close()
     assert process.wait(60) == 141 and process.stderr.read() == ""
+
+
+WORK = """
+import sys
+from nanomla.errors import say
+for i in range(3):
+    say(f"working {i}")
+    say(f"warning: {i}", sys.stderr)
+with open("done", "w") as file:
+    file.write(f"{file.fileno()}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirected", "stderr"),
+    [
+        (">/dev/full", "warning: stdout cannot be written (No space left on device)"),
+        (">&4 4>&-", "warning: stdout cannot be written (Broken pipe)"),
+        (">&-", ""),
+        ("2>/dev/full", None),
+        ("2>&-", None),
+        (">/dev/full 2>/dev/full", None),
+        ("<&- >&- 2>&-", None),
+    ],
+)
+def test_work_goes_on_when_nobody_reads_of_it(script, tmp_path, redirected, stderr):
+    """Whichever streams are full, broken or closed; no file gets the number of one of them."""
+    process = script(WORK, redirected)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert int((tmp_path / "done").read_text()) > 2
+    if stderr is None:
+        assert err == "" and out in ("", "working 0\nworking 1\nworking 2\n")
+    else:
+        warnings = [line for line in err.splitlines() if not re.fullmatch(r"warning: \d", line)]
+        assert len(warnings) == bool(stderr) and all(w.startswith(stderr) for w in warnings)
+
+
+def test_an_error_that_cannot_be_printed_is_a_status(script):
+    """What was not printed is an error, too, where it was the result."""
+    for body, redirected, status in (
+        ("1 / 0", "2>/dev/full", 1),
+        ("1 / 0", "2>&-", 1),
+        ("print('result')", ">/dev/full", 1),
+        ("print('result')", ">/dev/full 2>/dev/full", 1),
+    ):
+        process = script(body, redirected)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == status, (body, redirected)
+        expected = "" if "2>" in redirected else "script.py: error: No space left on device\n"
+        assert err == expected, (body, redirected)
 
 
 def test_signals_are_handled_inside_and_as_before_afterwards():

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ from nanomla import checkpoint, conversion, files, formats
 from nanomla.dataset import Dataset, Meta, write_dataset
 from nanomla.distributed import World
 from nanomla.errors import UserError
-from nanomla.files import read_json, replacing, write_text
+from nanomla.files import json_text, read_json, replacing, write_text
 from nanomla.formats.folder import write_folder
 from nanomla.runfolder import RunFolder, move_earlier_run
 from nanomla.runlog import RunLog, read_log
@@ -76,6 +77,14 @@ def test_only_what_has_an_end_is_read(tmp_path, kind, reader):
         with pytest.raises(UserError, match=r"model.safetensors\b.*not a regular file") as caught:
             READERS[reader](path)
         assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_json_does_not_have_are_null():
+    """NaN and the infinities, wherever they are; no other value changes."""
+    value = {"a": [1.5, float("nan"), {"b": -float("inf")}], "c": "NaN", "d": 2**70, "e": 1e308}
+    none = {**value, "a": [1.5, None, {"b": None}]}
+    assert json.loads(json_text(value)) == none
+    assert json_text(none, indent=1) == json.dumps(none, indent=1)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -8,8 +8,9 @@ import re
 import shutil
 
 import pytest
+import torch
 
-from tests.conftest import QUICK, run
+from tests.conftest import QUICK, TINY_MLA, make, run, save_model
 from tools.bench.serve import server
 
 playwright = pytest.importorskip(
@@ -36,7 +37,7 @@ def runs(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     shape = ["--n_embd=32", "--n_head=4", "--block_size=32", f"--dataset={dataset}"]
     mla = ["--use_mla=True", "--mla_latent_dim=8", "--pos_emb=rope", "--mla_rope_dim=4"]
-    for name, flags in (("out-mla", mla), ("out-mha", [])):
+    for name, flags in (("out-mla", mla), ("out-mha", ["--n_layer=1", "--n_head=2"])):
         how = [*QUICK, *shape, *flags, "--max_iters=40", f"--out_dir={folder / name}"]
         assert run("train.py", *how).returncode == 0
     return folder
@@ -128,6 +129,99 @@ def test_a_click_goes_on_from_another_token(page):
     assert column.locator(".token").count() == 13 + 20
 
 
+def press(page, name, tokens):
+    """Press a button and wait for so many more tokens."""
+    page.get_by_label("Length").fill(str(tokens))
+    page.get_by_role("button", name=name).click()
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+
+
+def choose_another(page, place):
+    """Go on from a token with the likeliest that does not stand there."""
+    page.locator("article").first.locator(".token").nth(place).click()
+    page.locator("[role=option][aria-selected=false]").first.click()
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+
+
+def test_a_text_that_was_cut_goes_on_as_if_it_had_not_been(page):
+    """After its length and after Stop, past the context, and after another text took the cache."""
+    texts = page.locator("article .text")
+    write(page, 90)
+    whole = texts.all_inner_texts()
+    write(page, 20)
+    for more in (7, 30, 33):
+        press(page, "Continue", more)
+    assert texts.all_inner_texts() == whole
+    page.get_by_label("Length").fill("4000")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("article .token").nth(40)).to_be_attached()
+    page.keyboard.press("Escape")
+    expect(page.locator("#status")).to_contain_text("Stopped")
+    press(page, "Continue", 50)
+    first = texts.first.text_content()
+    write(page, len(first) - len("to be"))
+    assert texts.first.text_content() == first
+
+
+def test_every_branch_has_numbers_of_its_own(page):
+    """The same again for the same choice; it goes on as if it had not been cut."""
+    asked = []
+    page.on("request", lambda request: asked.append(request.post_data_json))
+    text = page.locator("article .text").first
+
+    def branch(place, tokens):
+        write(page, 30)
+        page.get_by_label("Length").fill(str(tokens))
+        choose_another(page, place)
+        return text.text_content()
+
+    whole = branch(12, 40)
+    assert branch(12, 15) == whole[:-25]
+    press(page, "Continue", 25)
+    assert text.text_content() == whole
+    other = branch(14, 40)
+    choose_another(page, 20)
+    own = [body for body in asked if body and body["model"] == "out-mla"]
+    branches = [body for body in own if body["seed"] != 1337]
+    seeds = [body["seed"] for body in branches]
+    assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds)) == 3
+    assert [body["tokens_drawn"] for body in branches] == [0, 0, 15, 0, 0]
+    assert text.text_content()[:25] == other[:25] != text.text_content()[25:] != other[25:]
+
+
+def test_characters_of_several_tokens(browser, tmp_path):
+    """A text of bytes that is made token by token is the text that is made at once; a byte that is
+    chosen instead of another makes another character."""
+    settings = {**TINY_MLA, "vocab_size": 256, "block_size": 32}
+    torch.manual_seed(1)
+    save_model(tmp_path, make(settings), tokenizer={"kind": "byte"}, config={"dataset": "x"})
+    with server(tmp_path) as other:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://{other}/")
+        page.get_by_label("Prompt").fill("é")
+        page.get_by_label("Temperature").fill("1.5")
+        text = page.locator("article .text")
+        write(page, 40)
+        whole = text.text_content()
+        write(page, 1)
+        for i in range(1, 40):
+            press(page, "Continue", 1)
+            expect(page.locator(".rate")).to_contain_text("1 token")
+        assert text.text_content() == whole and "\ufffd" in whole
+        page.get_by_label("Length").fill("3")
+        for place in (12, 9, 5):
+            choose_another(page, place)
+            shown = text.text_content()
+            page.get_by_role("tab", name="Attention").click()
+            with page.expect_request("**/api/attention") as asked:
+                page.get_by_role("button", name="Show").click()
+            ids = asked.value.post_data_json["tokens"]
+            assert shown == bytes(ids).decode("utf-8", "replace")
+            page.get_by_role("tab", name="Write").click()
+        context.close()
+
+
 def test_two_models_side_by_side(page):
     """One prompt and seed: two texts with rates, the same again; bytes of both caches and MHA's."""
     write(page, 60)
@@ -172,6 +266,111 @@ def test_attention_and_the_run(page, runs):
     with open(log, "a", encoding="utf-8") as file:
         file.write('{"iter": 99999, "loss": 1.25}\n')
     expect(page.locator("#run-status")).to_contain_text("99,999", timeout=15_000)
+
+
+def held(page, path):
+    """The requests to a path, which the browser sends when they are told to continue_()."""
+    routes = []
+    page.route(f"**/{path}*", lambda route: routes.append(route))
+    return routes
+
+
+def wait_for(page, routes, count):
+    for _ in range(100):
+        if len(routes) == count:
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"{len(routes)} requests, not {count}")
+
+
+def test_the_picture_is_of_what_the_fields_say(page):
+    """Another layer, model or text: drawn anew or taken away, in whatever order answers come."""
+    write(page, 10)
+    page.get_by_role("tab", name="Attention").click()
+    status = page.locator("#attention-status")
+    picture = page.locator("#attention-picture")
+    layer = page.get_by_label("Layer")
+    layer.select_option(label="2")
+    expect(picture).to_be_hidden()  # not asked for yet
+    page.get_by_role("button", name="Show").click()
+    expect(status).to_have_text("out-mla, layer 2: 15 tokens.")
+    first = page.locator("#attention-top").inner_text()
+    requests = held(page, "api/attention")
+    layer.select_option(label="1")
+    expect(picture).to_be_hidden()
+    layer.select_option(label="2")
+    layer.select_option(label="1")
+    wait_for(page, requests, 3)
+    for i in (2, 0, 1):
+        requests[i].continue_()
+        page.wait_for_timeout(200)
+    expect(status).to_have_text("out-mla, layer 1: 15 tokens.")
+    expect(picture).to_be_visible()
+    assert page.locator("#attention-top").inner_text() != first
+    page.unroute("**/api/attention*")
+
+    layer.select_option(label="2")
+    page.get_by_label("Head").select_option(label="4")
+    expect(status).to_have_text("out-mla, layer 2: 15 tokens.")
+    page.get_by_label("Model").first.select_option("out-mha")  # of one layer and two heads
+    expect(status).to_have_text("out-mha, layer 1: 15 tokens.")
+    assert layer.input_value() == "0" and page.get_by_label("Head").input_value() == "mean"
+
+    requests = held(page, "api/attention")
+    page.get_by_role("button", name="Show").click()
+    wait_for(page, requests, 1)
+    page.get_by_role("tab", name="Write").click()
+    write(page, 5)
+    requests[0].continue_()
+    page.get_by_role("tab", name="Attention").click()
+    page.wait_for_timeout(200)
+    expect(picture).to_be_hidden()
+    expect(status).to_have_text("")
+
+
+def test_the_picture_of_a_prompt_that_changes(page):
+    """Without a text the picture is of the prompt, and it goes with it."""
+    page.get_by_role("tab", name="Attention").click()
+    page.get_by_role("button", name="Show").click()
+    expect(page.locator("#attention-status")).to_have_text("out-mla, layer 1: 5 tokens.")
+    page.get_by_role("tab", name="Write").click()
+    page.get_by_label("Prompt").fill("to be or")
+    page.get_by_role("tab", name="Attention").click()
+    expect(page.locator("#attention-picture")).to_be_hidden()
+
+
+def test_alternatives_of_a_text_that_goes(page):
+    """Their list is closed when another text begins, as a choice would go into that one."""
+    write(page, 10)
+    requests = held(page, "v1/completions")
+    page.get_by_role("button", name="Generate").click()
+    wait_for(page, requests, 2)
+    page.locator("article").first.locator(".token").nth(5).click()
+    expect(page.locator("#alternatives")).to_be_visible()
+    for request in requests:
+        request.continue_()
+    expect(page.locator("#status")).to_contain_text("Done")
+    expect(page.locator("#alternatives")).to_be_hidden()
+
+
+def test_a_log_that_begins_anew_unseen(page, runs):
+    """No line of the earlier log stays; while another model's is read, no status of the first."""
+    log = runs / "out-mha" / "log.jsonl"
+    before = log.read_text()
+    lines = [f'{{"iter": {i}, "loss": 1000}}\n' for i in range(5)]
+    log.write_text("".join(lines))
+    page.get_by_role("tab", name="Run").click()
+    page.locator("#run-model").select_option("out-mha")
+    expect(page.locator("#run-chart")).to_contain_text("1,000")
+    page.get_by_role("tab", name="Write").click()
+    log.write_text("".join(lines).replace("1000", "2.5") + '{"iter": 5, "loss": 2.25}\n')
+    page.get_by_role("tab", name="Run").click()
+    expect(page.locator("#run-status")).to_contain_text("2.25")
+    expect(page.locator("#run-chart")).not_to_contain_text("1,000")
+    held(page, "api/log")
+    page.locator("#run-model").select_option("out-mla")
+    expect(page.locator("#run-status")).to_have_text("")
+    log.write_text(before)
 
 
 def test_errors_are_read_in_the_page(page, browser, runs):

@@ -4,9 +4,11 @@ Run: python -m pytest tests/test_serve.py
 """
 
 import contextlib
+import copy
 import http.client
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,6 +40,7 @@ ROWS = 4
 QUEUE = 5
 CONTEXT = 48
 CHARS = "".join(map(chr, range(32, 127))) + "\n"
+PUBLIC = "llm.example.org"
 JSON = {"Content-Type": "application/json"}
 POST = ("POST", "/v1/completions")
 QUICK = {"model": "out-mla", "prompt": "to be", "max_tokens": 4}
@@ -67,7 +70,7 @@ FAILING = """
 import dataclasses
 step = nanomla.serve.stepper.Batch.step
 def failing(self):
-    if any(request.seed == 666 for request in self.waiting):
+    if any(request.seed == 666 for request in self.waiting.next_of_each()):
         raise RuntimeError("a mistake")
     pieces = step(self)
     for i, piece in enumerate(pieces):
@@ -78,9 +81,22 @@ def failing(self):
 nanomla.serve.stepper.Batch.step = failing
 nanomla.serve.app.encode = None
 """
+MISTAKE = """
+async def later(*_):
+    raise RuntimeError("a mistake")
+def now(*_):
+    raise RuntimeError("a mistake")
+"""
+BROKEN = {  # a part of the server, and a mistake in it
+    "the first lines": MISTAKE + "tools.serve.announce = now",
+    "the listener": MISTAKE + "nanomla.serve.listener.Listener.watch = later",
+    "uvicorn": MISTAKE + "import uvicorn; uvicorn.Server.on_tick = later",
+    "a step": MISTAKE + "nanomla.serve.app.Metrics.step = now",
+}
 SERVERS = {  # flags, and what is changed in the modules
     "plain": (["--compare={folder}/out-mha", f"--rows={ROWS}", f"--queue={QUEUE}"], ""),
     "strict": (["--host=0.0.0.0", "--token=secret"], STRICT),
+    "public": ([f"--public_host={PUBLIC}", "--token=secret"], ""),
     "failing": ([], FAILING),
 }
 
@@ -88,8 +104,7 @@ SERVERS = {  # flags, and what is changed in the modules
 class Server:
     """A server's process and a client for it."""
 
-    def __init__(self, folder, name):
-        flags, patch = SERVERS[name]
+    def __init__(self, folder, name, flags=(), patch="", stdout=subprocess.PIPE):
         flags = [f"--out_dir={folder}/out-mla", "--port=0", "--max_tokens=1000000", *flags]
         command = ["-c", START.format(patch=patch)] if patch else ["-m", "tools.serve"]
         self.headers = {}  # of every request
@@ -98,7 +113,7 @@ class Server:
         with open(self.errors, "w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, *command, *(flag.format(folder=folder) for flag in flags)],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
+                cwd=ROOT, stdout=stdout, stderr=errors, text=True,
             )
 
     def ready(self):
@@ -113,20 +128,22 @@ class Server:
         return self.errors.read_text()
 
     @contextlib.contextmanager
-    def response(self, method, path, body=None, headers=None):
-        """A response that has begun; body: bytes, or what becomes JSON."""
+    def response(self, method, path, body=None, headers=None, client="127.0.0.1"):
+        """A response that has begun; body: bytes, or what becomes JSON. client: its address."""
         headers = {**self.headers, **(headers or {})}
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
             headers = {**JSON, **headers}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=30, source_address=(client, 0)
+        )
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
             yield connection.getresponse()
 
-    def ask(self, method, path, body=None, headers=None):
+    def ask(self, method, path, body=None, headers=None, client="127.0.0.1"):
         """Status, headers and the content, JSON if it is."""
-        with self.response(method, path, body, headers) as response:
+        with self.response(method, path, body, headers, client) as response:
             content = response.read().decode()
             if response.headers.get_content_type() == "application/json" and content:
                 content = json.loads(content)
@@ -209,13 +226,15 @@ def models(tmp_path_factory):
         "out-mla": save_run(folder / "out-mla", {"kind": "byte"}, **TINY_MLA),
         "out-mha": save_run(folder / "out-mha", {"kind": "char", "chars": CHARS}),
     }
+    content = torch.load(folder / "out-mha" / "best.pt")
+    torch.save({**content, "best_val_loss": -float("inf")}, folder / "out-mha" / "best.pt")
     return SimpleNamespace(folder=folder, opened=opened)
 
 
 @pytest.fixture(scope="module")
 def servers(models):
     """All servers, which start side by side; none is left behind."""
-    servers = {name: Server(models.folder, name) for name in SERVERS}
+    servers = {name: Server(models.folder, name, *SERVERS[name]) for name in SERVERS}
     yield servers
     for one in servers.values():
         one.process.kill()
@@ -252,6 +271,7 @@ def test_models_page_and_headers(server):
     assert mla["bytes_per_token"] == 2 * 9 * 4 and mla["mha_bytes_per_token"] == 2 * 48 * 4
     assert mha["bytes_per_token"] == mha["mha_bytes_per_token"] == 2 * 48 * 4
     assert mla["iteration"] == 7 and mla["val_loss"] == 1.5 and mla["context"] == CONTEXT
+    assert mha["val_loss"] is None  # -inf is no loss
     for request in (("GET", "/"), ("GET", "/none"), ("DELETE", "/v1/models"), POST):
         headers = server.ask(*request)[1]
         assert headers["Content-Security-Policy"] == "default-src 'self'", request
@@ -279,6 +299,24 @@ def test_texts_are_those_of_generate(server, models):
     stop = text[7:9]
     choice = server.complete(**body, stop=["no such text", stop])["choices"][0]
     assert choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
+
+
+def test_random_numbers_of_a_request(server):
+    """Without a seed each prompt draws its own; with one, prompts and samples are as alone, and a
+    text that was cut goes on as if it had not been."""
+    ask = {"model": "out-mla", "max_tokens": 20}
+    answer = server.complete(**ask, prompt=["ROMEO:"] * 8)
+    assert len({choice["text"] for choice in answer["choices"]}) == 8
+    answer = server.complete(**ask, prompt=["ROMEO:"] * 2, seed=4, n=2)
+    texts = [choice["text"] for choice in answer["choices"]]
+    alone = [server.text(**ask, prompt="ROMEO:", seed=seed) for seed in (4, 5)]
+    assert texts == alone * 2 and alone[0] != alone[1]
+    ids = {}
+    for cut in (0, 7):
+        more = {"prompt": [*b"ROMEO:", *ids.get(0, [])[:cut]], "tokens_drawn": cut}
+        choice = server.complete(**{**ask, **more}, seed=4, return_token_ids=True)["choices"][0]
+        ids[cut] = [token["id"] for token in choice["nanomla"]["tokens"]]
+    assert ids[7][:13] == ids[0][7:]
 
 
 def test_a_stream_is_the_whole_in_parts(server):
@@ -333,7 +371,8 @@ def test_openais_client(server):
 def test_a_log_as_it_grows(server, models):
     """The settings of a run and new entries, with what JSON does not have as null."""
     log = models.folder / "out-mha" / "log.jsonl"
-    log.write_text('{"iter": 0, "loss": NaN}\n{"iter": 1, "loss": 2.5}\n{"iter": 2, "lo')
+    lines = ['{"iter": 0, "loss": NaN}', "[" * 100_000, '{"iter": 1, "loss": 2.5}']
+    log.write_text("\n".join([*lines, '{"iter": 2, "lo']))
     path = "/api/log?model=out-mha"
     answer = server.ask("GET", path)[2]
     assert answer["entries"] == [{"iter": 0, "loss": None}, {"iter": 1, "loss": 2.5}]
@@ -406,7 +445,8 @@ def test_a_client_that_leaves_frees_its_row(server, stream):
 
 
 def test_too_many_clients(server):
-    """A full queue is refused with the time to wait, at once, and goes on when there is room."""
+    """A client's full queue is refused with the time to wait, at once, and goes on when there is
+    room. Others are served."""
     with contextlib.ExitStack() as stack:
         for _ in range(ROWS + QUEUE - 1):
             stack.enter_context(server.stream())
@@ -417,10 +457,12 @@ def test_too_many_clients(server):
             assert status == 503 and headers["Retry-After"] == "1"
             assert answer["error"]["code"] == "overloaded"
             assert server.text(**{**QUICK, "model": "out-mha"})  # it has its own queue
+            assert server.ask(*POST, QUICK, client="127.0.0.2")[0] == 200
         assert server.until(QUEUE - 1, "nanomla_waiting_requests", model="out-mla")
         assert stack.enter_context(server.stream()).status == 200
     assert server.until(0, "nanomla_active_rows") and server.until(0, "nanomla_waiting_requests")
-    assert server.ask(*POST, {**QUICK, "n": ROWS + 1})[0] == 400
+    assert len(server.complete(**QUICK, n=ROWS + QUEUE)["choices"]) == ROWS + QUEUE
+    assert server.ask(*POST, {**QUICK, "n": ROWS + QUEUE + 1})[0] == 400
 
 
 # ---- what is refused
@@ -452,6 +494,21 @@ def test_other_web_pages_are_refused(server):
         status, _, answer = server.ask(*POST, QUICK, {"Origin": origin})
         assert (status, answer["error"]["type"]) == (403, "permission_error"), origin
     assert server.ask(*POST, QUICK, {"Origin": own})[0] == 200
+
+
+def test_every_response_has_a_request_id(server):
+    """The client's own, if it is short and visible, else a fresh one; errors and streams too."""
+    for name in ("a", "req-1/ä".encode("latin-1"), "x" * 128, "~!"):
+        headers = server.ask("GET", "/health", headers={"x-request-id": name})[1]
+        assert (headers["x-request-id"] == name) == (not isinstance(name, bytes))
+    fresh = set()
+    for name in ("", "x" * 129, "a b", "a\tb", "\x7f"):
+        fresh.add(server.ask("GET", "/none", headers={"X-Request-Id": name})[1]["x-request-id"])
+    for headers in ({"Host": "evil.example"}, {"Origin": "null"}, {}):
+        fresh.add(server.ask(*POST, b"{", headers)[1]["x-request-id"])
+    with server.stream(max_tokens=2) as response:
+        fresh.add(response.headers["x-request-id"])
+    assert len(fresh) == 9 and all(re.fullmatch("[0-9a-f]{32}", name) for name in fresh)
 
 
 def test_no_path_reaches_the_files(server):
@@ -503,6 +560,110 @@ def test_a_token(servers):
         assert server.ask("GET", "/", headers=headers)[0] == 200
     server.headers = {"Authorization": "Bearer secret"}
     assert server.complete(**QUICK)
+
+
+def test_behind_a_proxy(servers):
+    """The public name is accepted as Host and as Origin, whichever Host the proxy names."""
+    server = servers["public"].ready()
+    server.headers = {"Authorization": "Bearer secret"}
+    own = f"127.0.0.1:{server.port}"
+    for host in (PUBLIC, PUBLIC.upper(), f"{PUBLIC}:8443", own):
+        for origin in (f"https://{PUBLIC}", f"http://{PUBLIC}:8443"):
+            assert server.ask(*POST, QUICK, {"Host": host, "Origin": origin})[0] == 200
+    for host in (f"{PUBLIC}.evil", f"evil.{PUBLIC}", f"{PUBLIC}:8443:1", "evil.example", ""):
+        assert server.ask("GET", "/health", headers={"Host": host})[0] == 403, host
+    for origin in (f"https://{PUBLIC}.evil", f"ftp://{PUBLIC}", PUBLIC, "null", "https://a@b"):
+        headers = {"Host": PUBLIC, "Origin": origin}
+        assert server.ask(*POST, QUICK, headers)[0] == 403, origin
+    assert server.ask("GET", "/v1/models", headers={"Authorization": "Bearer no"})[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("public_host", "client", "forwarded", "caller"),
+    [
+        (PUBLIC, ("127.0.0.1", 1), ["203.0.113.9"], "203.0.113.9"),
+        (PUBLIC, ("::1", 1), ["made-up, 203.0.113.9"], "203.0.113.9"),
+        (PUBLIC, ("127.0.0.1", 1), ["made-up", "2001:db8::1 "], "2001:db8::1"),
+        (PUBLIC, ("127.0.0.1", 1), [], "127.0.0.1"),
+        (PUBLIC, ("127.0.0.1", 1), ["made-up,"], "127.0.0.1"),
+        (PUBLIC, ("192.0.2.7", 1), ["made-up"], "192.0.2.7"),
+        (PUBLIC, None, [], ""),
+        (None, ("127.0.0.1", 1), ["made-up"], "127.0.0.1"),
+    ],
+)
+def test_who_a_request_is_of(public_host, client, forwarded, caller):
+    """The client of the proxy on this machine; no other client can name one."""
+    from starlette.requests import Request
+
+    from nanomla.serve.app import Guard
+
+    headers = [(b"x-forwarded-for", value.encode()) for value in forwarded]
+    scope = {"type": "http", "path": "/", "client": client, "headers": headers}
+    guard = Guard(None, None, "127.0.0.1", public_host, None, set())
+    assert guard._caller(Request(scope)) == caller
+
+
+NGINX = """
+daemon off; pid {folder}/pid; events {{}}
+http {{
+    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/a; uwsgi_temp_path {folder}/b; scgi_temp_path {folder}/c;
+    server {{ listen 127.0.0.1:{port}; {block} }}
+}}
+"""
+CADDY = """
+{{
+    admin off
+    auto_https off
+}}
+{block}
+"""
+PROXIES = {  # the first line in docs/serve.md, what is around the lines, and how it is started
+    "nginx": ("    location / {", NGINX, "nginx -e stderr -c {file}"),
+    "caddy": (f"    {PUBLIC} {{", CADDY, "caddy run --adapter caddyfile --config {file}"),
+}
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_the_proxies_of_the_docs(servers, tmp_path, proxy):
+    """With the lines of docs/serve.md: page, texts, streams that are not held back, and leaving."""
+    if shutil.which(proxy) is None:
+        pytest.skip(f"needs {proxy}: apt install {proxy}")
+    server = servers["public"].ready()
+    server.headers = {"Authorization": "Bearer secret"}
+    first, around, command = PROXIES[proxy]
+    docs = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    block = first + docs.partition(first)[2].partition("\n    }")[0] + "\n    }"
+    assert "8000" in block
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    block = block.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
+    block = block.replace(f"{PUBLIC} {{", f"http://{PUBLIC}:{port} {{")
+    file = tmp_path / "config"
+    file.write_text(around.format(folder=tmp_path, port=port, block=block))
+    process = subprocess.Popen(command.format(file=file).split(), stderr=subprocess.DEVNULL)
+    proxied = copy.copy(server)
+    proxied.port = port
+    proxied.headers = {**server.headers, "Host": PUBLIC, "Origin": f"https://{PUBLIC}"}
+    try:
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            time.sleep(0.05)
+        assert "<title>nanoMLA" in proxied.ask("GET", "/")[2]
+        status, headers, _ = proxied.ask(*POST, QUICK, {"x-request-id": "mine"})
+        assert status == 200 and headers["x-request-id"] == "mine"
+        assert proxied.ask(*POST, QUICK, {"Origin": "https://evil.example"})[0] == 403
+        assert proxied.ask("GET", "/v1/models", headers={"Authorization": "Bearer no"})[0] == 401
+        with proxied.stream() as response:
+            assert response.read1(100).startswith(b"data: ")  # of a text without an end
+            assert server.until(1, "nanomla_active_rows")
+        assert server.until(0, "nanomla_active_rows")
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def test_idle_connections_and_the_end(servers):
@@ -558,8 +719,11 @@ def test_a_failing_engine(servers):
     assert status == 500 and answer["error"]["type"] == "server_error"
     assert server.metric("nanomla_requests_total", status="500") == 2
     assert server.metric("nanomla_samples_total", finish="error") == 2
-    status, _, answer = server.ask("POST", "/api/tokenize", {"text": "a"})
+    status, reply, answer = server.ask("POST", "/api/tokenize", {"text": "a"})
     assert status == 500 and "an error of the server" in answer["error"]["message"]
+    name = f"request {reply['x-request-id']}"
+    assert answer["error"]["message"].endswith(name)
+    assert server.stderr().startswith(f"serve.py: error: {name}: not expected, please report it\n")
     assert "'NoneType' object is not callable" in server.stderr()
     with server.stream() as response:
         assert server.until(1, "nanomla_active_rows")
@@ -572,6 +736,45 @@ def test_a_failing_engine(servers):
     assert "serve.py: error: not expected, please report it" in lines and "a mistake" in lines[-1]
 
 
+def test_a_mistake_in_any_part_ends_the_server(models):
+    """With a traceback, and the port is free again; none of them hangs, and no client waits."""
+    broken = {part: Server(models.folder, part, [], BROKEN[part]) for part in BROKEN}
+    try:
+        server = broken["a step"].ready()
+        status, _, answer = server.ask(*POST, {**QUICK, "max_tokens": 1_000_000})
+        assert status == 500 and "a mistake" in answer["error"]["message"]
+        for part, server in broken.items():
+            assert server.process.wait(30) == 1, part
+            lines = server.stderr().splitlines()
+            assert lines[0] == "serve.py: error: not expected, please report it", part
+            assert lines[-1] == "RuntimeError: a mistake", part
+    finally:
+        for server in broken.values():
+            server.process.kill()
+    with contextlib.suppress(ConnectionRefusedError):
+        pytest.fail(f"the port is open: {socket.create_connection(('127.0.0.1', server.port))}")
+
+
+def test_a_server_whose_stdout_is_full_serves(models):
+    """Of its first lines there is a warning on stderr."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+    with open("/dev/full", "w") as full:
+        server = Server(models.folder, "full", [f"--port={port}"], stdout=full)
+    server.port = port
+    try:
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not server.stderr():
+            time.sleep(0.05)
+        assert server.complete(**QUICK)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 143
+    finally:
+        server.process.kill()
+    warning = "stdout cannot be written (No space left on device), going on without it"
+    assert server.stderr() == f"warning: {warning}\nserve.py: terminated\n"
+
+
 # ---- what fails before anything is served
 
 
@@ -580,6 +783,8 @@ def test_a_failing_engine(servers):
     [
         (["--host=0.0.0.0"], 2, ["--host=0.0.0.0", "--token="]),
         (["--host=no.such.invalid", "--token=a"], 1, ["--host=no.such.invalid", "cannot listen"]),
+        ([f"--public_host={PUBLIC}"], 2, [f"--public_host={PUBLIC}", "--token="]),
+        (["--public_host=https://a.b", "--token=a"], 2, ["public_host=", "without http://"]),
         (["--token=a b"], 2, ["token", "without spaces"]),
         (["--compare=nowhere"], 1, ["no checkpoint in nowhere"]),
     ],

@@ -38,11 +38,42 @@ def test_stop_strings_wherever_pieces_cut_them():
     assert StopText(("y", "n")).push("any") == "a" and StopText(None).push("any") == "any"
 
 
+def test_several_stop_strings_wherever_pieces_cut_the_text():
+    """The one that is complete first counts, and of two that end together the longer."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choices("abc", k=draw.randint(0, 12)))
+        stops = tuple("".join(draw.choices("abc", k=draw.randint(1, 4))) for _ in range(3))
+        matches = [
+            (begin + len(stop), begin)
+            for stop in stops
+            for begin in range(len(text))
+            if text.startswith(stop, begin)
+        ]
+        expected = text[: min(matches)[1]] if matches else text
+        for pieces in (cut(text, draw), list(text), [text]):
+            until = StopText(stops)
+            shown = "".join(until.push(piece) for piece in pieces) + until.push("", last=True)
+            assert (shown, until.done) == (expected, bool(matches))
+
+
 def test_characters_wherever_tokens_cut_them():
     """A character of several bytes appears when its last byte does; other bytes become a mark."""
     decoder = StreamDecoder(BYTES)
     assert [decoder.push(b) for b in "aé€".encode()] == ["a", "", "é", "", "", "€"]
     assert decoder.push(0xE2) == "" and decoder.finish() == "\ufffd"
+
+
+def test_a_character_that_tokens_before_begin():
+    """It goes on; bytes that can begin none do not, and neither does one that is whole."""
+    for before, token, text in (
+        ([65, 0xC3], 0xA9, "é"), ([0xE2, 0x82], 0xAC, "€"), ([0xF0, 0x9F, 0x98], 0x80, "😀"),
+        ([0xC3], 65, "\ufffdA"), ([0xC3, 0xA9], 65, "A"), ([0xA9], 65, "A"), ([], 0xA9, "\ufffd"),
+        ([0xE2, 0x82, 65], 0xAC, "\ufffd"),
+    ):
+        assert StreamDecoder(BYTES, before).push(token) == text
+    cut = Sample(BYTES, stop="é", prompt=[65, 0xC3])
+    assert list(cut.extend([0xA9, 66])) == ["", ""] and cut.done and cut.text == ""
 
 
 def test_a_sample_grows_up_to_its_stop_string():

@@ -158,6 +158,24 @@ def test_a_word_that_was_added_is_its_letters():
     assert theirs.decode(theirs.encode("café").ids) == "caf\ufffd"
 
 
+@pytest.mark.parametrize("kind", ["byte", "tiktoken", "byte level", "sentencepiece", "char"])
+def test_a_text_decodes_alike_wherever_it_is_cut(kind):
+    """Characters whose tokens come before and behind the cut too."""
+    tokenizer = Tokenizer({
+        "byte": lambda: {"kind": "byte"},
+        "tiktoken": lambda: {"kind": "tiktoken", "name": "gpt2"},
+        "byte level": lambda: {"kind": "hf", "json": byte_level().to_str()},
+        "sentencepiece": lambda: {"kind": "hf", "json": sentencepiece().to_str()},
+        "char": lambda: {"kind": "char", "chars": "".join(sorted(set(TEXT)))},
+    }[kind]())
+    ids = tokenizer.encode(TEXT)
+    for cut in range(len(ids) + 1):
+        before = b"".join(tokenizer.token_bytes(i) for i in ids[:cut]).decode("utf-8", "ignore")
+        decoder = StreamDecoder(tokenizer, ids[:cut])
+        rest = "".join(decoder.push(i) for i in ids[cut:]) + decoder.finish()
+        assert before + rest == tokenizer.decode(ids)
+
+
 def test_char_tokenizer():
     """Text goes round; a character outside the vocabulary is named."""
     tokenizer = Tokenizer({"kind": "char", "chars": "\n abé"})

@@ -33,7 +33,7 @@ from nanomla.checks import Count, Natural, Positive, Several, Text, check, fits,
 from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, resolve_device, warn0
 from nanomla.errors import UsageError, UserError, run_script
-from nanomla.files import write_text
+from nanomla.files import json_text, write_text
 from nanomla.settings import configure, flat, run_config_file
 from nanomla.start import padded_vocab, without_effect
 from tools.bench.timing import Rows, machine
@@ -377,7 +377,7 @@ def write_report(cfg: CompareConfig, rows: Rows, beside: str = "") -> None:
     print0("", *text.splitlines(), "")
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) + "\n" for row in rows]
+    lines = [json_text(row) + "\n" for row in rows]
     write_text(folder / "results.jsonl", "".join(lines))
     write_text(folder / "report.md", text + "\n")
     draw(rows, folder)

@@ -4,6 +4,7 @@ Serve one model or two: a page to write with, and the completions protocol that 
     python -m tools.serve --out_dir=out-mla
     python -m tools.serve --out_dir=out-mla --compare=out-mha --port=8001
     python -m tools.serve --out_dir=out-mla --host=0.0.0.0 --token=SECRET
+    python -m tools.serve --out_dir=out-mla --public_host=llm.example.org --token=SECRET
 
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"prompt": "ROMEO:", "max_tokens": 100}'
@@ -36,7 +37,7 @@ from nanomla import formats
 from nanomla.batch import Batch
 from nanomla.cache import dtype_name
 from nanomla.checkpoint import Checkpoint
-from nanomla.checks import Count, Natural, Text
+from nanomla.checks import Count, Natural, Text, require
 from nanomla.costs import cache_in_words, cached_numbers
 from nanomla.errors import UsageError, UserError, explain, run_script, say, script_name
 from nanomla.inference import ModelSettings, open_model
@@ -69,6 +70,11 @@ class ServeConfig(ModelSettings):
     port: Annotated[
         Natural, Field(le=65535), "The port to listen on. 0 takes any port that is free."
     ] = 8000
+    public_host: Annotated[
+        str | None,
+        "The name by which browsers reach the server through a proxy on this machine, as in "
+        "llm.example.org. It needs a token.",
+    ] = None
     token: Annotated[
         str | None, "The token that clients must send, as Authorization: Bearer TOKEN."
     ] = None
@@ -78,14 +84,19 @@ class ServeConfig(ModelSettings):
     queue: Annotated[
         Natural,
         Field(le=10**6),
-        "The number of texts of each model that may wait until others have ended.",
-    ] = 64
+        "The number of texts of one client and model that may wait until others have ended.",
+    ] = 128
     max_tokens: Annotated[
         Count, Field(le=10**9), "The largest number of tokens that one text may ask for."
     ] = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.public_host is not None:
+            self.public_host = self.public_host.lower()
+            name = re.fullmatch("[a-z0-9.-]+", self.public_host) is not None
+            works = "a name such as llm.example.org, without http:// and without a port"
+            require(name, "public_host", self.public_host, works)
         if self.token is not None and not re.fullmatch("[!-~]+", self.token):
             raise ValueError("token must be visible ASCII characters without spaces, at least one")
 
@@ -100,10 +111,12 @@ def main(argv: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         remedy = "pip install -r requirements-serve.txt, or run make serve"
         raise UserError(f"the server needs the package {error.name}: {remedy}") from None
-    if cfg.token is None and not is_loopback(cfg.host):
-        raise UsageError(
-            f"--host={cfg.host}: others can reach this address; give a secret with --token=..."
-        )
+    if cfg.token is None:
+        remedy = "others can reach this address; give a secret with --token=..."
+        if not is_loopback(cfg.host):
+            raise UsageError(f"--host={cfg.host}: {remedy}")
+        if cfg.public_host is not None:
+            raise UsageError(f"--public_host={cfg.public_host}: {remedy}")
     # One thread does all of torch. OpenMP gives every thread that computes helpers of its own, and
     # lets them sleep if there are more than cores: then a step takes 1.5 times as long.
     with listen(cfg) as listener, ThreadPoolExecutor(1, "engine") as engine:
@@ -161,14 +174,13 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
     if folder.is_file():
         folder = folder.parent
     log = folder / "log.jsonl"
-    val_loss = stored.best_val_loss
     about = {
         **describe(model, batch),
         "device": opened.device,
         "dtype": dtype_name(opened.dtype),
         "parameters": model.get_num_params(non_embedding=False),
         "iteration": stored.iter_num,
-        "val_loss": val_loss if val_loss < float("inf") else None,
+        "val_loss": stored.best_val_loss,  # infinity, which JSON has as null, if none is known
         "has_log": log.is_file(),
         "max_tokens": cfg.max_tokens,
     }
@@ -216,7 +228,7 @@ async def serve(
 ) -> int:
     """
     Serve until a signal comes, and let what is running come to its end; returns the signal's
-    number. Raises what the engine's thread has ended with.
+    number. Raises what any part of the server has ended with instead.
     """
     import uvicorn
 
@@ -224,7 +236,7 @@ async def serve(
 
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # clients that vanish are no news
     stepper = Stepper(served, engine)
-    guard = Site(stepper, cfg.max_tokens).app(listener, cfg.host, cfg.token)
+    guard = Site(stepper, cfg.max_tokens).app(listener, cfg.host, cfg.public_host, cfg.token)
     server = uvicorn.Server(uvicorn.Config(
         guard, http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
         access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=30,
@@ -241,20 +253,24 @@ async def serve(
     with handled(note, "SIGINT", "SIGTERM"):
         watching = asyncio.create_task(listener.watch())
         running = asyncio.create_task(server.serve([listener]))
-        while not server.started and not running.done():
-            await asyncio.sleep(0.01)
-        announce(served, listener)
-        while not signals and not stepper.failure and not running.done():
-            await asyncio.sleep(0.05)
-        guard.draining = True
-        until = time.monotonic() + GRACE
-        while stepper.calls and not stepper.failure and time.monotonic() < until:
-            await asyncio.sleep(0.05)
-        stepper.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
-        server.should_exit = True
-        await running
-        watching.cancel()
-        stepper.ended = True
+        try:
+            while not server.started and not running.done():
+                await asyncio.sleep(0.01)
+            announce(served, listener)
+            while not (signals or stepper.failure or running.done() or watching.done()):
+                await asyncio.sleep(0.05)
+            guard.draining = True
+            until = time.monotonic() + GRACE
+            while stepper.calls and not stepper.failure and time.monotonic() < until:
+                await asyncio.sleep(0.05)
+            stepper.fail_all(ApiError(503, "the server is shutting down", code="shutting_down"))
+            server.should_exit = True
+            await running
+            if watching.done():
+                watching.result()
+            watching.cancel()
+        finally:
+            stepper.ended = True  # or the engine's thread, which main waits for, would go on
         if stepper.failure:
             raise stepper.failure
         last_step = asyncio.wrap_future(engine.submit(int))

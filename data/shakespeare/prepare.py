@@ -20,7 +20,7 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 from nanomla.bpe import load_encoding
 from nanomla.checks import Text, check
 from nanomla.dataset import Meta, write_dataset
-from nanomla.errors import run_script
+from nanomla.errors import run_script, say
 from nanomla.prepare import read_shakespeare, report
 from nanomla.settings import configure
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     splits = {s: [bpe.encode_to_numpy(part, disallowed_special=())] for s, part in parts.items()}
     meta = write_dataset(Path(cfg.out or HERE), splits, meta)
-    print(f"source: {meta.source}")
+    say(f"source: {meta.source}")
     report(Path(cfg.out or HERE), meta)
 
 

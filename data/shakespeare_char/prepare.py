@@ -18,7 +18,7 @@ sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this scri
 
 from nanomla.checks import Text, check
 from nanomla.dataset import Meta, write_dataset
-from nanomla.errors import run_script
+from nanomla.errors import run_script, say
 from nanomla.prepare import encode_chars, read_shakespeare, report
 from nanomla.settings import configure
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     splits = {split: [encode_chars(part, chars)] for split, part in parts.items()}
     meta = write_dataset(Path(cfg.out or HERE), splits, meta)
-    print(f"source: {meta.source}")
+    say(f"source: {meta.source}")
     report(Path(cfg.out or HERE), meta)
 
 

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     speed = meta.bytes / 1e6 / (time.perf_counter() - start)
     report(folder, meta)
     size = f"{meta.documents:,} documents, {meta.bytes / 1e6:,.1f} MB"
-    print(f"{size}, tokenized at {speed:.1f} MB/s")
+    say(f"{size}, tokenized at {speed:.1f} MB/s")
 
 
 # ---- Reading

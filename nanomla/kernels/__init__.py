@@ -16,6 +16,7 @@ the first line that fits computes a call. "Few" are at most 8 new tokens, withou
     many, or all the tokens that there are   sdpa.py      torch's attention without T x S scores
 """
 
+import contextlib
 import functools
 import sys
 from types import ModuleType
@@ -100,7 +101,8 @@ def on_gpu(device: torch.device) -> ModuleType | None:
         triton.try_out(device)
     except Exception as error:  # noqa: BLE001  no C compiler, for one; torch computes the same
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        print(f"warning: decoding goes on without the Triton kernel ({why})", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody can read it
+            print(f"warning: decoding goes on without the Triton kernel ({why})", file=sys.stderr)
         return None
     return triton
 

@@ -10,10 +10,8 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
-import json
 import re
-import sys
-import traceback
+import secrets
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanomla.batch import Piece
 from nanomla.checks import Natural, brief
-from nanomla.errors import UserError
-from nanomla.files import parse_json
+from nanomla.errors import UserError, say_unexpected
+from nanomla.files import json_text, parse_json
 from nanomla.runlog import read_log
 from nanomla.serve.listener import PATIENCE, Listener
 from nanomla.serve.protocol import ApiError, Completion, Fields, encode, read_params
@@ -66,10 +64,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def without_port(host: str) -> str:
+    """The name in a Host header."""
+    return re.sub(":[0-9]{1,5}$", "", host)
+
+
 def as_json(value: Any, status: int = 200) -> Response:
-    """A response of the API. Numbers that JSON does not have must have been replaced before."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Response(text, status, NOT_STORED, JSON)
+    """A response of the API."""
+    return Response(compact(value), status, NOT_STORED, JSON)
+
+
+def compact(value: Any) -> str:
+    """A value as JSON without blanks; settings of a run that JSON has no type for become text."""
+    return json_text(value, separators=(",", ":"), default=str)
 
 
 async def as_error(request: Request, error: Exception) -> Response:
@@ -79,8 +86,9 @@ async def as_error(request: Request, error: Exception) -> Response:
         headers = error.headers or {}
         error = ApiError(error.status_code, ERRORS.get(error.status_code, error.detail))
     if not isinstance(error, ApiError):
-        traceback.print_exception(error, file=sys.stderr)
-        error = ApiError(500, "an error of the server, which it has printed")
+        name = f"request {request.scope['request_id']}"
+        say_unexpected(f"{name}: not expected, please report it", error)
+        error = ApiError(500, f"an error of the server, which it has printed as that of {name}")
     response = as_json(error.body(), error.status)
     response.headers.update(headers)
     if error.status == 503:
@@ -98,32 +106,43 @@ class Guard:
     The outermost layer: adds the headers of every response, and refuses requests that come from web
     pages elsewhere or without the token. A client that does not read its response is cut off.
 
+    public_host: the name that browsers use if the server is behind a proxy on this machine.
     public: paths that need no token. draining: the server is shutting down.
-    scope["at_end"] is an ExitStack that is closed when a request has ended, in whatever way.
+    In the scope of a request, "at_end" is an ExitStack that is closed when it has ended, in
+    whatever way, "caller" the address that it came from, by which clients take turns, and
+    "request_id" what its response and an error of it are called.
     """
 
     def __init__(
-        self, app: ASGIApp, listener: Listener, host: str, token: str | None, public: set[str]
+        self, app: ASGIApp, listener: Listener, host: str, public_host: str | None,
+        token: str | None, public: set[str],
     ) -> None:
         self.app = app
         self.listener = listener
+        self.public_host = public_host
         self.token = token
         self.public = public
         self.draining = False
         self.hosts = None  # that a request may name; None: any
         if is_loopback(host):
-            own = re.escape(f"[{host}]" if ":" in host else host)
-            pattern = rf"(localhost|127\.0\.0\.1|\[::1\]|{own})(:[0-9]{{1,5}})?"
-            self.hosts = re.compile(pattern, re.IGNORECASE)
+            self.hosts = ["localhost", "127.0.0.1", "[::1]", host, f"[{host}]"]
+            if public_host is not None:
+                self.hosts.append(public_host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope["client"]
         loop = asyncio.get_running_loop()
+        request = Request(scope)
+        scope["caller"] = self._caller(request)
+        scope["request_id"] = request.headers.get("x-request-id", "")
+        if not re.fullmatch("[!-~]{1,128}", scope["request_id"]):
+            scope["request_id"] = secrets.token_hex(16)
+        headers = [*HEADERS, (b"x-request-id", scope["request_id"].encode())]
 
         async def send_in_time(message: Message) -> None:
             """uvicorn waits here while too much of what was sent before has not been read."""
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *HEADERS]
+                message["headers"] = [*message.get("headers", ()), *headers]
             timer = loop.call_later(PATIENCE, self.listener.hang_up, client)
             try:
                 await send(message)
@@ -133,7 +152,6 @@ class Guard:
                 timer.cancel()
 
         app = self.app
-        request = Request(scope)
         try:
             self._check(request)
         except ApiError as error:
@@ -142,13 +160,28 @@ class Guard:
             scope["at_end"] = at_end
             await app(scope, receive, send_in_time)
 
+    def _caller(self, request: Request) -> str:
+        """
+        The address of the client that a request comes from. A proxy on this machine adds it behind
+        those that the client itself may have made up.
+        """
+        address = ""  # of a client that has left already
+        if request.scope["client"] is not None:
+            address = request.scope["client"][0]
+        if self.public_host is not None and is_loopback(address):
+            forwarded = ",".join(request.headers.getlist("x-forwarded-for"))
+            return forwarded.rpartition(",")[2].strip() or address
+        return address
+
     def _check(self, request: Request) -> None:
-        host = request.headers.get("host", "")
+        host = request.headers.get("host", "").lower()
         path = request.scope["path"]
-        if self.hosts is not None and not self.hosts.fullmatch(host):
+        if self.hosts is not None and without_port(host) not in self.hosts:
             raise ApiError(403, f"the Host header {brief(host)} is not this server's")
         for origin in request.headers.getlist("origin"):
-            if origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+            scheme, _, site = origin.lower().partition("://")
+            own = site == host or without_port(site) == self.public_host
+            if scheme not in ("http", "https") or not own:
                 raise ApiError(403, f"requests of web pages of {brief(origin)} are refused")
         if self.token is not None and path not in self.public:
             scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -271,7 +304,9 @@ class Site:
         self.metrics = Metrics(list(self.served.values()))
         stepper.on_step = self.metrics.step
 
-    def app(self, listener: Listener, host: str, token: str | None) -> Guard:
+    def app(
+        self, listener: Listener, host: str, public_host: str | None, token: str | None
+    ) -> Guard:
         """The application, with the checks of every request around it."""
         files = {}  # of the page, as responses
         for suffix, kind in TYPES.items():
@@ -293,7 +328,8 @@ class Site:
         handlers = dict.fromkeys((ApiError, HTTPException, Exception), as_error)
         app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
-        return Guard(app, listener, host, token, public={"/health", *files})
+        public = {"/health", *files}
+        return Guard(app, listener, host, public_host, token, public)
 
     def find(self, name: str | None) -> Served:
         """The model of that name; None: the only one. Raises ApiError."""
@@ -333,10 +369,11 @@ class Site:
             served = self.find(params.model)
             name = served.name
             # Beside the loop, because a long text takes long to turn into tokens.
-            arguments = (params, name, served.tokenizer, served.most)
+            client = request.scope["caller"]
+            arguments = (params, name, served.tokenizer, served.most, client)
             completion = await asyncio.to_thread(Completion, *arguments)
             _check(served, completion)
-            call = Call(served, completion.requests)
+            call = Call(served, completion.requests, client)
             self.stepper.open(call)
         except ApiError as error:
             self.metrics.requests.labels(name, error.status).inc()
@@ -407,7 +444,7 @@ class Site:
         }
         if start > len(entries):
             answer |= {"entries": entries, "restarted": True}
-        return as_json(_as_json_has_it(answer))
+        return as_json(answer)
 
     async def attention(self, request: Request) -> Response:
         """The attention weights of one layer over some tokens, while the model is not busy."""
@@ -470,9 +507,4 @@ def _model_object(served: Served) -> dict[str, Any]:
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: %s\n\n" % json.dumps(value, separators=(",", ":")).encode()
-
-
-def _as_json_has_it(value: Any) -> Any:
-    """A value out of a file as JSON has it: null for numbers that it does not have."""
-    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    return b"data: %s\n\n" % compact(value).encode()

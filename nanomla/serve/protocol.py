@@ -12,9 +12,11 @@ the engine makes becomes JSON objects.
 
 import dataclasses
 import difflib
+import json
 import secrets
 import time
 import typing
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -28,15 +30,34 @@ from pydantic import (
 )
 
 from nanomla.batch import Piece, Request, Sampling, Token
-from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne, brief, in_words
+from nanomla.checks import Count, Natural, NonNegative, UpToOne, brief, in_words
 from nanomla.errors import UserError
 from nanomla.files import one_line
+from nanomla.text import StreamDecoder
 from nanomla.tokenizer import Tokenizer, ends_of_text, start_of_text
 
+MOST_SAMPLES = 128  # of a prompt
 LEAST = -9999.0  # stands for log probabilities that JSON does not have: minus infinity, no number
 KINDS = {  # what OpenAI calls a status
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 500: "server_error", 503: "overloaded_error",
+}
+# Fields of other servers that their clients send with every request. These change no text here:
+IGNORED = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "priority",
+    "skip_special_tokens", "spaces_between_special_tokens",
+}
+# These are accepted if they have the value that changes nothing; null is one too.
+NEUTRAL = {
+    "suffix": "", "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
+    "min_p": 0, "typical_p": 1, "repetition_penalty": 1, "repeat_penalty": 1,
+    "length_penalty": 1, "early_stopping": False, "use_beam_search": False, "min_tokens": 0,
+    "stop_token_ids": [], "bad_words": [], "allowed_token_ids": None, "logits_processors": None,
+    "include_stop_str_in_output": False, "prompt_logprobs": None, "add_special_tokens": True,
+    "return_tokens_as_token_ids": False, "response_format": {"type": "text"},
+    "structured_outputs": None, "guided_json": None, "guided_regex": None, "guided_choice": None,
+    "guided_grammar": None, "grammar": "", "json_schema": None, "mirostat": 0, "tfs_z": 1,
+    "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0, "watermark": False,
 }
 
 
@@ -112,7 +133,7 @@ class StreamOptions(BaseModel):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=500)]
-Stops = Annotated[list[Stop], Field(max_length=4)]
+Stops = Annotated[list[Stop], Field(max_length=16)]
 
 
 class Params(Fields):
@@ -123,7 +144,7 @@ class Params(Fields):
     max_tokens: Natural = 16
     temperature: Annotated[NonNegative, Field(le=100)] = 1.0
     top_p: UpToOne = 1.0
-    n: Count = 1
+    n: Annotated[Count, Field(le=MOST_SAMPLES)] = 1
     stream: bool = False
     stream_options: StreamOptions = Field(
         StreamOptions(), description='{"include_usage": true} or false'
@@ -131,17 +152,13 @@ class Params(Fields):
     logprobs: Annotated[Natural, Field(le=20)] | None = None
     echo: bool = False
     stop: Stop | Stops = Field(
-        [], description="a text or at most 4 texts, each of 1 to 500 characters"
+        [], description="a text or at most 16 texts, each of 1 to 500 characters"
     )
-    seed: Seed | None = None
-    user: str = ""  # has no effect
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     best_of: int | None = None
-    suffix: str = ""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Any = None
 
-    top_k: Annotated[Natural, Field(le=10**9)] = 0
+    tokens_drawn: Annotated[Natural, Field(le=10**9)] = 0
+    top_k: Annotated[int, Field(ge=-1, le=10**9)] = 0
     ignore_eos: bool = False
     cache_prompt: bool = False
     truncate_prompt_tokens: Annotated[Count, Field(le=10**9)] | None = None
@@ -161,17 +178,37 @@ class Params(Fields):
             raise ValueError("best_of is not supported: leave it out, or make it equal to n")
         return best_of
 
-    @field_validator("suffix", "presence_penalty", "frequency_penalty", "logit_bias")
+    @field_validator("seed")
     @classmethod
-    def _without_effect(cls, value: Any, info: ValidationInfo) -> Any:
-        if value:
-            raise ValueError(f"{info.field_name} is not supported: leave it out")
-        return value
+    def _minus_one_is_none(cls, seed: int) -> int | None:
+        if seed == -1:
+            return None
+        return seed
+
+    @field_validator("tokens_drawn")
+    @classmethod
+    def _with_a_seed(cls, count: int, info: ValidationInfo) -> int:
+        if count and info.data.get("seed") is None:
+            raise ValueError("tokens_drawn needs the seed that the tokens were drawn with")
+        return count
+
+    @field_validator("top_k")
+    @classmethod
+    def _minus_one_is_all(cls, top_k: int) -> int:
+        return max(top_k, 0)
 
 
 def read_params(body: dict[str, Any], limit: int) -> Params:
     """The checked fields of a request. limit: its largest max_tokens. Raises ApiError."""
-    params = Params.read(body)
+    fields = {}
+    for name, value in body.items():
+        if name not in NEUTRAL and name not in IGNORED:
+            fields[name] = value
+        elif name in NEUTRAL and value not in (NEUTRAL[name], None):
+            neutral = json.dumps(NEUTRAL[name])
+            message = f"{name}={brief(value)} is not supported: leave it out, or send {neutral}"
+            raise ApiError(400, message, name)
+    params = Params.read(fields)
     if "max_tokens" not in params.model_fields_set:
         params.max_tokens = min(params.max_tokens, limit)
     if params.max_tokens > limit:
@@ -241,11 +278,13 @@ class Completion:
     """
     One call: a request to the engine for every prompt, and JSON from the pieces that come of them.
 
-    name: the model's. most: samples of one call.
+    name: the model's. most: samples of one call. client: who asks.
     Raises ApiError for prompts that are none, and for too many.
     """
 
-    def __init__(self, params: Params, name: str, tokenizer: Tokenizer, most: int) -> None:
+    def __init__(
+        self, params: Params, name: str, tokenizer: Tokenizer, most: int, client: str = ""
+    ) -> None:
         self.params = params
         self.tokenizer = tokenizer
         prompts = params.prompt
@@ -260,9 +299,12 @@ class Completion:
         encoded = [_prompt_ids(prompt, tokenizer) for prompt in prompts]
         if not prompts or 0 < self.texts.count(None) < len(prompts):
             raise ApiError(400, "prompt must be one or more prompts of one kind", "prompt")
-        seed = params.seed
-        if seed is None:
-            seed = secrets.randbits(62)
+        self.head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": name,
+        }
         ends = ()
         if not params.ignore_eos:
             ends = ends_of_text(tokenizer.spec)
@@ -273,22 +315,20 @@ class Completion:
             max_new_tokens=params.max_tokens, temperature=params.temperature, top_k=params.top_k,
             top_p=params.top_p, stop=tuple(stops) or None, ends=ends,
         )
-        self.requests = [
-            Request(
-                ids, sampling, n=params.n, seed=seed, logprobs=params.logprobs,
+        self.requests = []
+        for ids in encoded:
+            seed = params.seed
+            if seed is None:
+                seed = secrets.randbits(62)
+            self.requests.append(Request(
+                ids, sampling, n=params.n, seed=seed, tokens_drawn=params.tokens_drawn,
+                logprobs=params.logprobs,
                 prompt_logprobs=params.echo and params.logprobs is not None,
                 cache_prompt=params.cache_prompt, window=params.truncate_prompt_tokens,
-            )
-            for ids in encoded
-        ]
+                client=client, call=self.head["id"],
+            ))
         self.made: dict[int, int] = {}  # tokens by choice
-        self.places: dict[int, int] = {}  # in the choice's text, of its next token
-        self.head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": name,
-        }
+        self.places: dict[int, int] = {}  # of each choice's next token, from the prompt's start on
 
     def chunk(self, piece: Piece, rate: float) -> dict[str, Any]:
         """What a stream sends for a piece. rate: tokens/s of this call so far."""
@@ -324,13 +364,13 @@ class Completion:
         self.made[index] = piece.made
         text = piece.text
         tokens = piece.tokens
-        if first:
-            self.places[index] = 0
-        if first and self.params.echo:
-            prompt, before = self._echo(piece.request)
-            self.places[index] -= before
-            text = prompt + text
-            tokens = (*piece.request.prompt_tokens, *tokens)
+        if first and (self.params.echo or self.params.logprobs is not None):
+            prompt, before = self._prompt_text(piece.request)
+            self.places[index] = len(prompt)
+            if self.params.echo:
+                self.places[index] = -before
+                text = prompt + text
+                tokens = (*piece.request.prompt_tokens, *tokens)
         choice = {"text": text, "index": index, "logprobs": None}
         if self.params.logprobs is not None:
             choice["logprobs"] = {
@@ -356,20 +396,26 @@ class Completion:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _echo(self, request: Request) -> tuple[str, int]:
+    def _spell(self, tokens: list[int], before: Sequence[int] = ()) -> str:
+        """The text of tokens that follow others, without a last character that is not finished."""
+        decoder = StreamDecoder(self.tokenizer, before)
+        return "".join(decoder.push(token) for token in tokens)
+
+    def _prompt_text(self, request: Request) -> tuple[str, int]:
         """
         A prompt's text, and how many characters its tokens spell before that: the token that a
-        tokenizer puts before every text is no part of what was given.
+        tokenizer puts before every text is no part of what was given. A last character that is
+        not finished is the first of the sample's text.
         """
         text = self.texts[self.requests.index(request)]
         used = used_prompt(request)
-        spelled = self.tokenizer.decode(used)
+        spelled = self._spell(used, request.prompt[: -len(used)])
         if text is None or len(used) < len(request.prompt):
             return spelled, 0
         return text, max(len(spelled) - len(text), 0)
 
     def _offset(self, index: int, token: Token) -> int:
-        """Where in a choice's text a token begins that follows the one before."""
+        """Where a token begins, which follows the one before."""
         place = self.places[index]
         self.places[index] += token.chars
         broken = token.chars - len(token.text)  # U+FFFD for bytes before it that are no character
@@ -396,6 +442,7 @@ class Completion:
             request = piece.request
             details["prompt"] = {
                 "ids": used_prompt(request),
+                "text": self._spell(request.prompt),
                 "cached": request.cached,
                 "computed": request.computed,
             }

@@ -18,6 +18,7 @@ from nanomla.batch import Batch, Piece, Request
 from nanomla.serve.protocol import ApiError
 from nanomla.tokenizer import Tokenizer
 
+CLIENTS = 16  # so many that wait for all they may make the server refuse others
 LEFT = 499  # what metrics call the status of a request whose client left
 
 
@@ -32,9 +33,8 @@ class Served:
     about: dict[str, Any]  # the "nanomla" object of /v1/models
     settings: dict[str, Any]  # of the run
     log: Path  # its log.jsonl, which may be missing
-    most: int  # samples that run or wait at a time
+    most: int  # samples of one client that run or wait at a time
     created: int = field(default_factory=lambda: int(time.time()))
-    asked: int = 0  # samples that run or wait
     prompt_tokens: int = 0  # of requests that have begun
 
 
@@ -45,9 +45,10 @@ class Call:
     left: samples that have not ended. status: of the response, as it stands.
     """
 
-    def __init__(self, served: Served, requests: list[Request]) -> None:
+    def __init__(self, served: Served, requests: list[Request], client: str) -> None:
         self.served = served
         self.requests = requests
+        self.client = client
         self.left = sum(request.n for request in requests)
         self.status = LEFT
         self.error: ApiError | None = None
@@ -116,10 +117,15 @@ class Stepper:
     def open(self, call: Call) -> None:
         """Let a call's requests wait for their rows. Raises ApiError if too many do."""
         served = call.served
-        if served.asked + call.left > served.most:
-            message = f"{served.name} has {served.asked} samples to make, at most {served.most}"
-            raise ApiError(503, f"{message}; try again in a moment", code="overloaded")
-        served.asked += call.left
+        calls = {other for other in self.calls.values() if other.served is served}
+        of_client = sum(other.left for other in calls if other.client == call.client)
+        of_all = sum(other.left for other in calls)
+        for asked, most, who in (
+            (of_client, served.most, "you"), (of_all, CLIENTS * served.most, "all clients"),
+        ):
+            if asked + call.left > most:
+                message = f"{served.name} has {asked} samples to make for {who}, at most {most}"
+                raise ApiError(503, f"{message}; try again in a moment", code="overloaded")
         for request in call.requests:
             self.calls[request] = call
             self.engine.submit(self._do, served.batch.submit, request)
@@ -132,7 +138,6 @@ class Stepper:
             if call.left:
                 self.engine.submit(self._do, served.batch.cancel, request)
             served.prompt_tokens += request.cached + request.computed
-        served.asked -= call.left
         call.left = 0
 
     def fail_all(self, error: ApiError) -> None:
@@ -142,11 +147,12 @@ class Stepper:
 
     def _deliver(self, served: Served, pieces: list[Piece], before: float, after: float) -> None:
         pieces = [piece for piece in pieces if piece.request in self.calls]  # others are closed
-        for piece in pieces:
-            self.calls[piece.request].push(piece, before, after)
-            if piece.finish is not None:
-                served.asked -= 1
-        self.on_step(served, after - before, pieces)
+        try:
+            for piece in pieces:
+                self.calls[piece.request].push(piece, before, after)
+            self.on_step(served, after - before, pieces)
+        except Exception as error:  # noqa: BLE001  the loop would only log it, and the calls wait
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self.failure = error

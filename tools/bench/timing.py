@@ -4,7 +4,6 @@ median of each is taken. Also what figures are printed and written as.
 """
 
 import itertools
-import json
 import os
 import statistics
 import time
@@ -16,7 +15,7 @@ import torch
 
 from nanomla.cache import Cache, dtype_name
 from nanomla.errors import UserError
-from nanomla.files import write_text
+from nanomla.files import json_text, write_text
 
 Rows = list[dict[str, Any]]
 
@@ -146,7 +145,7 @@ def write_json(path: str, device: str, rows: Rows) -> None:
     """Write figures and what they were taken on to a file; UserError if that is impossible."""
     figures = {"machine": machine(device), "torch": torch.__version__, "rows": rows}
     try:
-        write_text(path, json.dumps(figures, indent=1))
+        write_text(path, json_text(figures, indent=1))
     except OSError as error:
         raise UserError(f"--json={path}: cannot be written ({error.strerror})") from None
 

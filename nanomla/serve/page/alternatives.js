@@ -59,6 +59,11 @@ function take(option) {
   done(option);
 }
 
+// Closes the list of a token in a text that goes.
+export function closeAlternatives(view) {
+  if (view.contains(opener)) close();
+}
+
 function close() {
   if (!opener) return;
   const node = opener;

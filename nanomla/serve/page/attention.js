@@ -7,15 +7,15 @@ const canvas = $("attention-canvas");
 const slider = $("attention-token");
 let columns = [];
 let failed = null;
-let promptText = null; // () => what stands in the prompt's field
-let shown = null; // { tokens, heads, weights (T x T of the chosen head), about: a line of text }
+let wanted = false; // whether a picture of this text was asked for
+let visit = 0; // goes up when it would be another picture: older answers are void
+let shown = null; // { tokens, heads, weights: T x T of the chosen head }
 let row = 0; // the token that looks
 let col = 0; // the token looked at
 
-export function setUpAttention(of, hooks) {
+export function setUpAttention(of, onFailure) {
   columns = of;
-  failed = hooks.failed;
-  promptText = hooks.promptText;
+  failed = onFailure;
   fillSelect($("attention-model"), columns.map(({ name }) => [name, name]));
   fillChoices();
   attentionChanged();
@@ -38,8 +38,21 @@ export function attentionChanged() {
   const button = $("attention-show");
   if (enabled(button) === !busy && columns.length) return;
   enable(button, !busy && columns.length > 0, busy ? reason : "There is no model.");
-  if (busy) say(reason);
-  else if ($("attention-status").textContent === reason) say("");
+  textChanged();
+  say(busy ? reason : "");
+}
+
+function textChanged() {
+  wanted = false;
+  clear();
+}
+
+// Takes away a picture that is no longer of what the fields say, and the one that is on its way.
+function clear() {
+  visit += 1;
+  shown = null;
+  $("attention-picture").hidden = true;
+  say("");
 }
 
 const say = (text) => ($("attention-status").textContent = text);
@@ -48,28 +61,33 @@ async function show() {
   const column = chosen();
   if (!column || !enabled($("attention-show"))) return;
   const layer = Number($("attention-layer").value);
+  clear();
+  wanted = true;
+  const mine = visit;
   say("Computing …");
   try {
     let tokens = column.ids;
     if (!tokens.length) {
-      const body = { model: column.name, text: promptText() };
+      const body = { model: column.name, text: $("prompt").value };
       tokens = (await askJson("api/tokenize", body)).ids;
     }
+    if (mine !== visit) return;
     if (!tokens.length) {
       say("There is no text yet. Write one on the first tab.");
       return;
     }
     const answer = await askJson("api/attention", { model: column.name, tokens, layer });
+    if (mine !== visit) return;
     const length = answer.tokens.length;
     const last = length < tokens.length ? ` (the last of ${tokens.length})` : "";
-    shown = { ...answer, about: `${column.name}, layer ${layer + 1}` };
-    say(`${shown.about}: ${length} tokens${last}.`);
+    shown = answer;
+    say(`${column.name}, layer ${layer + 1}: ${length} tokens${last}.`);
     row = col = length - 1;
     slider.max = length - 1;
     $("attention-picture").hidden = false;
     pickHead();
   } catch (error) {
-    if (error.name === "AbortError") return;
+    if (mine !== visit) return;
     say("");
     failed(error, show);
   }
@@ -79,10 +97,10 @@ function pickHead() {
   if (!shown) return;
   const { heads } = shown;
   const head = $("attention-head").value;
-  const mean = (i, j) => heads.reduce((sum, weights) => sum + weights[i][j], 0) / heads.length;
+  const total = (i, j) => heads.reduce((sum, weights) => sum + (weights[i][j] ?? NaN), 0);
   shown.weights =
-    head === "mean" || !heads[head]
-      ? shown.tokens.map((_, i) => shown.tokens.map((_, j) => mean(i, j)))
+    head === "mean"
+      ? shown.tokens.map((_, i) => shown.tokens.map((_, j) => total(i, j) / heads.length))
       : heads[head];
   drawMap();
   select(row, col);
@@ -205,7 +223,14 @@ canvas.addEventListener("keydown", (event) => {
   select(row + moves[event.key][0], col + moves[event.key][1]);
 });
 slider.addEventListener("input", () => shown && select(Number(slider.value), col));
-$("attention-model").addEventListener("change", fillChoices);
+$("attention-model").addEventListener("change", () => {
+  fillChoices();
+  if (wanted) show();
+});
+$("attention-layer").addEventListener("change", () => wanted && show());
+$("prompt").addEventListener("input", () => {
+  if (!chosen()?.ids.length) textChanged(); // else the picture is of the text that was written
+});
 $("attention-head").addEventListener("change", pickHead);
 $("attention-form").addEventListener("submit", (event) => {
   event.preventDefault();

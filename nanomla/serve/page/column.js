@@ -1,6 +1,6 @@
 // One model's text: the prompt, tokens with their probabilities, and the request that adds more.
 
-import { openAlternatives } from "./alternatives.js";
+import { closeAlternatives, openAlternatives } from "./alternatives.js";
 import { events } from "./server.js";
 import { element, number, oncePerFrame, percent, plural, spoken } from "./util.js";
 
@@ -30,6 +30,18 @@ export function piecesOf(text, tokens) {
   else if (rest && pieces.length) pieces.at(-1).text += rest;
   else if (rest) pieces.push({ text: rest, tokens: [] });
   return pieces;
+}
+
+// The seed of a branch: one of its own for every token that is chosen anywhere in a text of any
+// seed, and the same again when it is chosen again.
+function seedOfBranch(seed, place, id) {
+  let mixed = seed % 2 ** 32;
+  for (const number of [place, id]) {
+    mixed = Math.imul(mixed ^ number ^ 0x9e3779b9, 0x85ebca6b);
+    mixed = Math.imul(mixed ^ (mixed >>> 15), 0xc2b2ae35);
+    mixed ^= mixed >>> 13;
+  }
+  return mixed >>> 0;
 }
 
 export class Column {
@@ -80,15 +92,20 @@ export class Column {
     return this.controller !== null;
   }
 
+  get tokens() {
+    return this.pieces.flatMap((piece) => piece.tokens);
+  }
+
   get ids() {
-    const made = this.pieces.flatMap((piece) => piece.tokens.map((token) => token.id));
-    return [...(this.promptIds ?? []), ...made];
+    return [...(this.promptIds ?? []), ...this.tokens.map((token) => token.id)];
   }
 
   // Forgets the text; what follows begins with this prompt.
   reset(prompt) {
     this.promptIds = null; // the first answer tells them
+    this.promptLength = 0; // of what they spell
     this.pieces = [];
+    this.ends = 0; // ends of the text that were drawn and gone on from, since the last branch
     this.count = 0; // tokens of the text, with the prompt
     this.points = [{ x: 0, held: 0, bytes: this.about.state_bytes || 0 }];
     this.forgot = null; // the token at which the text last outgrew the context
@@ -97,6 +114,7 @@ export class Column {
     this.finish = null; // why the last request ended, as the server says
     this.ended = ""; // and as the page does: Done, Stopped or Broke off
     this.note.textContent = "";
+    closeAlternatives(this.view);
     this.view.replaceChildren(element("span", { className: "prompt" }, prompt));
     this.showRate();
   }
@@ -115,19 +133,35 @@ export class Column {
   }
 
   request(prompt) {
-    const ids = prompt === null ? this.ids : [];
     const body = {
       model: this.name,
-      prompt: prompt ?? ids,
+      prompt,
       ...this.hooks.settings(),
       stream: true,
       logprobs: ALTERNATIVES,
       cache_prompt: true,
       return_token_ids: true,
     };
-    const half = Math.max(Math.floor(this.about.context / 2), 1);
-    if (ids.length > this.about.context) body.truncate_prompt_tokens = half;
+    if (prompt === null) this.goOn(body);
     return body;
+  }
+
+  // Lets a request go on with the text as if it had not been cut: from the number that its seed
+  // gives next and, past the context, with the tokens that the model would still look at.
+  goOn(body) {
+    body.prompt = this.ids;
+    body.tokens_drawn = this.tokens.length + this.ends;
+    for (const [place, token] of this.tokens.entries()) {
+      if (!token.chosen) continue;
+      body.seed = seedOfBranch(body.seed, place, token.id);
+      body.tokens_drawn = this.tokens.length - (place + 1) + this.ends;
+    }
+    const { context } = this.about;
+    if (body.prompt.length <= context) return;
+    const { x, held } = this.points.at(-1);
+    const window = held + 1 + body.prompt.length - x;
+    const half = Math.max(Math.floor(context / 2), 1);
+    body.truncate_prompt_tokens = window <= context ? window : half;
   }
 
   async generate(how, prompt, { signal }) {
@@ -177,6 +211,7 @@ export class Column {
     if (extra.tokens_per_s) this.rate = extra.tokens_per_s;
     if (extra.cache) this.takeCache(extra.cache);
     this.finish = choice.finish_reason;
+    if (this.finish === "stop") this.ends += 1;
     this.showRate();
     this.scroll();
   }
@@ -187,11 +222,25 @@ export class Column {
     this.waiting = [];
   }
 
-  takePrompt({ ids, cached, computed }, how) {
+  // Shows the end of the text as the server reads it: a half character is finished by what follows,
+  // or has been by a token that was chosen.
+  correct(text) {
+    const shown = () => this.pieces.map((piece) => piece.text).join("");
+    while (!text.startsWith(shown())) {
+      const piece = this.pieces.pop();
+      piece.node.remove();
+      this.waiting.unshift(...piece.tokens);
+    }
+    const rest = text.slice(shown().length);
+    if (rest) this.show(rest);
+  }
+
+  takePrompt({ ids, text, cached, computed }, how) {
     if (this.promptIds === null) {
       this.promptIds = ids;
+      this.promptLength = text.length;
       this.count = ids.length;
-    }
+    } else this.correct(text.slice(this.promptLength));
     const total = cached + computed;
     const recomputed = `${number(computed)} of ${plural(total, "token")} recomputed`;
     this.note.textContent = {
@@ -219,12 +268,13 @@ export class Column {
       const p = Math.exp(piece.tokens.reduce((sum, token) => sum + token.logprob, 0));
       const several = piece.tokens.length > 1 ? `, ${piece.tokens.length} tokens` : "";
       node.className = `token shade-${SHADES.filter((limit) => p >= limit).length}`;
-      if (piece.chosen) node.classList.add("chosen");
+      const { chosen } = piece.tokens[0];
+      if (chosen) node.classList.add("chosen");
       if (piece.text.includes("\n")) node.classList.add("newline");
       node.tabIndex = -1;
       node.title = `${spoken(piece.text)}: ${percent(p)}${several}`;
       node.setAttribute("role", "button");
-      node.setAttribute("aria-label", node.title + (piece.chosen ? ", chosen" : ""));
+      node.setAttribute("aria-label", node.title + (chosen ? ", chosen" : ""));
       node.setAttribute("aria-haspopup", "listbox");
     }
     piece.node = node;
@@ -264,7 +314,8 @@ export class Column {
   // Replaces the text from a token on by another token, and goes on from there.
   branch(index, token, { id, text, logprob }) {
     for (const piece of this.pieces.splice(index)) piece.node.remove();
-    this.append({ text, tokens: [{ id, text, logprob, top: token.top }], chosen: true });
+    this.append({ text, tokens: [{ id, text, logprob, top: token.top, chosen: true }] });
+    this.ends = 0;
     this.count = this.ids.length;
     this.points = this.points.filter((point) => point.x < this.count);
     if (this.forgot >= this.count) this.forgot = null;

@@ -226,10 +226,7 @@ async function start() {
   if ($("length").valueAsNumber > Number($("length").max)) $("length").value = $("length").max;
   document.title = `${models.map(({ id }) => id).join(", ")} – nanoMLA`;
   showCache(columns);
-  setUpAttention(columns, {
-    failed: (error, again) => showProblem("attention", error, again),
-    promptText: () => $("prompt").value,
-  });
+  setUpAttention(columns, (error, again) => showProblem("attention", error, again));
   setUpRun(models);
   changed();
 }

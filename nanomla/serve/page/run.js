@@ -29,6 +29,7 @@ export function setUpRun(of) {
 export function follow() {
   clearTimeout(timer);
   visit += 1;
+  if (log) log.next = 0; // unseen, the run may have begun anew, and have as many lines again
   if (!$("run").hidden && document.visibilityState === "visible" && models.length) {
     read(visit, EVERY);
   }
@@ -38,6 +39,7 @@ async function read(mine, pause) {
   const name = $("run-model").value;
   if (log?.name !== name) {
     log = { name, entries: [], settings: {}, next: 0 };
+    $("run-status").textContent = "";
     draw();
     fillSettings();
   }
@@ -54,21 +56,21 @@ async function read(mine, pause) {
   } catch (error) {
     if (mine !== visit) return;
     wait = Math.min(pause * 2, LONGEST);
+    log.next = 0;
     $("run-status").textContent = `${error.message} Next try in ${wait} s.`;
   }
   timer = setTimeout(() => read(mine, wait), wait * 1000);
 }
 
 function take(answer) {
-  if (answer.restarted) log.entries = [];
+  const anew = answer.restarted || log.next === 0;
+  log.entries = anew ? answer.entries : log.entries.concat(answer.entries);
   log.next = answer.next;
-  const news = answer.entries.length > 0 || answer.restarted;
-  log.entries.push(...answer.entries);
   if (JSON.stringify(answer.settings) !== JSON.stringify(log.settings)) {
     log.settings = answer.settings ?? {};
     fillSettings();
   }
-  if (news) draw();
+  if (anew || answer.entries.length) draw();
   $("run-status").textContent = log.entries.length ? latest() : NO_LOG;
 }
 
