@@ -304,6 +304,5 @@ def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: st
             for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
                 group.update(group_settings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)[:100]}"
         problem = "its optimizer state does not fit this model"
-        raise UserError(f"{source}: {problem} ({reason})") from None
+        raise UserError(f"{source}: {problem} ({one_line(error)[:150]})") from None
