@@ -160,7 +160,7 @@ def test_wrong_files_of_runs_are_named_and_the_others_compared(dataset, tmp_path
 
 @pytest.mark.parametrize(
     "content",
-    [[], {}, RESULT | {"val_loss": None}, RESULT | {"curve": [["0", 1, 2]]}, RESULT | {"new": 1}]
+    [[], {}, RESULT | {"val_loss": None}, RESULT | {"curve": [[0, 1], [1, 2]]}, RESULT | {"new": 1}]
     + [RESULT | {"model": {"n_layer": "two"}}],
 )
 def test_a_wrong_result_is_made_again(dataset, tmp_path, content, capsys):

@@ -15,9 +15,10 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 import train
 from model import GPT, GPTConfig
@@ -31,6 +32,10 @@ from nanomla.settings import configure
 from nanomla.start import stored_settings
 from tools.bench.decode import decoding
 from tools.bench.timing import alternate
+
+
+# Iteration, seconds until then and validation loss.
+Point = Annotated[list[int | float], Field(min_length=3, max_length=3)]
 
 
 @dataclass
@@ -55,10 +60,11 @@ class Result:
     parameters: Natural
     attention_parameters: Natural
     cached_numbers: NonNegative  # per token and layer
-    cache_bytes: NonNegative  # per token, of all layers; a constant state is shared out over them
+    # per token, of all layers; a constant state is shared out over a full context
+    cache_bytes: NonNegative
     training_flops: Natural | NonNegative  # of an iteration
     ms: float | None  # of an iteration
-    curve: list[list[int | float]]  # iteration, seconds until then and validation loss
+    curve: list[Point]
     dataset: str
     model: dict[str, Any]  # the fields of GPTConfig
 
