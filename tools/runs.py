@@ -33,7 +33,6 @@ from nanomla.start import stored_settings
 from tools.bench.decode import decoding
 from tools.bench.timing import alternate
 
-
 # Iteration, seconds until then and validation loss.
 Point = Annotated[list[int | float], Field(min_length=3, max_length=3)]
 
