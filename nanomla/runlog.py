@@ -30,7 +30,7 @@ class RunLog:
         entries = []
         if resume_at:
             entries = [e for e in read_log(self.path) if e["iter"] < resume_at]
-        write_text(self.path, "".join(json.dumps(e) + "\n" for e in entries))
+        write_text(self.path, "".join(json_text(e) + "\n" for e in entries))
         # Open as long as the run lasts; what a full disk does not take stays in the buffer.
         self.file = open(self.path, "ab", buffering=2**20)  # noqa: SIM115
         self.warned = False
@@ -136,13 +136,15 @@ def evaluation_text(measures: dict[str, float]) -> str:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """
     The entries of a log.jsonl, [] if there is none: objects with `iter`, in which each of NUMBERS
-    is a number or missing. Other lines, damaged by a kill or of another program, are left out.
+    is a number or missing, as a loss is that was none and was written as null. Other lines, damaged
+    by a kill or of another program, are left out.
     """
     entries = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = fit(json.loads(line), dict[str, Any])
+                entry = {name: value for name, value in entry.items() if value is not None}
                 fit(entry.get("iter"), Natural)
                 fit([entry[name] for name in NUMBERS if name in entry], list[float])
             except (ValueError, RecursionError):
