@@ -31,6 +31,7 @@ from nanomla.cache import dtype_name
 from nanomla.chat import Chat
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne
 from nanomla.errors import UsageError, UserError, run_script, say, script_name
+from nanomla.files import require_file
 from nanomla.generate import PREFILL_CHUNK, stream_tokens
 from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
@@ -62,7 +63,7 @@ class SampleConfig(ModelSettings):
         Literal["exact", "randomized"], "The method that factorises the value maps."
     ] = "exact"
 
-    start: Annotated[str, "The prompt, or FILE:path to read it from a file."] = "\n"
+    start: Annotated[str, "The prompt, or FILE:path to read it from a file or a pipe."] = "\n"
     one_per_line: Annotated[bool, "Every line of the prompt is a prompt of its own."] = False
     interactive: Annotated[
         bool, "Prompts are read from the keyboard, and each goes on from all before."
@@ -167,6 +168,7 @@ def read_prompt(start: str) -> str:
     if start.startswith("FILE:"):
         path = start.removeprefix("FILE:")
         try:
+            require_file(path, or_pipe=True)
             start = Path(path).read_bytes().decode("utf-8")  # with its ends of lines as they are
         except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
             reason = getattr(error, "strerror", None) or error

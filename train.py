@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from model import GPT, GPTConfig
 from nanomla import costs, distributed, optim, settings
 from nanomla.checkpoint import Checkpoint
-from nanomla.checks import Count, Natural, NonNegative, Seed, Share, UpToOne, check
+from nanomla.checks import Count, Natural, NonNegative, Seed, Share, Text, UpToOne, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import StopSignals, World, print0
 from nanomla.errors import UsageError, run_script
@@ -80,19 +80,19 @@ class TrainConfig:
         Count | None, "The number of token ids that the model knows. None stands for the dataset's."
     ] = None
 
-    out_dir: Annotated[str, "The folder for checkpoints and logs."] = "out"
+    out_dir: Annotated[Text, "The folder for checkpoints and logs."] = "out"
     init_from: Annotated[
-        str,
+        Text,
         "The weights to start with: scratch for new ones, resume to go on with the run in out_dir, "
         "or a checkpoint file, the folder of another run, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
         "or a folder of safetensors.",
     ] = "scratch"
     distill: Annotated[
-        str | None,
+        Text | None,
         "The weights of a teacher, named as for init_from. The KL divergence from its predictions "
         "is added to the training loss.",
     ] = None
-    dataset: Annotated[str, "The dataset: a folder below data/, or a path."] = "openwebtext"
+    dataset: Annotated[Text, "The dataset: a folder below data/, or a path."] = "openwebtext"
     seed: Annotated[Seed, "The seed of new weights, batches and dropout."] = 1337
     max_iters: Annotated[Natural, "The number of iterations of the whole run."] = 600000
     verify: Annotated[
@@ -167,12 +167,12 @@ class TrainConfig:
 
     log_interval: Annotated[Count, "The number of iterations between log lines."] = 1
     wandb_log: Annotated[bool, "The run is also logged to Weights & Biases (wandb)."] = False
-    wandb_project: Annotated[str, "The name of the project in wandb."] = "nanomla"
+    wandb_project: Annotated[Text, "The name of the project in wandb."] = "nanomla"
     wandb_run_name: Annotated[
-        str | None, "The name of the run in wandb. None stands for the name of out_dir."
+        Text | None, "The name of the run in wandb. None stands for the name of out_dir."
     ] = None
 
-    device: Annotated[str, "The device to train on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    device: Annotated[Text, "The device to train on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         "The number format of matrix products (AMP). auto takes what runs well on the device.",
@@ -192,9 +192,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for name in ("out_dir", "init_from", "dataset"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}='' does not work: {name} must be some text")
 
 
 class Trainer:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import GPT, GPTConfig
 from nanomla import optim
-from nanomla.checks import Count, Seed, check
+from nanomla.checks import Count, Seed, Text, check
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device
 from nanomla.settings import configure
@@ -40,10 +40,10 @@ class Experiment:
 
     headings: ClassVar[dict[str, str]] = {"dataset": "experiment"}
 
-    dataset: Annotated[str, "The dataset: a folder below data/, or a path."] = "shakespeare_char"
+    dataset: Annotated[Text, "The dataset: a folder below data/, or a path."] = "shakespeare_char"
     max_iters: Annotated[Count, "The number of training iterations of each model."] = 300
     seed: Annotated[Seed, "The seed of weights and batches."] = 1337
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    device: Annotated[Text, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
 
     def __post_init__(self) -> None:
         check(self)

@@ -25,7 +25,7 @@ from nanomla.checks import Natural, check
 from nanomla.convert import factorise_values
 from nanomla.dataset import DATA_ROOT, read_meta
 from nanomla.errors import UserError
-from nanomla.files import one_line, replacing
+from nanomla.files import one_line, replacing, require_file
 from nanomla.tokenizer import check_spec, same_ids
 
 FORMAT = 1  # written beside the fields of Checkpoint; nanoGPT's checkpoints have none
@@ -120,6 +120,7 @@ def load(path: str | Path, verify: bool = True) -> Checkpoint:
     wrong with it.
     """
     try:
+        require_file(path)
         with zipfile.ZipFile(path) as archive:  # what torch.save writes
             damaged = archive.testzip() if verify else None
         if damaged:

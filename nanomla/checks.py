@@ -33,6 +33,10 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 UpToOne = Annotated[Number, Field(gt=0, le=1)]
+# Names of files, folders and the like: never "", which as a path would be the current folder. The
+# bytes of a path that are no UTF-8 are surrogates in Python, which the pattern takes for no text;
+# torch and safetensors cannot open such a path.
+Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 # A tuple of at least one value, which is a list where it comes from JSON.
 Several = Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)]
 
@@ -160,6 +164,8 @@ def _bounded(words: str, notes: tuple[Any, ...]) -> str:
         for bound in getattr(note, "metadata", []):
             if hasattr(bound, "allow_inf_nan"):
                 words = "a finite number"
+            if hasattr(bound, "pattern"):
+                words = "some text in UTF-8"
             for attribute, phrase in LIMITS.items():
                 if hasattr(bound, attribute):
                     limits.append(f"{phrase} {getattr(bound, attribute)}")

@@ -7,7 +7,6 @@ mathematics, tools/convert.py the command.
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from nanomla.convert import Calibration, LayerReport, Plan, calibrate, to_mla, w
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.errors import UserError
-from nanomla.files import one_line, read_json, write_text
+from nanomla.files import read_record, replacing, write_text
 from nanomla.tokenizer import same_ids
 
 RECORD = checkpoint.CONVERSION[0]
@@ -228,11 +227,7 @@ def read_conversion(folder: str | Path) -> Conversion | None:
     path = Path(folder) / RECORD
     if not path.exists():
         return None
-    content = read_json(path)
-    try:
-        return Conversion(**content)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the record of a conversion ({one_line(error)})") from None
+    return read_record(path, Conversion)
 
 
 def make_record(source: Source, made: Converted, asked: dict[str, Any]) -> Conversion:
@@ -298,15 +293,13 @@ def write_run(
         config={"dataset": source.cfg.data},
         tokenizer=source.tokenizer,
     )
-    unfinished = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    try:
-        unfinished.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
         checkpoint.save(unfinished, state, best=True)
         write_texts(unfinished, texts)
-        unfinished.rename(folder)  # an empty folder of that name is replaced
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if folder.exists():
+            folder.rmdir()  # an OSError if anything is in it by now
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:

@@ -181,7 +181,7 @@ def read_meta(place: Path) -> Meta:
     path = place / "meta.json"
     if place.is_file():
         path = place
-    if path.suffix == ".pkl" or not path.is_file():
+    if path.suffix == ".pkl" or not path.exists():
         pickled = path.with_suffix(".pkl")
         if pickled.is_file():
             return _read_meta_pkl(pickled)

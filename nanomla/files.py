@@ -1,14 +1,19 @@
 """Reading what is on disk, with errors that name the file, and the one way to replace a file."""
 
 import contextlib
+import errno
+import glob
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nanomla.errors import UserError
 
+Record = TypeVar("Record")
 LARGEST_JSON = 2**27  # bytes of a .json file; the tokenizer of a large vocabulary has 40 MB
 
 
@@ -16,6 +21,17 @@ def one_line(text: object) -> str:
     """An exception or a name out of a file as one line of at most 300 characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= 300 else f"{line[:297]}..."
+
+
+def require_file(path: str | Path, or_pipe: bool = False) -> None:
+    """
+    Raise OSError if there is something at `path` of which reading may find no end: a device, a
+    socket, or a pipe, which is let through where a person may have named one, as in <(zcat a.gz).
+    """
+    path = Path(path)
+    has_an_end = path.is_file() or path.is_dir() or (or_pipe and path.is_fifo())
+    if path.exists() and not has_an_end:
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -26,6 +42,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
+        require_file(path)
         with open(path, "rb") as file:
             text = file.read(LARGEST_JSON + 1)
         if len(text) > LARGEST_JSON:
@@ -49,6 +66,16 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     return content
 
 
+def read_record(path: str | Path, kind: type[Record]) -> Record:
+    """A dataclass with the values in a .json file. Raises UserError if they are no such record."""
+    content = read_json(path)
+    try:
+        return kind(**content)
+    except (TypeError, ValueError) as error:
+        reason = f"no {kind.__name__.lower()}: {one_line(error)}"
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
 def json_text(value: Any, **layout: Any) -> str:
     """
     A value as JSON, with null for the numbers that JSON does not have, NaN and the infinities.
@@ -65,24 +92,68 @@ def json_text(value: Any, **layout: Any) -> str:
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """
-    Inside, the name of a temporary file in the folder of `path`, to be written. At the end it is
+    Inside, the name of a temporary file or folder beside `path`, to be written. At the end it is
     synced and takes the name of `path`; if anything fails before, `path` stays what it was and the
-    temporary file is removed. Raises OSError.
+    temporary one is removed. Raises OSError.
+
+    A folder takes two renames, as none replaces a folder that is not empty. After a kill between
+    the two, put_back gives the earlier folder its name again.
     """
     path = Path(path)
+    put_back(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        unfinished.unlink(missing_ok=True)  # of a process that was killed and had this number
         yield unfinished
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
+        for written in [unfinished, *unfinished.rglob("*")]:
+            if written.is_file():
+                with open(written, "rb") as file:
+                    os.fsync(file.fileno())
+        if unfinished.is_dir() and path.is_dir():
+            path.rename(unfinished.with_suffix(".old"))
         os.replace(unfinished, path)
     finally:
+        put_back(path)
+
+
+def put_back(path: Path) -> None:
+    """
+    End what `replacing` had begun for this path in processes that are gone, or in this one: what
+    was there before gets its name back if nothing has it, all else is removed.
+
+    Only this system's processes are known: of two machines that write to the same path at once,
+    one may fail.
+    """
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        name = re.fullmatch(r"([0-9]{1,9})\.(tmp|old)", temporary.name[len(path.name) + 2 :])
+        if name is None or _is_another_process(int(name[1])):
+            continue
         with contextlib.suppress(OSError):
-            unfinished.unlink()
+            if name[2] == "old" and not path.exists():
+                temporary.rename(path)
+            elif temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink()
+
+
+def _is_another_process(number: int) -> bool:
+    """Whether a process that is not this one has this number; True where that is not known."""
+    if number == os.getpid():
+        return False
+    if os.name == "posix":  # elsewhere this signal would end it
+        try:
+            os.kill(number, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+    return True
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file of UTF-8, whole or not at all. Raises OSError."""
+    """
+    Write a file of UTF-8, whole or not at all. What cannot be in UTF-8, such as the bytes of a
+    name that is none, becomes an escape like \\udcff. Raises OSError.
+    """
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -9,7 +9,7 @@ import torch
 from model import GPT
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
-from nanomla.checks import check
+from nanomla.checks import Text, check
 from nanomla.distributed import resolve_device
 from nanomla.errors import UsageError, say
 from nanomla.tokenizer import Tokenizer
@@ -25,11 +25,11 @@ class ModelSettings:
     headings: ClassVar[dict[str, str]] = {"out_dir": "model", "device": "device"}
 
     out_dir: Annotated[
-        str, "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt."
+        Text, "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt."
     ] = "out"
-    ckpt: Annotated[str | None, "A checkpoint file that is read instead of out_dir."] = None
+    ckpt: Annotated[Text | None, "A checkpoint file that is read instead of out_dir."] = None
     init_from: Annotated[
-        str | None,
+        Text | None,
         "Weights that are read instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a "
         "folder of safetensors, or a run.",
     ] = None
@@ -37,11 +37,11 @@ class ModelSettings:
         bool, "The checkpoint is compared with its checksums. False opens a huge one sooner."
     ] = True
     dataset: Annotated[
-        str | None,
+        Text | None,
         "The dataset that has the alphabet of a checkpoint of nanoGPT: a name below data/, a "
         "folder or a file.",
     ] = None
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    device: Annotated[Text, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
     dtype: Annotated[
         Dtype, "The number format of the weights. auto takes bfloat16 on CUDA, else float32."
     ] = "auto"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model import Attention
 from nanomla.distributed import full, load_optimizer_state, sharded_like
 from nanomla.errors import UserError
+from nanomla.files import one_line
 
 Optimizers = dict[str, torch.optim.Optimizer]  # "adamw" and, with Muon, "muon"
 # A TrainConfig, or what has the same settings. train.py declares it, so that its settings are read
@@ -287,18 +288,21 @@ def restore_optimizers(optimizers: Optimizers, state: dict[str, Any], source: st
             f"{' + '.join(optimizers)}; give the same --optimizer, or start a new run from these "
             "weights with --init_from=PATH"
         )
-    for name, optimizer in optimizers.items():
-        # moments of another shape, as nanoGPT's until 2023, which torch notices in the first step
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(params):
-            for key, value in states[name]["state"].get(i, {}).items():
-                if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
-                    shapes = f"{tuple(value.shape)}, expected {tuple(p.shape)}"
-                    problem = "its optimizer state does not fit this model"
-                    raise UserError(f"{source}: {problem} ({key} of parameter {i} has {shapes})")
-        settings = []  # of this run, which loading would replace
-        for group in optimizer.param_groups:
-            settings.append({key: value for key, value in group.items() if key != "params"})
-        load_optimizer_state(optimizer, states[name])
-        for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
-            group.update(group_settings)
+    try:
+        for name, optimizer in optimizers.items():
+            # nanoGPT's moments of before 2023 have other shapes, which torch notices in a step
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, p in enumerate(params):
+                for key, value in states[name]["state"].get(i, {}).items():
+                    if torch.is_tensor(value) and value.dim() and value.shape != p.shape:
+                        shapes = f"{tuple(value.shape)}, expected {tuple(p.shape)}"
+                        raise ValueError(f"{key} of parameter {i} has {shapes}")
+            settings = []  # of this run, which loading would replace
+            for group in optimizer.param_groups:
+                settings.append({key: value for key, value in group.items() if key != "params"})
+            load_optimizer_state(optimizer, states[name])
+            for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
+                group.update(group_settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = "its optimizer state does not fit this model"
+        raise UserError(f"{source}: {problem} ({one_line(error)[:150]})") from None

@@ -53,7 +53,7 @@ class RunFolder:
             if self.world.is_main:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path, "training in it"))
-                for unfinished in self.path.glob(".*.tmp"):
+                for unfinished in self.path.glob(".*.pt.*.tmp"):
                     unfinished.unlink()  # of a run that was killed
                 if not self.resumes:
                     move_earlier_run(self.path)
@@ -117,10 +117,11 @@ def move_earlier_run(folder: Path) -> None:
     if not earlier:
         return
     number = 1
-    while (folder / f"old-{number}").exists():
+    old = folder / "old-1"
+    while any((old / path.name).exists() for path in earlier):  # else go on where one was killed
         number += 1
-    old = folder / f"old-{number}"
-    old.mkdir()
+        old = folder / f"old-{number}"
+    old.mkdir(exist_ok=True)
     for path in earlier:
         path.rename(old / path.name)
     print0(f"an earlier run was here: it is now in {old}")

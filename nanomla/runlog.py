@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanomla.checks import Natural, fit
 from nanomla.errors import say
 from nanomla.files import json_text, replacing, write_text
+
+NUMBERS = ("loss", "train_loss", "val_loss", "ms", "seconds")  # what is drawn and compared
 
 
 class RunLog:
@@ -27,7 +30,7 @@ class RunLog:
         entries = []
         if resume_at:
             entries = [e for e in read_log(self.path) if e["iter"] < resume_at]
-        write_text(self.path, "".join(json.dumps(e) + "\n" for e in entries))
+        write_text(self.path, "".join(json_text(e) + "\n" for e in entries))
         # Open as long as the run lasts; what a full disk does not take stays in the buffer.
         self.file = open(self.path, "ab", buffering=2**20)  # noqa: SIM115
         self.warned = False
@@ -131,16 +134,22 @@ def evaluation_text(measures: dict[str, float]) -> str:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log.jsonl, [] if there is none; lines damaged by a kill are left out."""
+    """
+    The entries of a log.jsonl, [] if there is none: objects with `iter`, in which each of NUMBERS
+    is a number or missing, as a loss is that was none and was written as null. Other lines, damaged
+    by a kill or of another program, are left out.
+    """
     entries = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                entry = json.loads(line)
+                entry = fit(json.loads(line), dict[str, Any])
+                entry = {name: value for name, value in entry.items() if value is not None}
+                fit(entry.get("iter"), Natural)
+                fit([entry[name] for name in NUMBERS if name in entry], list[float])
             except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict) and isinstance(entry.get("iter"), int):
-                entries.append(entry)
+            entries.append(entry)
     return entries
 
 
@@ -149,9 +158,8 @@ def draw(path: Path) -> None:
     from matplotlib.figure import Figure
 
     entries = read_log(path)
-    evals = [e for e in entries if "val_loss" in e]
     steps = [e for e in entries if "loss" in e]
-    if not evals:
+    if not any("val_loss" in e for e in entries):
         return
     steps = steps[:: max(len(steps) // 2000, 1)]  # more points than pixels only cost time
     labels = {"xlabel": "iteration", "ylabel": "loss (nats per token)"}
@@ -159,12 +167,14 @@ def draw(path: Path) -> None:
     # Axes of a fixed size, because matplotlib's automatic layout takes as long as the drawing.
     axes = figure.add_axes((0.09, 0.12, 0.88, 0.84), **labels)
     axes.plot(*_curve(steps, "loss"), lw=0.5, alpha=0.5, label="batch")
-    axes.plot(*_curve(evals, "train_loss"), marker=".", label="train")
-    axes.plot(*_curve(evals, "val_loss"), marker=".", label="val")
+    axes.plot(*_curve(entries, "train_loss"), marker=".", label="train")
+    axes.plot(*_curve(entries, "val_loss"), marker=".", label="val")
     axes.legend(loc="upper right")
     with replacing(path.with_name("loss.png")) as unfinished:
         figure.savefig(unfinished, dpi=110, format="png")
 
 
 def _curve(entries: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    return [e["iter"] for e in entries], [e[key] for e in entries]
+    """The iterations of the entries that have this number, and the numbers."""
+    having = [e for e in entries if key in e]
+    return [e["iter"] for e in having], [e[key] for e in having]

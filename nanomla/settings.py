@@ -35,6 +35,7 @@ from pydantic import ValidationError
 
 from nanomla.checks import brief, fit, fits, in_words
 from nanomla.errors import UsageError
+from nanomla.files import require_file
 
 Config = TypeVar("Config")
 
@@ -151,6 +152,8 @@ def read_arguments(
     rest = [argument for argument in argv if argument not in HELP]
     while rest:
         argument = rest.pop(0)
+        if not argument:
+            raise UsageError("'': an argument must be some text; --help lists the settings")
         if argument.startswith("-"):
             key, value, where = _read_flag(argument, rest, settings)
             assign(key, value, where)
@@ -244,6 +247,7 @@ def build(
 def run_config_file(path: str) -> dict[str, Any]:
     """What a config file assigns, without modules, functions, classes and _private names."""
     try:
+        require_file(path, or_pipe=True)
         with open(path, encoding="utf-8") as file:
             code = compile(file.read(), path, "exec")
         namespace: dict[str, Any] = {"__file__": path, "__name__": "config"}

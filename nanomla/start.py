@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from model import ATTENTION, GPT, NAMES_OF_FLAGS, GPTConfig
 from nanomla import checkpoint, convert, costs, formats, optim, settings
 from nanomla.checkpoint import Checkpoint
+from nanomla.checks import brief, fit, in_words
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, warn0
 from nanomla.errors import UserError
@@ -66,10 +67,8 @@ def resumed_settings(
     not_taken = (set(OF_THIS_RUN) | asked.keys()) - shape  # the shape is always the checkpoint's
     if is_nanogpts(ckpt):
         not_taken.update(NANOGPT_MACHINE)
-    taken = {}
-    for name, setting in settings.declared(config_class).items():
-        if setting.part is None and name in ckpt.config and name not in not_taken:
-            taken[name] = ckpt.config[name]
+    stored_values = stored_settings(config_class, ckpt)
+    taken = {name: value for name, value in stored_values.items() if name not in not_taken}
     cfg = settings.build(config_class, taken | given, config_class(model=stored))
 
     not_used = warn_of_other_shape(asked, origins, cfg.model, ckpt.source)
@@ -78,6 +77,22 @@ def resumed_settings(
     used = {name: where for name, where in origins.items() if name not in not_used}
     of_the_model = shape & ckpt.model_args.keys()
     return cfg, dict.fromkeys([*taken, *sorted(of_the_model)], ckpt.source) | used
+
+
+def stored_settings(config_class: type, ckpt: Checkpoint) -> dict[str, Any]:
+    """
+    The settings of the run that wrote a checkpoint, by name, but for its model's and those that
+    this version does not have. Raises UserError for a value of another type.
+    """
+    values = {}
+    for name, setting in settings.declared(config_class).items():
+        if setting.part is None and name in ckpt.config:
+            try:
+                values[name] = fit(ckpt.config[name], setting.type)
+            except ValueError:
+                problem = f"{name} must be {in_words(setting.type)}, not {brief(ckpt.config[name])}"
+                raise UserError(f"{ckpt.source}: in the run's settings {problem}") from None
+    return values
 
 
 def warn_of_other_shape(

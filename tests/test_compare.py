@@ -3,6 +3,7 @@ The comparison of attention variants.
 Run: python -m pytest tests/test_compare.py -m "slow or not slow"
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,16 +11,19 @@ import sys
 import time
 
 import pytest
+import torch
 
 from model import GPTConfig
 from nanomla import checkpoint
 from nanomla.costs import on_meta
 from nanomla.dataset import locked
-from nanomla.errors import UsageError
+from nanomla.errors import UsageError, UserError
+from nanomla.files import read_record
 from nanomla.settings import configure
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
 from tools import report
 from tools.compare import CompareConfig, Jobs, read_variants, train_all
+from tools.runs import Order
 
 SHORT = [*QUICK, "--n_layer=1", "--max_iters=20", "--eval_tokens=600", "--decode_context=32"]
 TWO = "MHA; mla6: use_mla=True mla_latent_dim=6"
@@ -40,6 +44,14 @@ def jobs_of(dataset, *flags):
     return Jobs(cfg, origins)
 
 
+RESULT = {
+    "eval_tokens": 600, "val_loss": 1.5, "iterations": 20, "tokens": 1280, "parameters": 100,
+    "attention_parameters": 50, "cached_numbers": 16.0, "cache_bytes": 128.0,
+    "training_flops": 10**6, "ms": 1.5, "curve": [[0, 0.5, 4.0], [20, 1.5, 1.5]],
+    "dataset": "text", "model": {"n_layer": 2},
+}
+
+
 class FakePool:
     """A pool whose runs end at once; the lower their rate, the lower their loss."""
 
@@ -49,7 +61,7 @@ class FakePool:
     def run(self, jobs, later=0):
         for job in jobs:
             job.folder.mkdir(parents=True, exist_ok=True)
-            result = {"eval_tokens": job.eval_tokens, "val_loss": job.lr_factor}
+            result = RESULT | {"eval_tokens": job.eval_tokens, "val_loss": job.lr_factor}
             if "fails" not in job.variant:
                 (job.folder / "result.json").write_text(json.dumps(result))
 
@@ -104,6 +116,66 @@ def test_a_comparison(dataset, tmp_path):
     losses = [row["val_loss"] for row in results(tmp_path / "finished")]
     assert losses == pytest.approx([row["val_loss"] for row in good[:2]])
     assert len(list(tmp_path.glob("**/loss_*.png"))) == 4
+
+
+WRONG_LINES = [
+    {"iter": 1, "ms": None}, {"iter": 1, "val_loss": None, "seconds": 1.0}, {"iter": "1"}, [1], 3,
+    {"iter": 1, "val_loss": 1.5, "seconds": "2"}, {"iter": 1, "val_loss": 10**400}, {"iter": -1},
+]
+WRONG_SETTINGS = [
+    {"dataset": None}, {"batch_size": "many"}, {"dtype": "int4"}, {"device": 3},
+    {"gradient_accumulation_steps": torch.ones(3)},
+]
+
+
+def test_wrong_files_of_runs_are_named_and_the_others_compared(dataset, tmp_path):
+    """Lines of a log that are no entries are left out; settings and results have their types."""
+    args = [*QUICK, f"--dataset={dataset}", "--max_iters=10"]
+    assert run("train.py", *args, f"--out_dir={tmp_path}/a").returncode == 0
+    log = (tmp_path / "a" / "log.jsonl").read_text()
+    lines = [json.dumps(line) for line in WRONG_LINES] + ["[" * 10**5, "1" * 5000]
+    (tmp_path / "a" / "log.jsonl").write_text("\n".join(lines) + "\n" + log)
+    content = torch.load(tmp_path / "a" / "ckpt.pt", weights_only=True)
+    recorded = content["config"]
+    wrong = [recorded | settings for settings in WRONG_SETTINGS]
+    for i, config in enumerate([{}, *wrong]):
+        (tmp_path / f"b{i}").mkdir()
+        torch.save(content | {"config": config}, tmp_path / f"b{i}" / "ckpt.pt")
+    folders = sorted(map(str, tmp_path.glob("b*")))
+    flags = ["--eval_tokens=600", "--decode_context=0", f"--out_dir={tmp_path}/o"]
+    done = run("tools.compare", *folders, f"{tmp_path}/a", *flags)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(folders)
+    for folder, line in zip(folders, done.stderr.splitlines(), strict=True):
+        assert line.startswith(f"warning: {folder}/ckpt.pt: ")
+    *failed, row = results(tmp_path / "o")
+    assert [point[0] for point in row["curve"]] == [0, 10] and row["ms"] > 0
+    assert [row["variant"] for row in failed] == folders and all("error" in row for row in failed)
+    done = run("train.py", f"--out_dir={folders[1]}", "--init_from=resume")
+    words = [f"{folders[1]}/ckpt.pt: in the run's settings dataset must be", "not None"]
+    assert fails_with_one_line(done, 1, *words)
+    done = run("tools.compare", folders[0], *flags)
+    assert fails_with_one_line(done, 1, "every run failed; the first: ", "which dataset")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[], {}, RESULT | {"val_loss": None}, RESULT | {"curve": [[0, 1], [1, 2]]}, RESULT | {"new": 1}]
+    + [RESULT | {"model": {"n_layer": "two"}}],
+)
+def test_a_wrong_result_is_made_again(dataset, tmp_path, content, capsys):
+    """With a line that names its file; a wrong job.json is one line, too."""
+    job = jobs_of(dataset, f"--out_dir={tmp_path}").make("MHA", "tokens", 1.0, 7)
+    job.folder.mkdir(parents=True)
+    job = dataclasses.replace(job, eval_tokens=600)
+    (job.folder / "result.json").write_text(json.dumps(RESULT))
+    assert job.result["curve"] == RESULT["curve"] and not capsys.readouterr().err
+    (job.folder / "result.json").write_text(json.dumps(content))
+    assert job.result is None
+    assert capsys.readouterr().err.startswith(f"warning: {job.folder}/result.json: cannot be read")
+    (job.folder / "job.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="job.json: cannot be read"):
+        read_record(job.folder / "job.json", Order)
 
 
 @pytest.mark.slow

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from model import GPT
-from nanomla.optim import lr_factor, make_optimizers, orthogonalise, stacked_maps
+from nanomla.errors import UserError
+from nanomla.optim import (
+    lr_factor,
+    make_optimizers,
+    orthogonalise,
+    restore_optimizers,
+    stacked_maps,
+)
 from nanomla.settings import flat
 from nanomla.start import changed_settings
 from tests.conftest import TINY_MLA, tiny_config
@@ -120,6 +127,22 @@ def test_every_map_is_orthogonalised_apart(settings, rows):
     muon.step()
     for p, want in zip(muon.param_groups[0]["params"], expected, strict=True):
         torch.testing.assert_close(p, want)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": 1}, {"state": "all"}, {"state": {0: None}, "param_groups": []},
+        {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []},
+        {"state": {}, "param_groups": []}, {"state": {}, "param_groups": [{}, {}]},
+    ],
+)
+def test_an_optimizer_state_that_does_not_fit_is_one_line(state):
+    """Of another model, or of no optimizer at all; it names the checkpoint."""
+    optimizers = make_optimizers(GPT(tiny_config()), TrainConfig(), "cpu")
+    words = "^a/ckpt.pt: its optimizer state does not fit this model "
+    with pytest.raises(UserError, match=words):
+        restore_optimizers(optimizers, state, "a/ckpt.pt")
 
 
 def test_learning_rate_schedule():

@@ -3,8 +3,10 @@
 import gzip
 import importlib
 import json
+import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +197,28 @@ def test_invalid_utf8(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "a\\ud800b and more"}\n')
     _, train, val = prepare(tmp_path / "d.jsonl", *flags)
     assert bytes([*train, *val]).decode() == "a\ufffdb and more"
+
+
+def test_only_regular_files_are_read(tmp_path, capsys):
+    """Of a pipe, a device, a socket or a link to itself reading finds no end, or no beginning."""
+    source = tmp_path / "source"
+    (source / "folder.txt").mkdir(parents=True)
+    (source / "a.txt").write_text("some text")
+    (source / "b.md").symlink_to(source / "a.txt")
+    os.mkfifo(source / "pipe.txt")
+    (source / "zero.txt").symlink_to("/dev/zero")
+    (source / "loop.txt").symlink_to("loop.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(source / "socket.txt"))
+    _, train, val = prepare(source, f"--out={tmp_path / 'out'}", "--tokenizer=byte")
+    assert bytes([*train, *val]) == b"some text\nsome text"
+    left_out = capsys.readouterr().err.splitlines()
+    assert [line.split()[1].removeprefix(f"{source}/") for line in left_out] == [
+        "loop.txt", "pipe.txt", "socket.txt", "zero.txt"
+    ]
+    for name in ("pipe.txt", "zero.txt", "socket.txt"):
+        with pytest.raises(UsageError, match=f"{name}: not a regular file, .*; write the text to"):
+            prepare(source / name, f"--out={tmp_path / 'out'}")
 
 
 # file name -> (content, message)

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from nanomla import checkpoint
-from nanomla.runlog import RunLog
+from nanomla.runlog import RunLog, read_log
 from tests.conftest import QUICK, run
 from tests.test_train import entries, iterations
 
@@ -42,6 +42,21 @@ def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path, dataset):
         file.write(b'{"iter": 12, "loss": 1.0}\n{"iter": 9, "lo')
     assert run("train.py", *args, "--max_iters=20", "--init_from=resume").returncode == 0
     assert iterations(tmp_path / "o") == (list(range(20)), [0, 10, 20])
+
+
+def test_a_loss_that_is_no_number_is_missing_and_its_line_stays(tmp_path):
+    """A run that diverged writes null, and a resume keeps what else the line says."""
+    pytest.importorskip("matplotlib")
+    log = RunLog(tmp_path)
+    log.write(iter=0, train_loss=4.0, val_loss=4.1)
+    log.write(iter=0, loss=float("nan"), ms=3.0)
+    log.write(iter=1, train_loss=float("inf"), val_loss=float("nan"), seconds=1.0)
+    log.close()
+    assert (tmp_path / "loss.png").exists()
+    kept = [{"iter": 0, "train_loss": 4.0, "val_loss": 4.1}, {"iter": 0, "ms": 3.0}]
+    assert read_log(log.path) == [*kept, {"iter": 1, "seconds": 1.0}]
+    RunLog(tmp_path, resume_at=1).close()
+    assert read_log(log.path) == kept
 
 
 @pytest.mark.parametrize("where", [None, "init", "log", "finish"])

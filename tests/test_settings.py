@@ -1,5 +1,6 @@
 """Settings from defaults, files and flags. Run: python -m pytest tests/test_settings.py"""
 
+import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -7,11 +8,12 @@ from typing import Annotated, ClassVar
 import pytest
 from pydantic import Field
 
-from nanomla.checks import Count, Natural, Positive, check
+from nanomla.checks import Count, Natural, Positive, check, fits
 from nanomla.errors import UsageError
 from nanomla.settings import build, configure, declared, describe, flat, read_arguments
 from nanomla.start import keep_the_later
-from tests.conftest import run
+from tests.conftest import fails_with_one_line, run
+from tests.test_house import modules
 from train import TrainConfig
 
 
@@ -101,6 +103,31 @@ def test_wrong_settings(tmp_path, text, words):
             configure(Settings, [argument])
         assert "\n" not in str(caught.value)
         assert argument in str(caught.value) or key == "width"
+
+
+ALL_SETTINGS = []  # of every script
+for name in modules():
+    for kind in vars(importlib.import_module(name)).values():
+        if hasattr(kind, "headings") and kind.__module__ == name:
+            ALL_SETTINGS.append(kind)
+# Texts that are no names, of which most scripts refuse an empty one in words of their own.
+NO_NAMES = {"start", "stop", "variants", "cache"}
+
+
+@pytest.mark.parametrize("kind", ALL_SETTINGS, ids=lambda kind: f"{kind.__module__}")
+def test_no_setting_that_names_something_is_empty(kind):
+    """As a path, empty text is the current folder. Nor is one no UTF-8, which torch cannot open."""
+    for name, setting in declared(kind).items():
+        if fits("text", setting.type) and name not in NO_NAMES:
+            for text in ("", "\udcff"):
+                with pytest.raises(UsageError, match=name):
+                    configure(kind, [f"--{name}={text}"])
+
+
+@pytest.mark.parametrize("script", ["train.py", "data/text/prepare.py", "tools.compare"])
+def test_no_argument_is_empty(script):
+    """Neither a config file nor what is read."""
+    assert fails_with_one_line(run(script, "", "--name=x"), 2, "'': an argument must be some text")
 
 
 def test_a_later_flag_undoes_the_name_of_an_attention(tmp_path):

@@ -29,9 +29,9 @@ import torch
 import train
 from model import GPT, GPTConfig
 from nanomla import costs
-from nanomla.checks import Count, Natural, Positive, Several, check, require
+from nanomla.checks import Count, Natural, Positive, Several, Text, check, fits, in_words, require
 from nanomla.dataset import Dataset, locked
-from nanomla.distributed import print0, resolve_device
+from nanomla.distributed import print0, resolve_device, warn0
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.files import json_text, write_text
 from nanomla.settings import configure, flat, run_config_file
@@ -80,7 +80,7 @@ class CompareConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     title: Annotated[
-        str | None, "The title of the report, and the name of its folder below out_dir."
+        Text | None, "The title of the report, and the name of its folder below out_dir."
     ] = None
     variants: Annotated[
         str,
@@ -101,7 +101,7 @@ class CompareConfig:
         "Each variant is also trained with as many parameters as the first, by the width of its "
         "MLP.",
     ] = True
-    out_dir: Annotated[str, "The folder of the report and of the runs."] = "out-compare"
+    out_dir: Annotated[Text, "The folder of the report and of the runs."] = "out-compare"
     jobs: Annotated[
         Count | None,
         "The number of runs side by side. None stands for the number of a CPU's cores, at most 4.",
@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     flags = [argument for argument in argv if argument.startswith("-")]
     names = [argument for argument in argv if not argument.startswith("-")]
+    for name in names:
+        if not fits(name, Text):
+            raise UsageError(f"{name!r}: an argument must be {in_words(Text)}")
     files = [name for name in names if name.endswith(".py")]
     if len(files) == len(names):
         compare_each(files, flags)
@@ -300,8 +303,7 @@ def compare(cfg: CompareConfig, origins: dict[str, str]) -> None:
     pool = Pool(cfg.jobs, cfg.train.device)
     with locked(jobs.folder, "training in it"):
         rows = train_all(cfg, jobs, pool)
-    if all("error" in row for row in rows):
-        raise UserError(f"every run failed; the first: {rows[0]['error']}")
+    require_one(rows)
     beside = ""
     if pool.size > 1:
         beside = f"; {pool.size} runs side by side"
@@ -343,13 +345,24 @@ def train_all(cfg: CompareConfig, jobs: Jobs, pool: Pool) -> Rows:
 
 # ---- The report
 def report_finished(cfg: CompareConfig, folders: list[Path]) -> None:
-    """The report of runs that train.py made."""
+    """The report of runs that train.py made. Raises UserError if none of them can be measured."""
     rows = []
     for folder in folders:
         row = {"variant": str(folder), "equal": "tokens", "lr_factor": 1.0, "seed": 0}
         row |= {"best_rate": True, "folder": str(folder), "flags": []}
-        rows.append(row | measure(folder, cfg.eval_tokens))
+        try:
+            rows.append(row | measure(folder, cfg.eval_tokens))
+        except UserError as error:
+            warn0(str(error))
+            rows.append(row | {"error": str(error)})
+    require_one(rows)
     write_report(cfg, rows)
+
+
+def require_one(rows: Rows) -> None:
+    """Raise UserError if all runs have failed."""
+    if all("error" in row for row in rows):
+        raise UserError(f"every run failed; the first: {rows[0]['error']}")
 
 
 def write_report(cfg: CompareConfig, rows: Rows, beside: str = "") -> None:

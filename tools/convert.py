@@ -25,7 +25,7 @@ from pydantic import Field
 
 import train
 from nanomla import checkpoint, conversion, formats
-from nanomla.checks import Count, Natural, Positive, check
+from nanomla.checks import Count, Natural, Positive, Text, check
 from nanomla.conversion import Conversion, Source
 from nanomla.convert import METHODS, Plan
 from nanomla.distributed import print0
@@ -33,6 +33,7 @@ from nanomla.errors import UsageError, UserError, run_script
 from nanomla.files import write_text
 from nanomla.formats.folder import as_json
 from nanomla.settings import configure
+from nanomla.start import stored_settings
 from tools.bench.timing import markdown
 from tools.report import can_draw, new_axes, save, style
 
@@ -54,12 +55,12 @@ class ConvertConfig:
     }
 
     init_from: Annotated[
-        str | None,
+        Text | None,
         "The weights to convert: the folder of a run, a checkpoint file, gpt2, gpt2-medium, "
         "gpt2-large, gpt2-xl, or a folder of safetensors.",
     ] = None
     data: Annotated[
-        str | None, "A dataset in the source's tokens: a folder below data/, or a path."
+        Text | None, "A dataset in the source's tokens: a folder below data/, or a path."
     ] = None
     block_size: Annotated[
         Annotated[int, Field(ge=2)] | None,
@@ -67,7 +68,7 @@ class ConvertConfig:
     ] = None
 
     to: Annotated[
-        str | None,
+        Text | None,
         "The folder to write: a new one, an empty one, or that of a conversion to go on with.",
     ] = None
     cache: Annotated[
@@ -112,7 +113,7 @@ class ConvertConfig:
 
     eval_tokens: Annotated[Count, "About how many validation tokens to measure on."] = 2**17
     seed: Annotated[Natural, "The seed of the windows that are drawn."] = 1337
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[Text, "The device to run on: auto, cpu, cuda, cuda:1, ..."] = "auto"
 
     def __post_init__(self) -> None:
         check(self)
@@ -235,9 +236,10 @@ def heal_settings(cfg: ConvertConfig, source: Source) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "learning_rate": 2e-4,  # where the source's is not known
     }
+    stored = stored_settings(train.TrainConfig, source.stored)
     for name in RECIPE:
-        if source.stored.config.get(name) is not None:
-            recipe[name] = source.stored.config[name]
+        if stored.get(name) is not None:
+            recipe[name] = stored[name]
     highest = recipe["learning_rate"]
     scale = 0.5
     if cfg.heal_lr:
@@ -273,16 +275,14 @@ def train_and_measure(settings: dict[str, Any], source: Source, title: str) -> f
 # ---- what is written and printed
 def record_texts(record: Conversion, heal: dict[str, Any]) -> dict[str, str]:
     """The files of a record, by name, and train.py's config for its healing, if there is any."""
-    texts = {
-        RECORD: as_json(dataclasses.asdict(record)),
-        REPORT: report_text(record) + "\n",
-    }
+    texts = {REPORT: report_text(record) + "\n"}
     if heal:
         command = f"python train.py {heal['out_dir']}/{HEAL}"
         lines = [f"# Goes on with the healing of a conversion: {command}"]
         lines += [f"{name} = {value!r}" for name, value in heal.items()]
         texts[HEAL] = "\n".join(lines) + "\n"
-    return texts
+    # last, as the same command goes on by what it says
+    return texts | {RECORD: as_json(dataclasses.asdict(record))}
 
 
 def report_text(record: Conversion) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from model import GPTConfig
 from nanomla import checkpoint, formats
 from nanomla.checkpoint import Checkpoint
-from nanomla.checks import check
+from nanomla.checks import Text, check, fits
 from nanomla.conversion import read_conversion
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.formats import folder
@@ -35,18 +35,18 @@ class ExportConfig:
     headings: ClassVar[dict[str, str]] = {"out_dir": "export"}
 
     out_dir: Annotated[
-        str,
+        Text,
         "The folder of a run, whose best.pt is read, or its ckpt.pt without a best.pt; or a folder "
         "of weights.",
     ] = "out"
-    ckpt: Annotated[str | None, "A checkpoint file that is read instead of out_dir."] = None
+    ckpt: Annotated[Text | None, "A checkpoint file that is read instead of out_dir."] = None
     dataset: Annotated[
-        str | None,
+        Text | None,
         "The dataset that has the alphabet of a checkpoint of nanoGPT: a name below data/, a "
         "folder or a file.",
     ] = None
     to: Annotated[
-        str | None, "The folder to write: a new one, an empty one, or an earlier export."
+        Text | None, "The folder to write: a new one, an empty one, or an earlier export."
     ] = None
     format: Annotated[
         Literal["auto", "gpt2", "llama", "deepseek_v3", "nanomla"],
@@ -153,7 +153,9 @@ def training_command(stored: Checkpoint) -> str | None:
     defaults = flat(TrainConfig())
     flags = []
     for name, value in stored.config.items():
-        if name not in known or value == defaults[name] or name.startswith("wandb_"):
+        if name not in known or name.startswith("wandb_") or not fits(value, known[name].type):
+            continue
+        if value == defaults[name]:
             continue
         if name != "init_from" or value != "resume":
             flags.append(f"--{name}={value}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from model import GPTConfig
 from nanomla.distributed import warn0
+from nanomla.files import replacing
 from tools.bench.timing import Rows, markdown
 
 MARKERS = "osD^vPX*<>hp"
@@ -190,7 +191,8 @@ def save(axes: Any, path: Path) -> None:
     """Write a figure with its grid and its legend."""
     axes.grid(alpha=0.3)
     axes.figure.legend(loc="outside right upper", fontsize="small")
-    axes.figure.savefig(path, dpi=100)
+    with replacing(path) as unfinished:
+        axes.figure.savefig(unfinished, dpi=100, format="png")
 
 
 def draw(rows: Rows, folder: Path) -> None:

@@ -15,20 +15,61 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 import train
-from model import GPT
+from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, runlog
+from nanomla.checks import Count, Natural, NonNegative, Number, check
 from nanomla.dataset import Dataset
-from nanomla.distributed import print0, resolve_device, resolve_dtype
+from nanomla.distributed import print0, resolve_device, resolve_dtype, warn0
 from nanomla.errors import UserError
-from nanomla.files import read_json, write_text
+from nanomla.files import read_record, write_text
 from nanomla.settings import configure
+from nanomla.start import stored_settings
 from tools.bench.decode import decoding
 from tools.bench.timing import alternate
+
+# Iteration, seconds until then and validation loss.
+Point = Annotated[list[int | float], Field(min_length=3, max_length=3)]
+
+
+@dataclass
+class Order:
+    """What job.json asks the process of a run for."""
+
+    flags: list[str]  # train.py's
+    eval_tokens: Count
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass
+class Result:
+    """What is measured of a run, in result.json."""
+
+    eval_tokens: Count
+    val_loss: Number  # nats per token, over about so many tokens
+    iterations: Natural
+    tokens: Natural
+    parameters: Natural
+    attention_parameters: Natural
+    cached_numbers: NonNegative  # per token and layer
+    # per token, of all layers; a constant state is shared out over a full context
+    cache_bytes: NonNegative
+    training_flops: Natural | NonNegative  # of an iteration
+    ms: float | None  # of an iteration
+    curve: list[Point]
+    dataset: str
+    model: dict[str, Any]  # the fields of GPTConfig
+
+    def __post_init__(self) -> None:
+        check(self)
+        self.model = dataclasses.asdict(GPTConfig(**self.model))
 
 
 @dataclass(frozen=True)
@@ -45,14 +86,18 @@ class Job:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What its process measured; None until it has ended."""
+        """What its process measured; None until it has ended. A wrong file is a warning."""
         path = self.folder / "result.json"
         if not path.is_file():
             return None
-        result = read_json(path)
-        if result.get("eval_tokens") != self.eval_tokens:  # of an earlier comparison
+        try:
+            result = read_record(path, Result)
+        except UserError as error:
+            warn0(f"{error}; it is made again")
             return None
-        return result
+        if result.eval_tokens != self.eval_tokens:  # of an earlier comparison
+            return None
+        return vars(result)
 
     def __str__(self) -> str:
         name = self.variant
@@ -65,13 +110,13 @@ class Job:
 def run_job(folder: Path) -> None:
     """Train and measure what job.json in this folder says, and write result.json."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    job = read_json(folder / "job.json")
-    flags = [*job["flags"], f"--out_dir={folder}"]
+    job = read_record(folder / "job.json", Order)
+    flags = [*job.flags, f"--out_dir={folder}"]
     if (folder / checkpoint.LATEST).exists():
         flags.append("--init_from=resume")
     train.main(flags)
-    result = measure(folder, job["eval_tokens"])
-    cfg, _ = configure(train.TrainConfig, job["flags"])
+    result = measure(folder, job.eval_tokens)
+    cfg, _ = configure(train.TrainConfig, job.flags)
     if result["iterations"] < cfg.max_iters:  # train.py goes on without one on a full disk
         raise UserError(f"the last checkpoint, of iteration {cfg.max_iters}, could not be written")
     write_text(folder / "result.json", json.dumps(result))
@@ -172,7 +217,9 @@ def measure(folder: Path, eval_tokens: int) -> dict[str, Any]:
     stored = checkpoint.load(folder / checkpoint.LATEST)
     model, _ = checkpoint.build(stored)
     config = model.config
-    settings = stored.config
+    settings = stored_settings(train.TrainConfig, stored)
+    if "dataset" not in settings:
+        raise UserError(f"{stored.source}: it does not say which dataset it was trained on")
     sequences = settings.get("batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
     tokens = sequences * config.block_size  # of an iteration
     attentions = [block.attn for block in model.transformer.h]
@@ -187,7 +234,6 @@ def measure(folder: Path, eval_tokens: int) -> dict[str, Any]:
         "parameters": model.get_num_params(),
         "attention_parameters": sum(p.numel() for attn in attentions for p in attn.parameters()),
         "cached_numbers": costs.cached_numbers(model),
-        # of all layers; a constant state is shared out over a full context
         "cache_bytes": cache.nbytes / config.block_size,
         "training_flops": 3 * costs.flops_per_token(model, config.block_size) * tokens,
         "ms": statistics.median(times) if times else None,

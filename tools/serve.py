@@ -37,7 +37,7 @@ from nanomla import formats
 from nanomla.batch import Batch
 from nanomla.cache import dtype_name
 from nanomla.checkpoint import Checkpoint
-from nanomla.checks import Count, Natural, require
+from nanomla.checks import Count, Natural, Text, require
 from nanomla.costs import cache_in_words, cached_numbers
 from nanomla.errors import UsageError, UserError, explain, run_script, say, script_name
 from nanomla.inference import ModelSettings, open_model
@@ -58,12 +58,12 @@ class ServeConfig(ModelSettings):
     headings: ClassVar[dict[str, str]] = {**ModelSettings.headings, "compare": "server"}
 
     compare: Annotated[
-        str | None,
+        Text | None,
         "A second model that is served beside the first: the folder of a run, or a folder of "
         "weights.",
     ] = None
     host: Annotated[
-        str,
+        Text,
         "The address to listen on. 0.0.0.0 listens on all addresses of the machine and needs a "
         "token.",
     ] = "127.0.0.1"

@@ -17,6 +17,7 @@ import glob
 import hashlib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
 from nanomla.bpe import load_encoding
-from nanomla.checks import Count, Positive, check
+from nanomla.checks import Count, Positive, Text, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script
 from nanomla.prepare import Piece, cores, encode_split, report
@@ -53,10 +54,10 @@ class PrepareConfig:
     }
 
     data_files: Annotated[
-        str | None,
+        Text | None,
         "Files that are read instead of the hub's, as patterns with commas between them.",
     ] = None
-    field: Annotated[str, "The name of the column that holds the text."] = "text"
+    field: Annotated[Text, "The name of the column that holds the text."] = "text"
     limit: Annotated[
         Annotated[int, Field(ge=2)] | None,
         "Only so many documents are taken, from the start, and kept in memory.",
@@ -65,7 +66,10 @@ class PrepareConfig:
         Positive, Field(lt=1), "The share of the documents that is val, which has at least one."
     ] = 0.0005
     num_proc: Annotated[Count, "The number of processes that download and unpack."] = CORES
-    out: Annotated[str, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
+    out: Annotated[
+        Text | None,
+        "The folder for train.bin, val.bin and meta.json. None stands for that of this script.",
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -106,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         for split, part in parts.items():
             ids = encode_split(split, texts(part), encode, end, meta, bar)
             splits[split] = itertools.chain(ids, [end])
-        meta = write_dataset(Path(cfg.out), splits, meta)
-    report(Path(cfg.out), meta)
+        meta = write_dataset(Path(cfg.out or HERE), splits, meta)
+    report(Path(cfg.out or HERE), meta)
 
 
 def load_documents(cfg: PrepareConfig, source: str) -> "Dataset":
@@ -125,7 +129,7 @@ def load_documents(cfg: PrepareConfig, source: str) -> "Dataset":
     if cfg.data_files is not None:
         files = []
         for pattern in cfg.data_files.split(","):
-            files += glob.glob(pattern, recursive=True)
+            files += filter(os.path.isfile, glob.glob(pattern, recursive=True))
         kinds = {READERS.get(Path(file.removesuffix(".gz")).suffix) for file in files}
         if len(kinds) != 1 or None in kinds:
             raise UsageError(

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
 from nanomla.bpe import load_encoding
-from nanomla.checks import check
+from nanomla.checks import Text, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import run_script, say
 from nanomla.prepare import read_shakespeare, report
@@ -30,7 +30,10 @@ class PrepareConfig:
     headings: ClassVar[dict[str, str]] = {"tiny": "text", "out": "output"}
 
     tiny: Annotated[bool, "The text is nanoGPT's tiny Shakespeare instead."] = False
-    out: Annotated[str, "The folder for train.bin, val.bin and meta.json."] = str(HERE)
+    out: Annotated[
+        Text | None,
+        "The folder for train.bin, val.bin and meta.json. None stands for that of this script.",
+    ] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -46,9 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         **about,
     )
     splits = {s: [bpe.encode_to_numpy(part, disallowed_special=())] for s, part in parts.items()}
-    meta = write_dataset(Path(cfg.out), splits, meta)
+    meta = write_dataset(Path(cfg.out or HERE), splits, meta)
     say(f"source: {meta.source}")
-    report(Path(cfg.out), meta)
+    report(Path(cfg.out or HERE), meta)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parents[1]))  # the repository, from wherever this script is started
 
-from nanomla.checks import Positive, check
+from nanomla.checks import Positive, Text, check
 from nanomla.dataset import Meta, write_dataset
 from nanomla.errors import UsageError, UserError, run_script, say
 from nanomla.prepare import Piece, encode_chars, encode_split, report
@@ -70,10 +70,10 @@ class PrepareConfig:
         "name": "output", "tokenizer": "tokens", "val_fraction": "split", "field": "text",
     }
 
-    name: Annotated[str | None, "The dataset is written to data/NAME, for --dataset=NAME."] = None
-    out: Annotated[str | None, "The dataset is written to this folder instead."] = None
+    name: Annotated[Text | None, "The dataset is written to data/NAME, for --dataset=NAME."] = None
+    out: Annotated[Text | None, "The dataset is written to this folder instead."] = None
     tokenizer: Annotated[
-        str, f"The tokenizer: {', '.join(TOKENIZERS)}, or a folder with a {HF_TOKENIZER}."
+        Text, f"The tokenizer: {', '.join(TOKENIZERS)}, or a folder with a {HF_TOKENIZER}."
     ] = "gpt2"
     val_fraction: Annotated[Positive, Field(lt=1), "The share of the text that is val."] = 0.1
     split: Annotated[
@@ -82,7 +82,7 @@ class PrepareConfig:
         "hash.",
     ] = "tail"
     seed: Annotated[int, "The seed that chooses the documents of --split=document."] = 1337
-    field: Annotated[str, "The field of a line of a .jsonl file that holds the text."] = "text"
+    field: Annotated[Text, "The field of a line of a .jsonl file that holds the text."] = "text"
     errors: Annotated[
         Literal["strict", "replace"],
         "What happens at invalid UTF-8: strict stops, replace puts U+FFFD in its place.",
@@ -137,18 +137,29 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The given files, and the text files in the given folders. Raises UsageError without any."""
+    """
+    The given files, and the text files in the given folders. What is no regular file, such as a
+    pipe or a device, is left out with a line in a folder. Raises UsageError if it was given, as
+    the text is read several times, and if there is no file.
+    """
     if not paths:
         raise UsageError("say what to read, as in prepare.py my/*.txt --name=mine")
     files = []
     for path in map(Path, paths):
         if not path.is_dir():
+            if path.exists() and not path.is_file():
+                problem = "not a regular file, which can be read more than once"
+                raise UsageError(f"{path}: {problem}; write the text to one")
             files.append(path)
             continue
         for inner in sorted(path.rglob("*")):
             hidden = any(part.startswith(".") for part in inner.relative_to(path).parts)
-            if inner.name.removesuffix(".gz").endswith(SUFFIXES) and not hidden:
+            if not inner.name.removesuffix(".gz").endswith(SUFFIXES) or hidden or inner.is_dir():
+                continue
+            if inner.is_file():
                 files.append(inner)
+            else:
+                say(f"warning: {inner} is left out: it is no regular file", sys.stderr)
     if not files:
         suffixes = ", ".join(SUFFIXES)
         raise UsageError(f"{', '.join(paths)}: no {suffixes} file in there, gzipped or not")

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig
 from nanomla.checkpoint import BEST, LATEST, Checkpoint, find, load
 from nanomla.checks import brief
 from nanomla.errors import UserError, say
-from nanomla.files import one_line, read_json
+from nanomla.files import one_line, put_back, read_json
 from nanomla.formats.base import MARK, Settings, Tensors
 from nanomla.formats.deepseek import DEEPSEEK
 from nanomla.formats.folder import CONFIG, WEIGHTS, download, read_tensors, read_tokenizer
@@ -40,7 +40,9 @@ def open_weights(name: str | Path, prefer_best: bool = False, verify: bool = Tru
     Raises UserError if there is nothing of that name or it cannot be read.
     """
     path = Path(name)
-    if path.is_file():
+    if not path.exists():
+        put_back(path)  # an export that was killed
+    if path.exists() and not path.is_dir():
         return load(path, verify)
     if name in PRETRAINED or (path / CONFIG).exists() or (path / WEIGHTS).exists():
         return read_pretrained(name)

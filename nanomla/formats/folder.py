@@ -3,8 +3,6 @@ Folders of weights: config.json, safetensors in one file or in pieces, tokenizer
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer
 from nanomla.costs import cached_numbers
 from nanomla.errors import UserError
-from nanomla.files import one_line, read_json
+from nanomla.files import one_line, read_json, replacing, require_file, write_text
 from nanomla.formats.base import MARK, Tensors
 from nanomla.tokenizer import (
     BYTE_LETTERS,
@@ -73,6 +71,7 @@ def read_tensors(folder: Path) -> Tensors:
     tensors = {}
     for file in sorted(files):
         try:
+            require_file(folder / file)
             tensors |= load_file(folder / file)
         except FileNotFoundError:
             problem = f"{folder}: no {file} in this folder"
@@ -142,28 +141,18 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], texts: dict[str, str]
     from safetensors.torch import save_file
 
     folder = folder.resolve()
-    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     try:
-        new.mkdir(parents=True)
-        for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})  # transformers requires this
-        mode = (new / CONFIG).stat().st_mode
-        for path in new.iterdir():
-            path.chmod(mode)  # safetensors makes its file readable by the owner alone
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as new:
+            new.mkdir()
+            for name, text in texts.items():
+                write_text(new / name, text)
+            weights = new / WEIGHTS
+            save_file(tensors, weights, metadata={"format": "pt"})  # transformers requires this
+            # safetensors makes its file readable by the owner alone
+            weights.chmod((new / CONFIG).stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise UserError(f"nothing exported to {folder}: {error}") from None
-    finally:
-        if old.exists() and not folder.exists():  # stopped between the two renames
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def tokenizer_files(spec: dict[str, Any]) -> dict[str, str]:

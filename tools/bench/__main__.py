@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 
 from model import GPTConfig
-from nanomla.checks import Count, Seed, check
+from nanomla.checks import Count, Seed, Text, check
 from nanomla.distributed import resolve_device
 from nanomla.errors import UsageError, run_script
 from nanomla.settings import configure, declared
@@ -43,9 +43,9 @@ class BenchConfig:
 
     headings: ClassVar[dict[str, str]] = {"device": "bench"}
 
-    device: Annotated[str, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
+    device: Annotated[Text, "The device to run on: auto, cpu, cuda, cuda:1, ... or mps."] = "auto"
     seed: Annotated[Seed, "The seed of weights and inputs."] = 1337
-    json: Annotated[str | None, "A file that the figures are written to as well."] = None
+    json: Annotated[Text | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -90,20 +90,20 @@ class ReportConfig:
 
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     init_from: Annotated[
-        str | None, "A run, an export or other weights whose model is counted instead."
+        Text | None, "A run, an export or other weights whose model is counted instead."
     ] = None
     vocab_size: Annotated[
         Count | None, "The number of token ids of the model. None stands for the dataset's."
     ] = None
     dataset: Annotated[
-        str | None,
+        Text | None,
         "The dataset: a folder below data/, or a path. None stands for the token ids of GPT-2.",
     ] = None
     context: Annotated[
         Count | None,
         "The number of tokens that a decoded token attends to. None stands for block_size.",
     ] = None
-    json: Annotated[str | None, "A file that the figures are written to as well."] = None
+    json: Annotated[Text | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -119,7 +119,7 @@ class ProfileConfig:
     rounds: Annotated[
         Count, Field(le=10_000), "The number of iterations that the medians are taken over."
     ] = 60
-    json: Annotated[str | None, "A file that the figures are written to as well."] = None
+    json: Annotated[Text | None, "A file that the figures are written to as well."] = None
 
     def __post_init__(self) -> None:
         check(self)
