@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_compare.py -m "slow or not slow"
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -270,3 +271,30 @@ def test_one_comparison_at_a_time(tmp_path, dataset):
     with locked(tmp_path / "runs", "training in it") as certain:
         out = compare(dataset, tmp_path, "--variants=MHA")
         assert not certain or fails_with_one_line(out, 1, "another run is training in it")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "p"),
+    [
+        ([-1, 0, 1], [x + 2.776445 * (2 / 3) ** 0.5 for x in (-1, 0, 1)], 0.05),  # t table, 4
+        ([-1, 0, 1], [x + 4.604095 * (2 / 3) ** 0.5 for x in (-1, 0, 1)], 0.01),
+        ([0, 2], [3, 3, 3], 1 - 2 / math.pi * math.atan(2)),  # 1 degree of freedom: Cauchy's
+        ([1, 2, 3], [3, 2, 1], 1),
+        ([1, 1], [1, 1], 1),
+        ([1, 1], [2, 2], 0),
+    ],
+)
+def test_p_values(a, b, p):
+    """Welch's test, by tables of Student's distribution; of either order."""
+    assert report.welch_p_value(a, b) == pytest.approx(p, abs=1e-6)
+    assert report.welch_p_value(b, a) == pytest.approx(p, abs=1e-6)
+
+
+def test_what_seeds_can_tell():
+    """A p-value beside the change where both have several seeds, in words above 0.05."""
+    runs = [{"val_loss": loss} for loss in (2.0, 2.01, 2.02)]
+    near = report.loss_cells([{"val_loss": loss} for loss in (2.005, 2.01, 2.03)], runs)
+    assert near["change"] == "+0.0050" and near["p"].endswith(", not distinguishable")
+    far = report.loss_cells([{"val_loss": loss} for loss in (1.9, 1.91, 1.92)], runs)
+    assert far["change"] == "-0.1000" and float(far["p"]) < 0.001
+    assert report.loss_cells(runs, runs)["p"] == report.loss_cells(runs[:1], runs)["p"] == ""

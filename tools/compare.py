@@ -69,6 +69,10 @@ def named_variants(base: GPTConfig) -> dict[str, Settings]:
         "MLA rotary latent": rotary,
         "MLA+SVD": decoupled | {"use_svd": True, "svd_rank": max(hs // 2, 1)},
         "latent tokens": ORDINARY | slots,
+        "MLA split": decoupled | {"mla_split": True, "mla_latent_dim": (eighth - r) // 2},
+        "MLA gated": decoupled | {"attn_gate": True},
+        "MLA normed": decoupled | {"qk_norm": True},
+        "MLA shared by 2": decoupled | {"mla_share_cache": 2, "mla_latent_dim": 2 * eighth - r},
     }
 
 
@@ -86,7 +90,7 @@ class CompareConfig:
         str,
         'The variants to compare: names, or "NAME: key=value key=value", with commas, semicolons '
         "or lines between them.",
-    ] = ", ".join(named_variants(GPTConfig()))
+    ] = "MHA, GQA, MQA, MLA decoupled, MLA rotary latent, MLA+SVD, latent tokens"
     lr_factors: Annotated[
         Positive | Several[Positive],
         "The factors of the recipe's learning rates. Each is tried with one seed.",

@@ -5,9 +5,12 @@ Ito. tools/compare.py makes the rows, which are the lines of results.jsonl.
 """
 
 import importlib.util
+import math
 import statistics
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from model import GPTConfig
 from nanomla.distributed import warn0
@@ -38,14 +41,42 @@ def mean_and_spread(runs: Rows) -> tuple[float, float]:
 
 
 def loss_cells(runs: Rows, first: Rows | None) -> dict[str, str]:
-    """The loss of a variant, and its distance from the first one's, whose runs may have failed."""
+    """
+    The loss of a variant, its distance from the first one's, whose runs may have failed, and the
+    probability that equal variants are as far apart, if there are several seeds of both.
+    """
     mean, spread = mean_and_spread(runs)
-    cells = {"loss": f"{mean:.4f}", "change": ""}
+    cells = {"loss": f"{mean:.4f}", "change": "", "p": ""}
     if len(runs) > 1:
         cells["loss"] += f" ± {spread:.4f}"
-    if first is not None:
-        cells["change"] = f"{mean - mean_and_spread(first)[0]:+.4f}"
+    if first is None:
+        return cells
+    cells["change"] = f"{mean - mean_and_spread(first)[0]:+.4f}"
+    if runs is not first and min(len(runs), len(first)) > 1:
+        p = welch_p_value([run["val_loss"] for run in runs], [run["val_loss"] for run in first])
+        cells["p"] = f"{p:.3f}"
+        if p > 0.05:
+            cells["p"] += ", not distinguishable"
     return cells
+
+
+def welch_p_value(a: list[float], b: list[float]) -> float:
+    """
+    The two-sided p-value of Welch's t-test, which takes no variances to be equal: the probability
+    that two samples of one distribution have means as far apart as those of a and b.
+    """
+    noise = [statistics.variance(sample) / len(sample) for sample in (a, b)]
+    if sum(noise) == 0:
+        return float(statistics.mean(a) == statistics.mean(b))
+    t = abs(statistics.mean(a) - statistics.mean(b)) / math.sqrt(sum(noise))
+    parts = [x**2 / (len(sample) - 1) for x, sample in zip(noise, (a, b), strict=True)]
+    n = sum(noise) ** 2 / sum(parts)  # degrees of freedom
+    # Student's density of x = sqrt(n) tan(angle), which is a power of the cosine
+    first = math.atan(t / math.sqrt(n))
+    width = (math.pi / 2 - first) / 10_000
+    angles = first + width * (np.arange(10_000) + 0.5)
+    constant = math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2)) / math.sqrt(math.pi)
+    return float(2 * constant * width * np.sum(np.cos(angles) ** (n - 1)))
 
 
 # ---- Text and tables
