@@ -138,6 +138,11 @@ class Dataset:
         count = -(-wanted // batch_size)
         return [self.eval_batch(split, i, count, batch_size) for i in range(count)]
 
+    def tokens(self, split: str) -> np.ndarray:
+        """All token ids of a split, (N,). Raises UserError for one beyond the vocabulary."""
+        self._check_ids(split, int(self.splits[split].max()))
+        return self.splits[split]
+
     def bytes_per_token(self, split: str) -> float | None:
         """Average UTF-8 bytes of text per token; None if the meta file has no byte counts."""
         if split not in self.split_bytes:

@@ -18,6 +18,15 @@ def one_line(text: object) -> str:
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file of UTF-8, its ends of lines as they are. Raises UserError."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """
     The object in a .json file of at most LARGEST_JSON bytes.
