@@ -167,7 +167,7 @@ def test_what_is_printed(tmp_path, dataset):
     got = evaluate(f"--out_dir={tmp_path}", "--stride=8")
     assert first == f"{tmp_path}/ckpt.pt on {dataset}, val"
     assert f"loss {got['loss']:.4f} nats" in figures and "bits per byte" in figures
-    assert "over 599 tokens, 599 bytes: all but the first" in counts
+    assert "over 599 tokens, 599 bytes (all but the first token" in counts
     assert "windows of 16 tokens, of which the last 8 are scored; float32 on cpu" in how
     for flags in (["--dtype=bfloat16"], ["--cached=True", "--cache_dtype=int8"]):
         other = evaluate(f"--out_dir={tmp_path}", "--stride=8", *flags)

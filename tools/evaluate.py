@@ -181,7 +181,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
         nbytes = f"{result['bytes']:,} bytes"
     first = f"all of the text, after token {result['start']}"
     if result["start"] is None:
-        first = "all but the first, which nothing comes before"
+        first = "all but the first token, which has none before it"
     windows = f"windows of {result['block_size']:,} tokens"
     if result["stride"] < result["block_size"]:
         windows += f", of which the last {result['stride']:,} are scored"
@@ -193,7 +193,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['model']} on {result['text']}",
         f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.4f}, {bits}",
-        f"over {result['tokens']:,} tokens, {nbytes}: {first}",
+        f"over {result['tokens']:,} tokens, {nbytes} ({first})",
         f"{windows}; {result['dtype']} on {result['device']}, {speed:,.0f} tokens/s",
     ]
 
