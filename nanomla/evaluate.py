@@ -61,7 +61,7 @@ def text_of_dataset(data: Dataset, split: str, tokenizer: Tokenizer) -> Text:
 def _text(name: str, ids: np.ndarray, nbytes: int | None, tokenizer: Tokenizer) -> Text:
     start = start_of_text(tokenizer.spec)
     if start is not None and (len(ids) == 0 or ids[0] != start):
-        ids = np.concatenate([np.array([start], ids.dtype), ids])
+        ids = np.concatenate([[start], ids])
     if len(ids) < 2:
         raise UserError(f"{name}: there is no token to predict; use a longer text")
     if start is None and nbytes is not None:

@@ -15,8 +15,11 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
+
+from torch import Tensor
 
 from nanomla import evaluate
 from nanomla.cache import dtype_name
@@ -35,7 +38,7 @@ class EvaluateConfig(ModelSettings):
     """Raises ValueError for a value that cannot work."""
 
     headings: ClassVar[dict[str, str]] = ModelSettings.headings | {
-        "dataset": "text", "block_size": "windows", "json": "output",
+        "dataset": "text", "text": "text", "block_size": "windows", "json": "output",
     }
 
     dataset: Annotated[
@@ -102,38 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     seconds = time.perf_counter() - began
     if cfg.per_token:
-        lines = []
-        for record in evaluate.per_token(text, losses, opened.tokenizer):
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        try:
-            write_text(cfg.per_token, "".join(lines))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"--per_token={cfg.per_token}: cannot be written ({reason})") from None
-
-    loss = losses.double().mean().item()
-    bits_per_byte = None
-    if text.nbytes:
-        bits_per_byte = losses.double().sum().item() / math.log(2) / text.nbytes
-    result = {
-        "model": opened.stored.source,
-        "text": text.name,
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),  # exp(710) overflows
-        "bits_per_byte": bits_per_byte,
-        "tokens": len(losses),
-        "bytes": text.nbytes,
-        "documents": len(evaluate.documents(text.tokens, ends)),
-        "start": text.start,
-        "block_size": cfg.block_size,
-        "stride": cfg.stride,
-        "within_documents": cfg.within_documents,
-        "cached": cfg.cached,
-        "cache_dtype": cfg.cache_dtype,
-        "dtype": dtype_name(opened.dtype),
-        "device": opened.device,
-        "seconds": round(seconds, 3),
-    }
+        write_per_token(cfg.per_token, evaluate.per_token(text, losses, opened.tokenizer))
+    result = summary(cfg, opened, text, losses)
+    result["documents"] = len(evaluate.documents(text.tokens, ends))
+    result["seconds"] = round(seconds, 3)
     if cfg.json:
         print(json.dumps(result))
     else:
@@ -170,6 +145,42 @@ def set_windows(cfg: EvaluateConfig, opened: Opened) -> None:
     if cfg.stride > cfg.block_size:
         problem = f"it must be at most block_size={cfg.block_size}, or tokens would be left out"
         raise UsageError(f"--stride={cfg.stride} does not work: {problem}")
+
+
+def write_per_token(path: str, records: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON object on each line. Raises UserError if the file cannot be written."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    try:
+        write_text(path, "".join(lines))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--per_token={path}: cannot be written ({reason})") from None
+
+
+def summary(cfg: EvaluateConfig, opened: Opened, text: Text, losses: Tensor) -> dict[str, Any]:
+    """What the losses (N - 1,) of a text amount to, and how they were measured."""
+    total = losses.double().sum().item()
+    loss = total / len(losses)
+    bits_per_byte = None
+    if text.nbytes:
+        bits_per_byte = total / math.log(2) / text.nbytes
+    return {
+        "model": opened.stored.source,
+        "text": text.name,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),  # exp(710) overflows
+        "bits_per_byte": bits_per_byte,
+        "tokens": len(losses),
+        "bytes": text.nbytes,
+        "start": text.start,
+        "block_size": cfg.block_size,
+        "stride": cfg.stride,
+        "within_documents": cfg.within_documents,
+        "cached": cfg.cached,
+        "cache_dtype": cfg.cache_dtype,
+        "dtype": dtype_name(opened.dtype),
+        "device": opened.device,
+    }
 
 
 def in_words(result: dict[str, Any]) -> list[str]:
