@@ -75,12 +75,10 @@ def per_token(text: Text, losses: Tensor, tokenizer: Tokenizer) -> Iterator[dict
     token has the characters that it completes. The loss of one that is not predicted is None.
     """
     decoder = StreamDecoder(tokenizer)
-    values = losses.tolist()
-    ids = text.tokens[1:].tolist()
-    if text.start is None:
-        values.insert(0, None)
-        ids = text.tokens.tolist()
-    for token, loss in zip(ids, values, strict=True):
+    pairs = zip(text.tokens.tolist(), [None, *losses.tolist()], strict=True)
+    if text.start is not None:  # which is no part of the text
+        next(pairs)
+    for token, loss in pairs:
         yield {"id": token, "text": decoder.push(token), "loss": loss}
 
 

@@ -14,12 +14,9 @@ import dataclasses
 import json
 import math
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
-
-from torch import Tensor
 
 from nanomla import evaluate
 from nanomla.cache import dtype_name
@@ -31,6 +28,9 @@ from nanomla.files import write_text
 from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
 from nanomla.tokenizer import ends_of_text
+
+# What decides a loss beside the model and the text.
+SETTINGS = ("block_size", "stride", "within_documents", "cached", "cache_dtype", "dtype", "device")
 
 
 @dataclass
@@ -92,28 +92,32 @@ def main(argv: list[str] | None = None) -> None:
         argv = sys.argv[1:]
     cfg, _ = configure(EvaluateConfig, argv)
     opened, text = open_both(cfg)
-    set_windows(cfg, opened)
-    ends = ()
-    if cfg.within_documents:
-        ends = ends_of_text(opened.tokenizer.spec)
-        if not ends:
-            problem = f"the tokenizer of {opened.stored.source} has no token that ends a document"
-            raise UsageError(f"--within_documents=True: {problem}")
-    began = time.perf_counter()
+    ends = resolve(cfg, opened)
     losses = evaluate.token_losses(
         opened.model, text.tokens, cfg.block_size, cfg.stride, ends, cfg.cached, opened.cache_dtype
     )
-    seconds = time.perf_counter() - began
     if cfg.per_token:
         write_per_token(cfg.per_token, evaluate.per_token(text, losses, opened.tokenizer))
-    result = summary(cfg, opened, text, losses)
-    result["documents"] = len(evaluate.documents(text.tokens, ends))
-    result["seconds"] = round(seconds, 3)
+    total = losses.double().sum().item()
+    loss = total / len(losses)
+    result = {
+        "model": opened.stored.source,
+        "text": text.name,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),  # exp(710) overflows
+        "bits_per_byte": total / math.log(2) / text.nbytes if text.nbytes else None,
+        "tokens": len(losses),
+        "bytes": text.nbytes,
+        "documents": len(evaluate.documents(text.tokens, ends)),
+        "start": text.start,
+    }
+    settings = {name: getattr(cfg, name) for name in SETTINGS}
     if cfg.json:
-        print(json.dumps(result))
+        print(json.dumps(result | settings))
     else:
         for line in in_words(result):
             say(line)
+        say(", ".join(f"{name}={value}" for name, value in settings.items()))
 
 
 def open_both(cfg: EvaluateConfig) -> tuple[Opened, Text]:
@@ -134,17 +138,30 @@ def open_both(cfg: EvaluateConfig) -> tuple[Opened, Text]:
     return opened, evaluate.text_of_dataset(data, cfg.split, opened.tokenizer)
 
 
-def set_windows(cfg: EvaluateConfig, opened: Opened) -> None:
-    """Fill in what None stands for. Raises UsageError for what does not fit the model."""
+def resolve(cfg: EvaluateConfig, opened: Opened) -> tuple[int, ...]:
+    """
+    Fill in what None and auto stand for. Returns the ids at which windows begin anew. Raises
+    UsageError for what does not fit the model.
+    """
+    source = opened.stored.source
     longest = opened.model.config.block_size
     cfg.block_size = cfg.block_size or longest
-    if cfg.block_size > longest:
-        problem = f"the longest context of {opened.stored.source} is {longest}"
-        raise UsageError(f"--block_size={cfg.block_size} does not work: {problem}")
     cfg.stride = cfg.stride or cfg.block_size
+    cfg.dtype = dtype_name(opened.dtype)
+    cfg.device = opened.device
+    if cfg.block_size > longest:
+        problem = f"the longest context of {source} is {longest}"
+        raise UsageError(f"--block_size={cfg.block_size} does not work: {problem}")
     if cfg.stride > cfg.block_size:
         problem = f"it must be at most block_size={cfg.block_size}, or tokens would be left out"
         raise UsageError(f"--stride={cfg.stride} does not work: {problem}")
+    if not cfg.within_documents:
+        return ()
+    ends = ends_of_text(opened.tokenizer.spec)
+    if not ends:
+        problem = f"the tokenizer of {source} has no token that ends a document"
+        raise UsageError(f"--within_documents=True: {problem}")
+    return ends
 
 
 def write_per_token(path: str, records: Iterable[dict[str, Any]]) -> None:
@@ -157,55 +174,17 @@ def write_per_token(path: str, records: Iterable[dict[str, Any]]) -> None:
         raise UserError(f"--per_token={path}: cannot be written ({reason})") from None
 
 
-def summary(cfg: EvaluateConfig, opened: Opened, text: Text, losses: Tensor) -> dict[str, Any]:
-    """What the losses (N - 1,) of a text amount to, and how they were measured."""
-    total = losses.double().sum().item()
-    loss = total / len(losses)
-    bits_per_byte = None
-    if text.nbytes:
-        bits_per_byte = total / math.log(2) / text.nbytes
-    return {
-        "model": opened.stored.source,
-        "text": text.name,
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),  # exp(710) overflows
-        "bits_per_byte": bits_per_byte,
-        "tokens": len(losses),
-        "bytes": text.nbytes,
-        "start": text.start,
-        "block_size": cfg.block_size,
-        "stride": cfg.stride,
-        "within_documents": cfg.within_documents,
-        "cached": cfg.cached,
-        "cache_dtype": cfg.cache_dtype,
-        "dtype": dtype_name(opened.dtype),
-        "device": opened.device,
-    }
-
-
 def in_words(result: dict[str, Any]) -> list[str]:
-    """The lines that are printed of a result."""
+    """The figures of a result, for people to read."""
     bits = "bits per byte unknown"
-    nbytes = "the dataset does not record its bytes"
     if result["bytes"]:
-        bits = f"{result['bits_per_byte']:.4f} bits per byte"
-        nbytes = f"{result['bytes']:,} bytes"
+        bits = f"{result['bits_per_byte']:.4f} bits per byte (of {result['bytes']:,})"
     first = f"all of the text, after token {result['start']}"
     if result["start"] is None:
-        first = "all but the first token, which has none before it"
-    windows = f"windows of {result['block_size']:,} tokens"
-    if result["stride"] < result["block_size"]:
-        windows += f", of which the last {result['stride']:,} are scored"
-    if result["within_documents"]:
-        windows += f", within each of {result['documents']:,} documents"
-    if result["cached"]:
-        windows += f", token by token through a cache ({result['cache_dtype']})"
-    speed = result["tokens"] / max(result["seconds"], 1e-9)
+        first = "all but the first, which has none before it"
     return [
-        f"{result['model']} on {result['text']}",
+        f"{result['model']} on {result['text']}: {result['tokens']:,} tokens, {first}",
         f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.4f}, {bits}",
-        f"over {result['tokens']:,} tokens, {nbytes} ({first})",
-        f"{windows}; {result['dtype']} on {result['device']}, {speed:,.0f} tokens/s",
     ]
 
 
