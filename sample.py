@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -31,7 +30,7 @@ from nanomla.cache import dtype_name
 from nanomla.chat import Chat
 from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne
 from nanomla.errors import UsageError, UserError, run_script, say, script_name
-from nanomla.files import require_file
+from nanomla.files import read_text
 from nanomla.generate import PREFILL_CHUNK, stream_tokens
 from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
@@ -166,13 +165,10 @@ def main(argv: list[str] | None = None) -> None:
 def read_prompt(start: str) -> str:
     """The prompt's text. Raises UserError if it is empty or its file cannot be read."""
     if start.startswith("FILE:"):
-        path = start.removeprefix("FILE:")
         try:
-            require_file(path, or_pipe=True)
-            start = Path(path).read_bytes().decode("utf-8")  # with its ends of lines as they are
-        except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--start=FILE:{path}: cannot be read ({reason})") from None
+            start = read_text(start.removeprefix("FILE:"))
+        except UserError as error:
+            raise UserError(f"--start=FILE:{error}") from None
     if not start:
         raise UsageError("--start: the prompt is empty; give at least one character")
     return start

@@ -70,7 +70,8 @@ class TrainConfig:
     }
     # A resumed run in which one of these has changed is another run than the one it continues.
     decides_run: ClassVar[tuple[str, ...]] = (
-        "dropout", "distill", "dataset", "seed", "batch_size", "gradient_accumulation_steps",
+        "dropout", "distill", "dataset", "within_documents", "seed", "batch_size",
+        "gradient_accumulation_steps",
         "weight_decay", "beta1", "beta2", "muon_weight_decay", "grad_clip", "learning_rate",
         "muon_learning_rate", "decay_lr", "decay_shape", "wsd_decay", "warmup_iters", "min_lr",
         "dtype",
@@ -93,6 +94,11 @@ class TrainConfig:
         "is added to the training loss.",
     ] = None
     dataset: Annotated[Text, "The dataset: a folder below data/, or a path."] = "openwebtext"
+    within_documents: Annotated[
+        bool,
+        "Sequences are cut at the tokens that end a document, and positions begin anew, so that no "
+        "document sees the one before it. The parts are padded to the longest, which takes time.",
+    ] = False
     seed: Annotated[Seed, "The seed of new weights, batches and dropout."] = 1337
     max_iters: Annotated[Natural, "The number of iterations of the whole run."] = 600000
     verify: Annotated[
@@ -192,6 +198,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.within_documents and self.distill:
+            raise ValueError("within_documents does not go with distill; leave out one of them")
 
 
 class Trainer:

@@ -12,14 +12,16 @@ seed.)
     python -m experiments.cached_loss
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.training import MLA, SHAPE, compare, start
 from model import GPT, GPTConfig
 from nanomla.cache import dtype_name
 from nanomla.errors import run_script
+from nanomla.evaluate import next_token_losses
 from tools.bench.timing import table
 
 TOKENS = 2**15
@@ -45,34 +47,21 @@ def main(argv: list[str] | None = None) -> None:
         batches.append((x.to(cfg.device), y.to(cfg.device)))
     rows = []
     for name, model in compare(variants, cfg, data).items():
-        whole = loss(model, batches, None)
+        whole = loss(model, batches)
         row = {"variant": name, "without a cache": f"{whole:.6f}"}
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             if model.make_cache(1, 1).grows or dtype != torch.int8:  # which a state cannot be
-                row[dtype_name(dtype)] = f"{loss(model, batches, dtype) - whole:+.6f}"
+                row[dtype_name(dtype)] = f"{loss(model, batches, True, dtype) - whole:+.6f}"
         rows.append(row)
     table("Loss token by token through the cache, less that without one", rows)
 
 
-@torch.no_grad()
-def loss(
-    model: GPT, batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype | None
-) -> float:
+def loss(model: GPT, batches: list[tuple[Tensor, Tensor]], *how: Any) -> float:
     """
-    Mean cross-entropy of y (B, T) after x (B, T), of all batches: by T steps over a cache of this
-    dtype, or by one pass without a cache.
+    Mean cross-entropy of y (B, T) after x (B, T), of all batches. how: next_token_losses's further
+    arguments.
     """
-    losses = []
-    for x, y in batches:
-        if dtype is None:
-            losses.append(model(x, y)[1].item())
-            continue
-        cache = model.make_cache(len(x), x.size(1), dtype)
-        steps = []
-        for t in range(x.size(1)):
-            logits, _ = model(x[:, t : t + 1], cache=cache)  # (B, 1, V)
-            steps.append(F.cross_entropy(logits[:, -1], y[:, t]).item())
-        losses.append(sum(steps) / len(steps))
+    losses = [next_token_losses(model, x, y, *how).double().mean().item() for x, y in batches]
     return sum(losses) / len(losses)
 
 

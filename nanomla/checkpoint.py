@@ -297,7 +297,8 @@ def tokenizer_spec(checkpoint: Checkpoint, dataset: str | None = None) -> dict[s
         remedy = f"put its data folder, with its meta.pkl, at {place}, or {other}"
     if own is not None:
         if spec is None or not same_ids(own, spec):
-            raise UserError(f"{source} has a tokenizer of its own; leave out --dataset={dataset}")
+            remedy = "name the dataset that it was trained on, or none"
+            raise UserError(f"{source} has another tokenizer than --dataset={dataset}; {remedy}")
         spec = own
     if spec:
         count = check_spec(spec, str(place))

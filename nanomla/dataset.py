@@ -60,7 +60,8 @@ class Meta:
 
 class Dataset:
     """
-    One dataset folder, memory-mapped.
+    One dataset folder, memory-mapped. Every row of a batch is a window, or with `ends` a document's
+    part of one; these are padded behind, to the longest, and have targets of -1 there.
 
     name: a folder below data/, or a path.
     Raises UserError if the folder is not prepared, if a split has fewer than block_size + 1 tokens,
@@ -81,6 +82,8 @@ class Dataset:
             )
         self.vocab_size = meta.vocab_size
         self.model_vocab_size: int | None = None  # of the model that reads it
+        # ids at which windows are cut, so that no document sees the one before it; (): at none
+        self.ends: tuple[int, ...] = ()
         self.tokenizer = meta.tokenizer
         self.split_bytes = meta.split_bytes
         self.splits = {split: self._map(split, meta) for split in ("train", "val")}
@@ -138,6 +141,11 @@ class Dataset:
         count = -(-wanted // batch_size)
         return [self.eval_batch(split, i, count, batch_size) for i in range(count)]
 
+    def tokens(self, split: str) -> np.ndarray:
+        """All token ids of a split, (N,). Raises UserError for one beyond the vocabulary."""
+        self._check_ids(split, int(self.splits[split].max()))
+        return self.splits[split]
+
     def bytes_per_token(self, split: str) -> float | None:
         """Average UTF-8 bytes of text per token; None if the meta file has no byte counts."""
         if split not in self.split_bytes:
@@ -150,8 +158,14 @@ class Dataset:
         tokens = self.splits[split]
         window = tokens[offsets[:, None] + np.arange(self.block_size + 1)]  # (B, T + 1)
         self._check_ids(split, int(window.max()))
-        ids = torch.from_numpy(window.astype(np.int64))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        ids = window.astype(np.int64)
+        inputs = ids[:, :-1]
+        targets = ids[:, 1:]
+        if self.ends:
+            cuts = np.isin(inputs, self.ends)  # an end is the first token of the next document
+            inputs = cut_rows(inputs, cuts, 0)
+            targets = cut_rows(targets, cuts, -1)
+        return torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy())
 
     def _check_ids(self, split: str, largest: int) -> None:
         """Raise UserError if an id is beyond the vocabulary of the meta file or of the model."""
@@ -166,6 +180,17 @@ class Dataset:
                 f"{holds} model has vocab_size={self.model_vocab_size}; it needs "
                 f"{largest + 1} or more"
             )
+
+
+def cut_rows(ids: np.ndarray, cuts: np.ndarray, padding: int) -> np.ndarray:
+    """The parts of all rows of ids (B, T), which begin at every cut (B, T) bool, padded behind."""
+    parts = []
+    for row, begins in zip(ids, cuts, strict=True):
+        parts += np.split(row, np.flatnonzero(begins[1:]) + 1)
+    padded = np.full((len(parts), max(map(len, parts))), padding)
+    for row, part in zip(padded, parts, strict=True):
+        row[: len(part)] = part
+    return padded
 
 
 def read_meta(place: Path) -> Meta:

@@ -34,6 +34,16 @@ def require_file(path: str | Path, or_pipe: bool = False) -> None:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file of UTF-8 or a pipe, its ends of lines as they are. Raises UserError."""
+    try:
+        require_file(path, or_pipe=True)
+        return Path(path).read_bytes().decode("utf-8")
+    except (OSError, ValueError) as error:  # no UTF-8, or a path with NUL in it
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """
     The object in a .json file of at most LARGEST_JSON bytes.

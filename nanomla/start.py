@@ -20,7 +20,7 @@ from nanomla.errors import UserError
 from nanomla.memory import require_memory
 from nanomla.optim import Settings
 from nanomla.runlog import read_log
-from nanomla.tokenizer import same_ids
+from nanomla.tokenizer import ends_of_text, same_ids
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
@@ -247,7 +247,7 @@ def best_so_far(cfg: Settings, ckpt: Checkpoint) -> float:
     The lowest validation loss of a resumed run, if weights that have it are on the disk and it is
     that of the windows which are evaluated from here on; else infinity.
     """
-    for name in ("dataset", "eval_iters", "batch_size"):
+    for name in ("dataset", "eval_iters", "batch_size", "within_documents"):
         value = getattr(cfg, name)
         if ckpt.config.get(name, value) != value:
             warn0("other validation windows than before: the best loss, and best.pt, start anew")
@@ -309,6 +309,11 @@ def check_model(config: GPTConfig, cfg: Settings, data: Dataset) -> None:
             f"vocab_size={config.vocab_size}; {remedy}"
         )
     data.model_vocab_size = config.vocab_size  # nanoGPT's datasets do not say what their ids are
+    if cfg.within_documents:
+        data.ends = ends_of_text(data.tokenizer)
+        if not data.ends:
+            problem = f"dataset {cfg.dataset} has no token that ends a document"
+            raise UserError(f"--within_documents=True: {problem}")
     if cfg.init_from != "scratch":
         return  # what the weights' own config stores was said when they were made
     idle = [f"{name}={getattr(config, name)!r}" for name in without_effect(config)]

@@ -169,3 +169,28 @@ def test_caches_in_words():
     state = costs.on_meta(tiny_config(use_latent_tokens=True, n_latent_tokens=40))
     words = "a state of 1920 numbers per layer, 2.5x more than MHA at 16 tokens"
     assert costs.cache_in_words(state) == words
+
+
+def test_caches_of_models_by_others():
+    """The bytes that docs/claims.md has of one sequence in two bytes a number, by our caches."""
+
+    def gigabytes(tokens, **shape):
+        shape = {"vocab_size": 8, "block_size": tokens, "pos_emb": "rope", **shape}
+        with torch.device("meta"):
+            return GPT(GPTConfig(**shape)).make_cache(1, tokens, torch.bfloat16).nbytes / 1e9
+
+    gpt3 = {"n_layer": 96, "n_head": 96, "n_embd": 12288}
+    assert gigabytes(2048, **gpt3) == 2 * 12288 * 96 * 2048 * 2 / 1e9 == pytest.approx(9.66, 1e-3)
+    llama2 = {"n_layer": 80, "n_head": 64, "n_embd": 8192}
+    assert gigabytes(4096, **llama2, n_kv_head=8) == pytest.approx(1.342, 1e-3)
+    assert gigabytes(4096, **llama2) == pytest.approx(10.74, 1e-3)
+    deepseek = {"n_layer": 60, "n_head": 128, "head_dim": 128, "n_embd": 5120}
+    mla = {"use_mla": True, "mla_latent_dim": 512, "mla_rope_dim": 64, "mla_nope_dim": 128}
+    mha = gigabytes(4096, **deepseek)
+    assert mha == pytest.approx(16.11, 1e-3)
+    assert mha / gigabytes(4096, **deepseek, **mla) == pytest.approx(56.89, 1e-3)
+    # the paper's 93.3%: 6 bits a number against DeepSeek 67B's 16
+    deepseek_67b = {"n_layer": 95, "n_head": 64, "n_embd": 8192, "n_kv_head": 8}
+    share = gigabytes(4096, **deepseek, **mla) / gigabytes(4096, **deepseek_67b)
+    assert 1 - share == pytest.approx(0.822, 1e-3)
+    assert 1 - share * 6 / 16 == pytest.approx(0.933, 1e-3)

@@ -1,5 +1,6 @@
 """The batch loader and meta.json. Run: python -m pytest tests/test_dataset.py"""
 
+import itertools
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ import torch
 import nanomla.dataset
 from nanomla.dataset import Dataset, Meta, locked, read_meta, write_dataset
 from nanomla.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import KINDS, ROOT, make
 
 
 def write(folder, train, val, vocab_size):
@@ -212,3 +213,41 @@ def test_preparing_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
     assert done.stdout.strip() == b"False"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_as_if_alone(tmp_path, kind):
+    """
+    Windows cut at both ids that end a document: the loss and the gradients of all parts, each in a
+    pass of its own, of a training batch and of one for evaluation.
+    """
+    ids = np.random.randint(2, 23, size=300)
+    ids[::13] = 1
+    ids[40::41] = 0
+    write(tmp_path, ids, ids, 23)
+    data = Dataset(str(tmp_path), 16)
+    model = make(kind)
+    for batch in (lambda: data.batch(3, 5, range(4)), lambda: data.eval_batch("val", 1, 3, 4)):
+        data.ends = ()
+        alone = []
+        for row, targets in zip(*batch(), strict=True):
+            begins = [0] + [t for t in range(1, 16) if row[t] < 2] + [16]
+            for a, b in itertools.pairwise(begins):
+                alone.append((row[None, a:b], targets[None, a:b]))
+        data.ends = (1, 0)
+        x, y = batch()
+        assert x.shape == y.shape == (len(alone), max(part.size(1) for part, _ in alone))
+        assert int((y >= 0).sum()) == 4 * 16 and len(alone) > 6
+        loss = model(x, y)[1]
+        loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        total = 0.0
+        for part, targets in alone:
+            of_part = model(part, targets)[1] * targets.numel() / (4 * 16)
+            of_part.backward()
+            total += of_part.item()
+        assert abs(loss.item() - total) < 1e-5
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5)
+        model.zero_grad()

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 
 PAGES = ("README.md", *(f"docs/{n}.md" for n in (
-    "attention", "data", "nanogpt", "export", "conversion", "distributed"
+    "attention", "data", "nanogpt", "evaluate", "export", "conversion", "distributed"
 )))
 SHORT = "--n_layer=2 --n_head=4 --n_embd=64 --batch_size=2 --eval_iters=1 --eval_interval=2"
 SHORTER = {  # flags that follow what is printed

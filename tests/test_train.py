@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from model import GPT
 from nanomla import checkpoint
+from nanomla.dataset import Meta, write_dataset
+from nanomla.evaluate import token_losses
 from tests.conftest import QUICK, fails_with_one_line, run
 
 MLA = ["--use_mla=True", "--pos_emb=rope"]
@@ -250,3 +253,34 @@ def test_compiled_model_trains_and_samples_alike(tmp_path, dataset):
         args = [f"--ckpt={best}", "--start=to", "--max_new_tokens=20", "--temperature=0", *extra]
         texts.append(run("sample.py", *args, fresh=True, timeout=500).stdout)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and texts[0] == texts[1] != ""
+
+
+def test_within_documents(tmp_path, dataset):
+    """
+    Another run, whose losses are those of documents alone: tools.evaluate measures the same where
+    windows and documents agree. A dataset without ends, and a teacher, are refused.
+    """
+    tokenizer = {"kind": "byte", "end": 10}  # every line is a document
+    ids = np.array(list(b"to be\nor not\nto be that is the\nquestion\n" * 20))
+    splits = {"train": [ids], "val": [ids[:161]]}  # ten windows of 16 targets
+    write_dataset(tmp_path / "d", splits, Meta(256, tokenizer))
+    flags = [*QUICK, f"--dataset={tmp_path}/d", "--max_iters=10", "--eval_iters=5"]
+    flags += ["--batch_size=2", "--optimizer=muon"]
+    final = {}
+    for name in ("False", "True"):
+        out = f"--out_dir={tmp_path}/{name}"
+        done = run("train.py", *flags, out, f"--within_documents={name}")
+        assert done.returncode == 0, done.stderr
+        final[name] = entries(tmp_path / name)[-1]["val_loss"]
+    model = GPT.from_pretrained(str(tmp_path / "True")).eval()
+    losses = []
+    for begin in range(0, 160, 16):
+        losses.append(token_losses(model, ids[begin : begin + 17], ends=(10,)))
+    mean = torch.cat(losses).mean().item()
+    assert abs(mean - final["True"]) < 1e-5 and abs(mean - final["False"]) > 1e-3
+    done = run("train.py", out, "--init_from=resume", "--max_iters=12", "--within_documents=False")
+    assert done.returncode == 0 and "within_documents True, now False" in done.stderr
+    done = run("train.py", *QUICK, f"--dataset={dataset}", "--within_documents=True")
+    assert fails_with_one_line(done, 1, "no token that ends a document")
+    done = run("train.py", *flags, "--within_documents=True", "--distill=out")
+    assert fails_with_one_line(done, 2, "within_documents does not go with distill")

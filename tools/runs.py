@@ -30,6 +30,7 @@ from nanomla.errors import UserError
 from nanomla.files import read_record, write_text
 from nanomla.settings import configure
 from nanomla.start import stored_settings
+from nanomla.tokenizer import ends_of_text
 from tools.bench.decode import decoding
 from tools.bench.timing import alternate
 
@@ -253,6 +254,8 @@ def final_loss(model: GPT, settings: dict[str, Any], eval_tokens: int) -> float:
     model.to(device).eval()
     data = Dataset(settings["dataset"], config.block_size)
     data.model_vocab_size = config.vocab_size
+    if settings.get("within_documents"):
+        data.ends = ends_of_text(data.tokenizer)
     losses = []
     for x, y in data.spread("val", eval_tokens, max(1, min(64, 16384 // config.block_size))):
         with torch.autocast(device_type, getattr(torch, dtype), enabled=dtype != "float32"):
