@@ -1253,9 +1253,12 @@ class MixtureOfExperts(nn.Module):
     @torch.compiler.disable  # its shapes depend on the choice
     def _routed(self, tokens: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
         """
-        What each token's routed experts add up to, (N, C). A loop over the experts takes as long on
-        a CPU as torch's grouped_mm, which needs widths of 16 bytes and no float64.
+        What each token's routed experts add up to, (N, C). On a CPU a loop over experts takes 0.7
+        to 1.3 times as long as torch's grouped_mm, which has no float64 and no odd widths.
         """
+        if len(tokens) == 1 and not torch.is_grad_enabled() and not self.counting:  # decoding
+            outputs = torch.cat([self.experts[e](tokens) for e in choice[0].tolist()])
+            return weights.to(outputs.dtype) @ outputs
         expert, order = choice.flatten().sort(stable=True)  # pairs of a token and an expert
         numbers = torch.arange(len(self.experts), device=expert.device)
         ends = torch.searchsorted(expert, numbers, right=True)  # of each expert's pairs

@@ -93,11 +93,12 @@ def test_numbers_that_do_not_go_together(settings, words):
     assert str(caught.value).startswith(words), caught.value
 
 
-def test_cached_equals_uncached():
-    """Token by token and in one pass."""
+@pytest.mark.parametrize("B", [1, 3])
+def test_cached_equals_uncached(B):
+    """Token by token and in one pass; a single token goes straight to its experts."""
     model = make({**EXPERTS, "moe_groups": 3, "moe_active_groups": 2})
-    idx = torch.randint(23, (3, 12))
-    cache = model.make_cache(3, 12)
+    idx = torch.randint(23, (B, 12))
+    cache = model.make_cache(B, 12)
     with torch.no_grad():
         steps = [model(idx[:, i : i + 1], cache=cache)[0] for i in range(12)]
     torch.testing.assert_close(torch.cat(steps, dim=1), all_logits(model, idx), atol=1e-5, rtol=0)
