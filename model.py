@@ -1,7 +1,7 @@
 """
 The whole model: a GPT whose attention is causal self-attention (MHA), multi-head latent attention
 (MLA), MLA with a rotary latent, or latent tokens, chosen by GPTConfig. All but the last can keep
-their values in a low-rank subspace (SVD).
+their values in a low-rank subspace (SVD). Layers have an MLP or a mixture of experts.
 
 Letters: B sequences, T new tokens, S cached and new tokens, C = n_embd, nh heads, nkv key/value
 heads, hs head size, L latent numbers per group, G groups, r rotary numbers, rv value rank.

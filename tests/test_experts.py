@@ -170,6 +170,7 @@ def test_inactive_settings_are_named():
     """Without experts their settings do nothing, and a run says so."""
     assert without_effect(tiny_config(moe_active=3, moe_scale=2.5)) == ["moe_active", "moe_scale"]
     assert without_effect(tiny_config(**EXPERTS, moe_active=3)) == []
+    assert without_effect(tiny_config(n_layer=1, moe_experts=6)) == ["moe_experts"]
 
 
 def test_sequences_of_a_batch_do_not_depend_on_each_other():
