@@ -1226,7 +1226,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # (N, C)
         weights, choice = self._route(tokens)
-        y = self._routed(tokens, weights, choice).view(x.shape)
+        y = self.routed(tokens, weights, choice).view(x.shape)
         if self.config.moe_shared:
             y = y + self.shared(x)
         return y
@@ -1250,8 +1250,7 @@ class MixtureOfExperts(nn.Module):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return config.moe_scale * weights, choice
 
-    @torch.compiler.disable  # its shapes depend on the choice
-    def _routed(self, tokens: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
+    def routed(self, tokens: Tensor, weights: Tensor, choice: Tensor) -> Tensor:
         """
         What each token's routed experts add up to, (N, C). On a CPU a loop over experts takes 0.7
         to 1.3 times as long as torch's grouped_mm, which has no float64 and no odd widths.

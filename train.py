@@ -232,6 +232,7 @@ class Trainer:
         model.grad_checkpoint = cfg.grad_checkpoint
         if cfg.compile:
             print0("compiling the model (the first iterations take a minute or more)")
+            experts.leave_uncompiled(model)
         blocks = model.transformer.h
         self.net = distributed.wrap(model, blocks, world, cfg.parallel, cfg.compile).train()
 

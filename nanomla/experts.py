@@ -18,6 +18,12 @@ def mixtures(model: GPT) -> list[MixtureOfExperts]:
     return [block.mlp for block in model.transformer.h if isinstance(block.mlp, MixtureOfExperts)]
 
 
+def leave_uncompiled(model: GPT) -> None:
+    """Let torch.compile leave out the routed experts, whose shapes change with every batch."""
+    for layer in mixtures(model):  # a decorator would import the compiler in every process
+        layer.routed = torch.compiler.disable(layer.routed)
+
+
 @contextlib.contextmanager
 def counted(model: GPT) -> Iterator[None]:
     """
