@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 
 from model import GPT
+from nanomla import experts
 from nanomla.batch import Batch, Request, Sampling
 from nanomla.cache import dtype_name
 from nanomla.chat import Chat
@@ -182,6 +183,7 @@ def lines_of(text: str) -> list[str]:
 def compile_mlps(model: GPT) -> None:
     """Compile the MLPs alone, as attention's shapes change with every token in the cache."""
     say("compiling (the first tokens take longer)", sys.stderr)
+    experts.leave_uncompiled(model)
     for block in model.transformer.h:
         block.mlp.compile()
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from model import GPT, GPTConfig
-from nanomla import costs, distributed, optim, settings
+from nanomla import costs, distributed, experts, optim, settings
 from nanomla.checkpoint import Checkpoint
 from nanomla.checks import Count, Natural, NonNegative, Seed, Share, Text, UpToOne, check
 from nanomla.dataset import Dataset
@@ -74,7 +74,7 @@ class TrainConfig:
         "gradient_accumulation_steps",
         "weight_decay", "beta1", "beta2", "muon_weight_decay", "grad_clip", "learning_rate",
         "muon_learning_rate", "decay_lr", "decay_shape", "wsd_decay", "warmup_iters", "min_lr",
-        "dtype",
+        "dtype", "moe_balance_step",
     )
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     vocab_size: Annotated[
@@ -130,6 +130,12 @@ class TrainConfig:
     grad_clip: Annotated[
         NonNegative, "The largest norm of the gradient. Larger ones are scaled down; 0 allows any."
     ] = 1.0
+
+    moe_balance_step: Annotated[
+        NonNegative,
+        "The step by which the router's bias rises after an iteration for an expert with fewer "
+        "tokens than the mean, and falls for the others. 0 leaves the loads as they are.",
+    ] = 0.001
 
     learning_rate: Annotated[
         NonNegative, Field(le=1e100), "The highest learning rate of AdamW."
@@ -231,6 +237,7 @@ class Trainer:
         model.grad_checkpoint = cfg.grad_checkpoint
         if cfg.compile:
             print0("compiling the model (the first iterations take a minute or more)")
+            experts.leave_uncompiled(model)
         blocks = model.transformer.h
         self.net = distributed.wrap(model, blocks, world, cfg.parallel, cfg.compile).train()
 
@@ -249,18 +256,22 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """
-        The mean losses over fixed windows of each split, on every rank, and the second as
-        perplexity and, if the dataset records the bytes of its text, as bits per byte.
+        The mean losses over fixed windows of each split, on every rank, the second as perplexity
+        and, if the dataset records the bytes of its text, as bits per byte too; and how much of
+        these tokens single experts get.
         """
         self.net.eval()
         train_loss = self.mean_loss("train")
-        val_loss = self.mean_loss("val")
+        with experts.counted(self.model):
+            val_loss = self.mean_loss("val")
         self.net.train()
         measures = {"train_loss": train_loss, "val_loss": val_loss}
         measures["perplexity"] = math.exp(min(val_loss, 700))  # exp(710) overflows
         bytes_per_token = self.data.bytes_per_token("val")
         if bytes_per_token:
             measures["bits_per_byte"] = val_loss / math.log(2) / bytes_per_token
+        if experts.mixtures(self.model):
+            measures |= experts.shares(experts.loads(self.model, self.world))
         return measures
 
     def mean_loss(self, split: str) -> float:
@@ -274,6 +285,8 @@ class Trainer:
             # Under FSDP all ranks must run the model together. A rank for which no batch is left
             # runs the last one again and does not count it.
             x, y = self.data.eval_batch(split, min(i, count - 1), count, batch_size)
+            if i >= count:
+                experts.stop_counting(self.model)
             with self.autocast():
                 _, loss = self.net(x.to(world.device), y.to(world.device))
             loss = loss.item()
@@ -325,6 +338,9 @@ class Trainer:
         if math.isfinite(norm):
             for optimizer in self.optimizers.values():
                 self.scaler.step(optimizer)
+            step = self.cfg.moe_balance_step
+            if step and experts.mixtures(self.model):
+                experts.balance(self.model, experts.loads(self.model, self.world), step)
         self.scaler.update()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -389,8 +405,12 @@ def train(cfg: TrainConfig, origins: dict[str, str], world: World) -> None:
     processes = "1 process"
     if world.size > 1:
         processes = f"{world.size} processes"
+    parameters = f"{model.get_num_params():,} parameters"
+    idle = sum(p.numel() for p in costs.idle_parameters(model))
+    if idle:
+        parameters += f", of which a token passes {model.get_num_params() - idle:,}"
     print0(
-        f"model: {model.get_num_params():,} parameters, {costs.cache_in_words(model)}",
+        f"model: {parameters}, {costs.cache_in_words(model)}",
         f"run: {world.device}, {trainer.dtype}, {processes}, {tokens_per_iter:,} tokens per "
         f"iteration ({accumulation} x {cfg.batch_size} x {config.block_size}), "
         f"iterations {first} to {cfg.max_iters}",
@@ -446,7 +466,8 @@ def loop(trainer: Trainer, folder: RunFolder, progress: Progress, stop: StopSign
 
         # forward and backward
         began = time.perf_counter()
-        mean_loss = trainer.gradients(it)
+        with experts.counted(trainer.model):
+            mean_loss = trainer.gradients(it)
         norm = trainer.clip()
         loss_sum, signals = world.sum(mean_loss, stop.received)
         loss = loss_sum / world.size  # the mean over the rows of all ranks

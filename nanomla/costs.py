@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, MixtureOfExperts
 from nanomla.attention import cached_numbers_at
 
 # Dense bfloat16 matrix peak, FLOP/s, from the vendors' data sheets; float16 has the same rate.
@@ -30,10 +32,17 @@ def parameters(config: GPTConfig) -> int:
         shape = dataclasses.replace(config, n_layer=n_layer, block_size=block_size)
         return sum(p.numel() for p in on_meta(shape).parameters())
 
-    if isinstance(config.mla_latent_dim, tuple):  # no two layers need be alike
+    if isinstance(config.mla_latent_dim, tuple) or config.moe_experts:  # layers differ
         return count(config.n_layer)
     first = count(1)
     return first + (config.n_layer - 1) * (count(2) - first)
+
+
+def idle_parameters(model: GPT) -> Iterator[nn.Parameter]:
+    """Parameters of as many experts as a token does not pass."""
+    for block in model.transformer.h:
+        if isinstance(block.mlp, MixtureOfExperts):
+            yield from block.mlp.experts[model.config.moe_active :].parameters()
 
 
 def training_bytes(config: GPTConfig, sequences: int, moments: int) -> int:
@@ -81,7 +90,8 @@ def count_kv_parameters(model: GPT) -> int:
 def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
     """
     Floating-point operations of the forward pass for one token that attends over `context` keys:
-    two per weight of every matrix and two per key, head and number in scores and averages.
+    two per weight of every matrix that it passes and two per key, head and number in scores and
+    averages.
 
     absorbed: as in decoding, where MLA attends over latents and values stay in SVD's subspace; else
     as in training, over expanded keys and by value maps that are multiplied out.
@@ -91,7 +101,7 @@ def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
         flops += 2 * sum(p.numel() for p in block.mlp.parameters() if p.dim() > 1)
         flops += block.attn.flops_per_token(absorbed)
         flops += block.attn.flops_per_key(absorbed) * context
-    return flops
+    return flops - 2 * sum(p.numel() for p in idle_parameters(model) if p.dim() > 1)
 
 
 def mfu(

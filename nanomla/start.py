@@ -336,4 +336,6 @@ def without_effect(config: GPTConfig) -> list[str]:
         idle += ["rope_theta", "rope_freqs"]
     if config.mlp != "gelu":
         idle += ["gelu"]
+    if config.moe_experts == 0 or config.moe_dense_layers >= config.n_layer:
+        idle += [name for name in fields if name.startswith("moe_")]
     return [name for name in dict.fromkeys(idle) if getattr(config, name) != fields[name].default]

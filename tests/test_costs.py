@@ -39,6 +39,10 @@ COUNTED = {
     "MLA + SVD, nope": {**TINY_MLA, "mla_nope_dim": 1, "use_svd": True, "svd_rank": 2},
     "rotary latent + SVD": {**KINDS["rotary latent"], "use_svd": True, "svd_rank": 2},
     "SwiGLU, untied": {"mlp": "swiglu", "tie_weights": False},
+    "experts": {"moe_experts": 6, "moe_active": 2, "moe_hidden": 5},
+    "experts in all layers": {
+        "mlp": "swiglu", "moe_experts": 5, "moe_active": 3, "moe_shared": 0, "moe_dense_layers": 0,
+    },
 }
 
 
@@ -112,11 +116,11 @@ def test_use_of_a_gpu(monkeypatch):
     assert costs.mfu(model, 16, 1e6, "cuda", "bfloat16") is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "experts"])
 def test_parameters_without_memory(kind):
     """As many as the built model has; what no machine holds takes no time."""
     for changes in ({}, {"mla_share_latent": kind == "MLA", "tie_weights": False, "bias": False}):
-        config = tiny_config(**{**KINDS[kind], **changes})
+        config = tiny_config(**{**COUNTED[kind], **changes})
         assert costs.parameters(config) == GPT(config).get_num_params(False), changes
     one = costs.parameters(GPTConfig(n_layer=1))
     assert costs.parameters(GPTConfig(n_layer=100_000)) == one + 99_999 * 7_087_872

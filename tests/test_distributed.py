@@ -15,7 +15,7 @@ import torch
 
 from nanomla import checkpoint
 from nanomla.distributed import resolve_dtype
-from tests.conftest import QUICK, ROOT, run
+from tests.conftest import QUICK, ROOT, TINY_MLA, make, run, save_model
 from tests.test_train import entries
 
 # 4 micro-steps an iteration, so 2 for each of two processes; 3 evaluation batches, so that one rank
@@ -107,6 +107,29 @@ def test_every_kind_of_two_processes_equals_one(tmp_path, dataset, settings):
     assert [getattr(v, "shape", v) for v in flat[0]] == [getattr(v, "shape", v) for v in flat[1]]
     if "--sample_interval=1" in settings:
         assert done.stdout.count("sample: ") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_experts_loads_are_those_of_all_processes(tmp_path, dataset, parallel):
+    """
+    The same losses, biases and shares as in one process. The first weights are large, as otherwise
+    some scores are so close that rounding chooses the expert.
+    """
+    save_model(tmp_path, make({**TINY_MLA, "moe_experts": 6, "moe_dense_layers": 0}))
+    args = [*LONG, f"--dataset={dataset}", f"--init_from={tmp_path}/ckpt.pt", "--max_iters=5"]
+    args += ["--optimizer=muon", "--moe_balance_step=0.01", f"--parallel={parallel}"]
+    assert run("train.py", *args, f"--out_dir={tmp_path}/one").returncode == 0
+    done = torchrun(*args, f"--out_dir={tmp_path}/two")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(entries(tmp_path / "one"), entries(tmp_path / "two"), strict=True):
+        for key in ("loss", "val_loss", "expert_share_min", "expert_share_max"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (a, b)
+    one, two = (checkpoint.load(tmp_path / name / "ckpt.pt").model for name in ("one", "two"))
+    before = checkpoint.load(tmp_path / "ckpt.pt").model
+    for name in one:
+        if name.endswith("router_bias"):
+            assert torch.equal(one[name], two[name]) and not torch.equal(one[name], before[name])
 
 
 @pytest.mark.slow

@@ -43,6 +43,11 @@ DENSE = {
     **SHAPE, "num_key_value_heads": 4, "kv_lora_rank": 7, "q_lora_rank": None,
     "qk_rope_head_dim": 4, "qk_nope_head_dim": 5, "v_head_dim": 6, "first_k_dense_replace": 2,
 }
+EXPERTS = {
+    "first_k_dense_replace": 1, "n_routed_experts": 6, "num_experts_per_tok": 2,
+    "n_shared_experts": 2, "moe_intermediate_size": 12, "n_group": 3, "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+}
 FAMILIES = {  # transformers' classes of settings and of models
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "llama": ("LlamaConfig", "LlamaForCausalLM", HEADS),
@@ -58,7 +63,11 @@ def foreign(kind, **settings):
 
     config, model, shape = FAMILIES[kind]
     config = getattr(transformers, config)(**{**ENDS, **shape, **settings})
-    return randomise(getattr(transformers, model)(config), 0.2)
+    model = randomise(getattr(transformers, model)(config), 0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
+    return model
 
 
 def their_logits(model, idx):
@@ -133,6 +142,9 @@ IN = [
     ("deepseek_v3", {"q_lora_rank": 9, "rope_interleave": False, "tie_word_embeddings": True}),
     ("deepseek_v3", {"attention_bias": True, "rope_parameters": {"rope_theta": 77.0}}),
     ("deepseek_v3", {"v_head_dim": 2, "qk_rope_head_dim": 8, "rms_norm_eps": 1e-2}),
+    ("deepseek_v3", EXPERTS),
+    ("deepseek_v3", {**EXPERTS, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+                     "num_experts_per_tok": 5, "norm_topk_prob": False, "q_lora_rank": 9}),
 ]
 
 
@@ -154,6 +166,17 @@ def test_models_of_transformers_open_with_equal_logits(tmp_path, kind, settings)
         return
     kind = "llama" if kind in ("mistral", "qwen2") else kind
     assert formats.fitting_format(ours.config)[0] == kind
+
+
+def test_experts_as_transformers_has_them_in_memory(tmp_path):
+    """One tensor for the matrices of all experts is read as one for each."""
+    model = foreign("deepseek_v3", **EXPERTS)
+    model.save_pretrained(tmp_path)
+    apart = GPT.from_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert state["model.layers.1.mlp.experts.gate_up_proj"].shape == (6, 24, 24)
+    save_file(state, tmp_path / "model.safetensors")
+    assert same_weights(apart, GPT.from_pretrained(tmp_path))
 
 
 def test_other_spellings_of_a_gpt2(tmp_path):
@@ -283,6 +306,10 @@ OUT = [
     ("deepseek_v3", {}),
     ("deepseek_v3", {**MORE, "rope_theta": 77.0, "mla_q_latent_dim": 5, "mla_nope_dim": 3,
                      "head_dim": 8, "mla_rope_dim": 4}),
+    ("deepseek_v3", {"moe_experts": 6, "moe_hidden": 12}),
+    ("deepseek_v3", {"moe_experts": 12, "moe_active": 4, "moe_shared": 3, "moe_hidden": 8,
+                     "moe_groups": 4, "moe_active_groups": 2, "moe_norm": False, "moe_scale": 2.5,
+                     "moe_dense_layers": 0}),
 ]
 
 
@@ -317,7 +344,7 @@ SHARED = {"mla_share_latent": True, "use_svd": True, "svd_rank": 3, "mla_norm": 
 
 def test_our_own_format_round_trips(tmp_path):
     """Bit by bit, config and tokenizer too; tied and shared weights are stored once."""
-    model = randomise(GPT(tiny_config(**TINY_MLA, **SHARED)), 0.2)
+    model = randomise(GPT(tiny_config(**TINY_MLA, **SHARED, moe_experts=5, moe_scale=2.5)), 0.2)
     write(tmp_path, model, "nanomla", CHARS)
     twin = GPT.from_pretrained(tmp_path)
     assert formats.read_pretrained(tmp_path).tokenizer == CHARS
@@ -333,7 +360,9 @@ FLIPPED = {  # for every field that a format may have, a value that differs from
     "mla_nope_dim": 3, "mla_rope": "latent", "mla_q_latent_dim": 5, "mla_norm": "layernorm",
     "mla_split": True, "mla_share_latent": True, "n_latent_tokens": 3, "svd_rank": 3,
     "svd_method": "randomized", "attn_gate": True, "qk_norm": True,
-    "mla_share_cache": 2,
+    "mla_share_cache": 2, "moe_experts": 4, "moe_active": 3, "moe_shared": 0, "moe_hidden": 8,
+    "moe_groups": 2, "moe_active_groups": 1, "moe_norm": False, "moe_scale": 1.5,
+    "moe_dense_layers": 0,
 }
 STYLED = {"norm", "mlp", "pos_emb", "use_mla", "rope_freqs"}  # each a style of its own
 
@@ -452,7 +481,12 @@ CONFIGS = [  # changes to a config.json (...: the setting is not there), and wha
     ("mistral", {"max_position_embeddings": 5000, "sliding_window": ...}, ["=4096 with max_pos"]),
     ("qwen2", {**SLIDING, "layer_types": ...}, ["sliding_window=3 with max_position_embeddings"]),
     ("qwen2", {**SLIDING, "layer_types": ["full_attention", "sliding_attention"]}, ["=3 with max"]),
-    ("deepseek_v3", {"first_k_dense_replace": 1}, ["=1", "experts are not supported"]),
+    ("deepseek_v3", EXPERTS, ["missing (first transformer.h.1.mlp.experts.0.c_fc.weight)"]),
+    ("deepseek_v3", {**EXPERTS, "n_routed_experts": 10**9}, ["moe_experts=1000000000", "4096"]),
+    ("deepseek_v3", {**EXPERTS, "topk_group": 4}, ["moe_active_groups=4", "at most moe_groups=3"]),
+    ("deepseek_v3", {**EXPERTS, "scoring_func": "softmax"}, ["scoring_func='softmax'", "sigmoid"]),
+    ("deepseek_v3", {**EXPERTS, "attention_bias": True}, ["attention_bias=True", "only False"]),
+    ("deepseek_v3", {**EXPERTS, "n_routed_experts": ...}, ["n_routed_experts is missing"]),
     ("deepseek_v3", {"kv_lora_rank": 6}, ["kv_latent_proj.weight has 11 rows", "have 10"]),
     ("deepseek_v3", {"q_lora_rank": 9, "attention_bias": True}, ["attention_bias=True"]),
     ("nanomla", {"n_layer": 10**9}, ["n_layer=1000000000", "2 layers"]),

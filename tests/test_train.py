@@ -33,13 +33,20 @@ def iterations(folder):
     return [e["iter"] for e in log if "loss" in e], [e["iter"] for e in log if "val_loss" in e]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, optimizer):
+EXPERTS = ["--moe_experts=6", "--moe_balance_step=0.01"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=muon", *EXPERTS]],
+    ids=" ".join,
+)
+def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, more):
     """
     Weights, optimizer, best loss and log of a run in two parts are bit-identical to those of one in
     one part. The folder and a later end are enough to resume; what is given besides wins.
     """
-    args = [*QUICK, *MLA, f"--dataset={dataset}", f"--optimizer={optimizer}", "--dropout=0.1"]
+    args = [*QUICK, *MLA, f"--dataset={dataset}", *more, "--dropout=0.1"]
     args += ["--log_interval=2", "--gradient_accumulation_steps=2", "--lr_decay_iters=25"]
     full = tmp_path / "full"
     parts = tmp_path / "parts"
@@ -242,12 +249,13 @@ def test_bfloat16_and_grad_checkpoint_train(tmp_path, dataset):
 
 
 @pytest.mark.slow
-def test_compiled_model_trains_and_samples_alike(tmp_path, dataset):
+@pytest.mark.parametrize("more", [[], ["--moe_experts=6", "--grad_checkpoint"]], ids=" ".join)
+def test_compiled_model_trains_and_samples_alike(tmp_path, dataset, more):
     """--compile reaches the loss of the plain run, and samples the plain text greedily."""
     losses, texts, best = [], [], tmp_path / "o" / "best.pt"
     for extra in ([], ["--compile"]):
         args = [*QUICK, *MLA, *extra, f"--dataset={dataset}", f"--out_dir={tmp_path}/o"]
-        done = run("train.py", *args, "--max_iters=20", fresh=True, timeout=500)
+        done = run("train.py", *args, *more, "--max_iters=20", fresh=True, timeout=500)
         assert done.returncode == 0 and ("compiling" in done.stdout) == bool(extra), done.stderr
         losses.append(checkpoint.load(best).best_val_loss)
         args = [f"--ckpt={best}", "--start=to", "--max_new_tokens=20", "--temperature=0", *extra]

@@ -281,8 +281,10 @@ class Jobs:
     def _equal_width(self, variant: str) -> int:
         """The MLP's width with which a variant has the parameters of the first."""
         config = self.configs[variant]
-        wider = dataclasses.replace(config, mlp_hidden=config.hidden + 1)
-        per_unit = parameters(wider) - self.parameters[variant]
+        wider = dataclasses.replace(config, mlp_hidden=2 * config.hidden)
+        per_unit = (parameters(wider) - self.parameters[variant]) / config.hidden
+        if per_unit == 0:  # every layer has experts, whose width is given
+            raise UsageError(f"variant {variant}: mlp_hidden changes no parameter of this model")
         missing = self.parameters[self.first] - self.parameters[variant]
         return max(config.hidden + round(missing / per_unit), 1)
 

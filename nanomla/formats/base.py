@@ -55,6 +55,8 @@ FREE = dict.fromkeys(  # what GPT-2, Llama and DeepSeek-V3 can all have, or do n
     (
         "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "mlp_hidden", "norm_eps",
         "tie_weights", "dropout", "gelu", "rope_theta", "svd_rank", "svd_method", "n_latent_tokens",
+        "moe_active", "moe_shared", "moe_hidden", "moe_groups", "moe_active_groups", "moe_norm",
+        "moe_scale", "moe_dense_layers",  # without effect unless there are moe_experts
     ),
     anything,
 )

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, as transformers' DeepseekV3ForCausalLM stores it, with dense layers only."""
+"""DeepSeek-V3, as transformers' DeepseekV3ForCausalLM stores it."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,23 @@ DEEPSEEK_NAMES = {
     ".attn.kv_latent_proj.": ".self_attn.kv_a_proj_with_mqa.",
     ".attn.latent_norm.": ".self_attn.kv_a_layernorm.",
     ".attn.kv_expand.": ".self_attn.kv_b_proj.",  # per head, k_expand's rows and then v_expand's
+    ".mlp.router_bias": ".mlp.gate.e_score_correction_bias",
+    ".mlp.router.": ".mlp.gate.",
+    ".mlp.shared.": ".mlp.shared_experts.",
 }
+EXPERTS = {  # settings: DeepSeek's name and ours
+    "n_routed_experts": "moe_experts",
+    "num_experts_per_tok": "moe_active",
+    "n_shared_experts": "moe_shared",
+    "moe_intermediate_size": "moe_hidden",
+    "n_group": "moe_groups",
+    "topk_group": "moe_active_groups",
+    "norm_topk_prob": "moe_norm",
+    "routed_scaling_factor": "moe_scale",
+    "first_k_dense_replace": "moe_dense_layers",
+}
+# What DeepSeek's own config.json has besides about the choice, which transformers ignores.
+CHOICE = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 
 
 def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
@@ -34,29 +50,31 @@ def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
     DeepSeek stores the numbers that rotate together side by side (rope_interleave, its default);
     here they are r / 2 apart. So the rotary rows are put in another order.
     """
-    settings = {"first_k_dense_replace": 3, "rope_interleave": True, **settings}
+    settings = {
+        "first_k_dense_replace": 3, "rope_interleave": True, "attention_bias": False, **settings,
+    }
     args = rotary_args(settings)
-    args["bias"] = bool(settings.get("attention_bias"))
+    args["bias"] = bool(settings["attention_bias"])
     args["use_mla"] = True
     args["mla_latent_dim"] = settings["kv_lora_rank"]
     args["mla_rope_dim"] = settings["qk_rope_head_dim"]
     args["mla_nope_dim"] = settings["qk_nope_head_dim"]
     args["mla_q_latent_dim"] = settings["q_lora_rank"]
     args["head_dim"] = settings["v_head_dim"]
+    if settings["first_k_dense_replace"] < settings["num_hidden_layers"]:
+        args |= experts_args(settings)
     config = GPTConfig(**args)
     heads = config.n_head
     r = config.mla_rope_dim
-    dense = settings["first_k_dense_replace"]
-    if dense < config.n_layer:
-        problem = f"first_k_dense_replace={dense} with num_hidden_layers={config.n_layer}"
-        raise ValueError(f"{problem}: mixtures of experts are not supported, only dense layers")
     if settings.get("num_key_value_heads") is not None:
         require_value(settings, "num_key_value_heads", heads)
     if config.bias and config.mla_q_latent_dim is not None:
         raise ValueError("attention_bias=True with a q_lora_rank is not supported, only False")
     state = our_names(tensors, DEEPSEEK_NAMES)
     for name in list(state):
-        if name.endswith(".attn.kv_expand.weight"):
+        if ".mlp.experts." in name and name.endswith("_proj"):  # as transformers has it in memory
+            state |= experts_apart(name, state.pop(name))
+        elif name.endswith(".attn.kv_expand.weight"):
             weight = take(state, name, heads * (config.nope + config.hs))
             keys, values = weight.unflatten(0, (heads, -1)).split([config.nope, config.hs], dim=1)
             state[name.replace("kv_expand", "k_expand")] = keys.flatten(0, 1)
@@ -72,6 +90,38 @@ def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
     if config.bias:
         add_zero_biases(state, {"attn.q_proj", "mlp.c_gate", "mlp.c_fc", "mlp.c_proj"})
     return args, state
+
+
+def experts_args(settings: Settings) -> Settings:
+    """The settings of a mixture of experts as arguments of GPTConfig."""
+    settings = {**CHOICE, **settings}
+    for name, value in CHOICE.items():
+        require_value(settings, name, value)
+    require_value(settings, "attention_bias", False, None)
+    args = {ours: settings[theirs] for theirs, ours in EXPERTS.items()}
+    for name in ("moe_groups", "moe_active_groups"):
+        if args[name] is None:
+            args[name] = 1
+    if args["moe_shared"] is None:
+        args["moe_shared"] = 0
+    return args
+
+
+def experts_apart(name: str, stacked: Tensor) -> Tensors:
+    """
+    Every expert's matrices under our names, of gate_up_proj (E, 2 * hidden, C), which has the gate
+    first, or down_proj (E, C, hidden).
+    """
+    layer, _, matrix = name.rpartition(".")
+    state = {}
+    for i, weight in enumerate(stacked):
+        if matrix == "gate_up_proj":
+            gate, up = weight.chunk(2)
+            state[f"{layer}.{i}.c_gate.weight"] = gate
+            state[f"{layer}.{i}.c_fc.weight"] = up
+        else:
+            state[f"{layer}.{i}.c_proj.weight"] = weight
+    return state
 
 
 def write(model: GPT) -> tuple[Settings, Tensors]:
@@ -111,6 +161,10 @@ def write(model: GPT) -> tuple[Settings, Tensors]:
         "first_k_dense_replace": config.n_layer,  # every layer is dense
         "num_nextn_predict_layers": 0,
     }
+    if config.moe_experts:
+        settings |= {theirs: getattr(config, ours) for theirs, ours in EXPERTS.items()}
+        settings["moe_intermediate_size"] = config.expert_hidden
+        settings |= CHOICE
     return settings, their_names(state, DEEPSEEK_NAMES)
 
 
@@ -150,6 +204,9 @@ FITS = {
     **dict.fromkeys(("mla_nope_dim", "mla_q_latent_dim"), anything),
     "mla_latent_dim": lambda config: isinstance(config.mla_latent_dim, int),  # of all layers
     "mla_rope_dim": lambda config: bool(config.mla_rope_dim),
+    "moe_experts": anything,
+    # transformers has no model without shared experts
+    "moe_shared": lambda config: config.moe_experts == 0 or config.moe_shared > 0,
 }
 HAS = "MLA with a decoupled rotary key, RMSNorm, SwiGLU"
 DEEPSEEK = Format("deepseek_v3", HAS, read, write, FITS)

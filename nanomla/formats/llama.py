@@ -115,9 +115,9 @@ NAMES = {  # parts of tensors' names: ours, and those of Llama and DeepSeek-V3
     ".ln_1.": ".input_layernorm.",
     ".attn.c_proj.": ".self_attn.o_proj.",
     ".ln_2.": ".post_attention_layernorm.",
-    ".mlp.c_gate.": ".mlp.gate_proj.",
-    ".mlp.c_fc.": ".mlp.up_proj.",
-    ".mlp.c_proj.": ".mlp.down_proj.",
+    ".c_gate.": ".gate_proj.",  # of MLPs
+    ".c_fc.": ".up_proj.",
+    ".c_proj.": ".down_proj.",
 }
 
 
