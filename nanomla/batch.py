@@ -58,6 +58,7 @@ class Token(NamedTuple):
     chars: int  # characters of the text that it completes
     logprob: float | None = None  # of the model itself, at temperature 1; None: not asked for
     top: Likely = ()
+    is_end: bool = False  # it ended the sample, and is no part of its text
 
     @property
     def text(self) -> str:
@@ -166,7 +167,9 @@ class Drawing:
         self.tokenizer = tokenizer
         self.sampling = request.sampling
         self.sampler = request.samplers[index]
-        self.sample = Sample(tokenizer, request.sampling.stop, prompt=request.prompt)
+        self.sample = Sample(
+            tokenizer, request.sampling.stop, prompt=request.prompt, drawn=request.tokens_drawn
+        )
         self.made = 0
         self.unshown: list[tuple[int, Token]] = []  # with the character that each begins at
         request.samples.append(self.sample)
@@ -174,12 +177,14 @@ class Drawing:
     def push(self, token: int, score: Score) -> tuple[str, str | None]:
         """Take a token that was drawn; returns the text to show and how the sample ends, if so."""
         self.made += 1
+        raw = self.tokenizer.token_bytes(token)
         if token in self.sampling.ends:
-            return self.sample.finish(), "stop"
+            text = self.sample.finish()
+            self.unshown.append((self.sample.decoded, Token(token, raw, 0, *score, is_end=True)))
+            return text, "stop"
         begin = self.sample.decoded
         text = self.sample.push(token)
         chars = self.sample.decoded - begin
-        raw = self.tokenizer.token_bytes(token)
         self.unshown.append((begin, Token(token, raw, chars, *score)))
         if not self.sample.done and self.made >= self.sampling.max_new_tokens:
             text += self.sample.finish()  # may hold a stop string in its last character
@@ -194,7 +199,7 @@ class Drawing:
         end = len(self.sample.text)
         count = 0
         for begin, token in self.unshown:
-            in_part = finish == "stop" and begin < end
+            in_part = finish == "stop" and (begin < end or token.is_end)
             whole = finish != "stop" and begin + token.chars <= end
             if in_part or whole:
                 count += 1
@@ -278,10 +283,11 @@ class Batch:
 
     def check(self, request: Request) -> None:
         """Raise UserError for a request that cannot be served."""
-        longest = None
-        if request.window is None:
-            longest = self.max_len
-        check_prompt(request.prompt, self.model.config.vocab_size, longest)
+        vocab_size = self.model.config.vocab_size
+        check_prompt(request.prompt, vocab_size)
+        if request.window is None:  # what was drawn behind the prompt may have outgrown the context
+            first = max(len(request.prompt) - request.tokens_drawn, 1)
+            check_prompt(request.prompt[:first], vocab_size, self.max_len)
         try:
             if request.window is not None:
                 fits = 1 <= request.window <= self.max_len
@@ -450,17 +456,15 @@ class Batch:
         slot = min(free, key=lambda slot: (bool(slot.tokens), slot.used))
         shared = 0
         if request.cache_prompt and not request.prompt_logprobs:
-            best = max(free, key=lambda slot: self._shared(slot, prompt))
-            shared = self._shared(best, prompt)
+            best = max(free, key=lambda slot: self._shared(slot, request))
+            shared = self._shared(best, request)
             if shared > 0:
                 slot = best
         if shared > 0:
             slot.cache.rewind(min(shared, len(prompt) - slot.start - 1))
         else:
             slot.cache.truncate(0)
-            slot.start = 0
-            if len(prompt) > self.max_len:
-                slot.start = len(prompt) - request.window
+            slot.start = self._start(request)
         slot.tokens = list(prompt)
         slot.request = request
         if request.samples:  # it has been read before, for those
@@ -476,12 +480,26 @@ class Batch:
             self._add_prompt_token(slot, prompt[slot.start], (None, ()))  # nothing precedes it
         return slot
 
-    def _shared(self, slot: Slot, prompt: list[int]) -> int:
-        """How many tokens in a slot's cache are those of the prompt, if it can go on from them."""
-        if len(prompt) - slot.start > self.max_len:
-            return 0  # it needs a later window of the text
-        if slot.start > 0 and len(prompt) <= self.max_len:
-            return 0  # it needs all of the text
+    def _start(self, request: Request) -> int:
+        """
+        Where the part of a prompt begins that is read: all of one that fits. Of one that is too
+        long it is the window that was asked for, or what the text would be read from here if it had
+        been drawn without a cut.
+        """
+        length = len(request.prompt)
+        if request.window is not None and length > self.max_len:
+            return length - request.window
+        start = 0
+        for end in range(length - request.tokens_drawn + 1, length + 1):
+            if end - start > self.max_len:
+                start = end - newer_half(self.max_len)
+        return start
+
+    def _shared(self, slot: Slot, request: Request) -> int:
+        """How many tokens in a slot's cache are those of a prompt, if it can go on from them."""
+        prompt = request.prompt
+        if slot.start != self._start(request):
+            return 0  # it needs another part of the text
         cached = slot.tokens[: slot.start + slot.cache.pos]
         same = 0
         for ours, theirs in zip(cached, prompt, strict=False):

@@ -70,6 +70,11 @@ class StopText:
         self.pending = ""
         self.done = False
 
+    def follow(self, text: str) -> None:
+        """Go on from a text that was shown before, in whose end a stop string may have begun."""
+        count = max((begun(text, stop) for stop in self.stops), default=0)
+        self.pending = text[len(text) - count :]
+
     def push(self, text: str, last: bool = False) -> str:
         """The text that can be shown now; `done` is True once a stop string has come."""
         if self.done:
@@ -107,6 +112,8 @@ class Sample:
     One continuation as it grows: its tokens, and its text up to the stop string or an end.
 
     prompt: the tokens before it. A character that they leave unfinished is the first of its text.
+    drawn: how many of them, the last, are of the same sample, which was cut there; a stop string
+    may have begun in them.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class Sample:
         stop: str | tuple[str, ...] | None = None,
         ends: tuple[int, ...] = (),
         prompt: Sequence[int] = (),
+        drawn: int = 0,
     ) -> None:
         self.ends = ends  # the tokens that end it, and are no part of it
         self.ended = False  # whether one of these has come
@@ -124,6 +132,10 @@ class Sample:
         self.seconds = 0.0  # until its end, for who measures it
         self._decoder = StreamDecoder(tokenizer, prompt)
         self._until = StopText(stop)
+        if stop and drawn:
+            before = StreamDecoder(tokenizer)
+            self._until.follow("".join(map(before.push, prompt[-drawn:])))
+        self._shown_before = len(self._until.pending)
 
     @property
     def done(self) -> bool:
@@ -145,6 +157,9 @@ class Sample:
     def _show(self, decoded: str, last: bool = False) -> str:
         self.decoded += len(decoded)
         shown = self._until.push(decoded, last)
+        before = min(self._shown_before, len(shown))
+        self._shown_before -= before
+        shown = shown[before:]
         self.text += shown
         return shown
 

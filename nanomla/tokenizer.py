@@ -239,17 +239,17 @@ def read_hf(path: Path) -> dict[str, Any]:
     spec = {"kind": "hf", "json": path.read_bytes().decode("utf-8")}
     if count == TIKTOKEN_SIZES["gpt2"] and _has_gpt2s_merges(content):
         spec = {"kind": "tiktoken", "name": "gpt2"}  # the same ids as those of data/
-    ends = list(ends_of_text(spec))
+    ends = []
     beginnings = []
     for file in HF_SETTINGS:
         if path.with_name(file).exists():
             settings = read_json(path.with_name(file))
             ends += _ids(settings.get("eos_token_id"), count)
             beginnings += _ids(settings.get("bos_token_id"), count)
-    ends = list(dict.fromkeys(ends))  # each once
+    ends = tuple(dict.fromkeys(ends))  # each once
     if len(ends) > 1:
-        spec["end"] = ends
-    elif ends and spec["kind"] == "hf":
+        spec["end"] = list(ends)
+    elif ends and ends != ends_of_text(spec):  # which GPT-2's has without being told
         spec["end"] = ends[0]
     if beginnings and spec["kind"] == "hf":
         spec["bos"] = beginnings[0]

@@ -97,13 +97,13 @@ def test_a_text_that_was_cut_goes_on_as_if_it_had_not_been(settings, temperature
         window = held[cut] + 1 if held[cut] < 16 else 8
         text = [3, 1, 4, *ids[:cut]]
         rest = Sampling(40 - cut, temperature, top_k=5)
-        again = Request(text, rest, seed=7, tokens_drawn=cut, window=window)
-        assert serve(served, [again])[0][1] == ids[cut:], cut
+        for asked in (window, None):
+            again = Request(text, rest, seed=7, tokens_drawn=cut, window=asked)
+            assert serve(served, [again])[0][1] == ids[cut:], cut
     with_row = Request([3, 1, 4], Sampling(21, temperature, top_k=5), seed=7, cache_prompt=True)
     serve(served, [with_row])
     rest = Sampling(19, temperature, top_k=5)
-    again = Request([3, 1, 4, *ids[:21]], rest, seed=7, tokens_drawn=21, window=8)
-    again.cache_prompt = True
+    again = Request([3, 1, 4, *ids[:21]], rest, seed=7, tokens_drawn=21, cache_prompt=True)
     assert serve(served, [again])[0][1] == ids[21:] and again.cached > 0
 
 
@@ -254,9 +254,14 @@ def test_going_on_past_the_context():
     served = batch({}, rows=2)  # 16 tokens of context
     first = Request([3, 1, 4], Sampling(30, 0), cache_prompt=True)
     text = [3, 1, 4, *serve(served, [first])[0][1]]
-    longer = Request(text[:-1] + [5], Sampling(4, 0), cache_prompt=True, window=8)
-    serve(served, [longer])
-    assert longer.cached > 0 and longer.computed == 1
+    edited = text[:-1] + [5]
+    start = max(served.slots, key=lambda slot: len(slot.tokens)).start
+    for window in (len(edited) - start, 8):  # what the row holds, or less, which is read anew
+        longer = Request(edited, Sampling(4, 0), cache_prompt=True, window=window)
+        got = serve(served, [longer])[0][1]
+        assert (longer.computed == 1) == (window > 8) and longer.cached == window - longer.computed
+        alone = Request(edited, Sampling(4, 0), window=window)
+        assert serve(served, [alone])[0][1] == got
     fits = Request(text[:14], Sampling(2, 0), cache_prompt=True)  # not what is left in a window
     assert serve(served, [fits])[0][1] == serve(served, [Request(text[:14], Sampling(2, 0))])[0][1]
     assert (fits.cached, fits.computed) == (0, 14)
@@ -329,12 +334,12 @@ def test_refused_requests():
 
 
 def test_the_end_of_a_text_is_no_part_of_it():
-    """A drawn end token stops its sample; it is counted, and neither shown nor gone on from."""
+    """A drawn end token stops its sample. It comes with its score, but is no part of the text."""
     served = batch({})
     text, ids, *_ = serve(served, [Request([3], Sampling(12, 0))])[0]
     first = ids.index(ids[5])
     ended = serve(served, [Request([3], Sampling(12, 0, ends=(22, ids[5])))])[0]
-    assert ended[:3] == (text[:first], ids[:first], "stop")
+    assert ended[:3] == (text[:first], [*ids[:first], ids[5]], "stop")
 
 
 def test_a_long_prompt_is_cut_alike_beside_others():

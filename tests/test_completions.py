@@ -128,13 +128,49 @@ def test_fields_that_change_nothing():
     others = {
         "user": "me", "metadata": {"run": "1"}, "store": False, "typical_p": 1, "logit_bias": {},
         "mirostat": 0, "repeat_penalty": 1.0, "grammar": "", "watermark": False,
-        "skip_special_tokens": False, "suffix": None,
+        "skip_special_tokens": False, "suffix": None, "prompt_cache_key": "a", "cache_salt": None,
+        "kv_transfer_params": None, "truncation_side": None, "stream_options": None,
     }
+    options = {"include_usage": None, "continuous_usage_stats": False}
+    assert not complete(stream=True, stream_options=options).params.stream_options.include_usage
     for extra in (vllm, others, dict.fromkeys([*vllm, *others])):
         (request,) = complete(prompt="hi", seed=1, **extra).requests
         (plain,) = complete(prompt="hi", seed=1).requests
         request.call = plain.call
         assert vars(request) == vars(plain)
+
+
+def test_the_score_of_an_end():
+    """
+    lm_eval takes token_logprobs[len(context):-1] of a request for one token: where that is an end,
+    it has its place there, but none in the text or in our own list of what was written.
+    """
+    torch.manual_seed(0)
+    served = Batch(make("MLA"), CHARS, rows=2)
+    prompt = [0, 1, 2]
+    with torch.no_grad():
+        likely = served.model(torch.tensor([prompt]))[0][0, -1].log_softmax(-1)
+    end = int(likely.argmax())
+    asked = complete(
+        CHARS, prompt=prompt, max_tokens=1, temperature=0, logprobs=1, echo=True,
+        return_token_ids=True,
+    )
+    (request,) = asked.requests
+    request.sampling.ends = (end,)
+    served.tokenizer = Tokenizer({"kind": "char", "chars": "abcdefghijklmnopqrstuvw"})
+    asked.tokenizer = served.tokenizer
+    served.submit(request)
+    pieces = []
+    while served.busy:
+        pieces += served.step()
+    whole = asked.whole(pieces, 0.0)
+    choice = whole["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("abc", "stop")
+    assert whole["usage"]["completion_tokens"] == 1
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == 4
+    assert logprobs["token_logprobs"][-1] == pytest.approx(float(likely[end]), abs=1e-4)
+    assert logprobs["text_offset"] == [0, 1, 2, 3] and not choice["nanomla"]["tokens"]
 
 
 def test_characters_that_a_prompt_leaves_unfinished():

@@ -813,6 +813,16 @@ def test_a_missing_package_is_one_line(models, monkeypatch):
     assert fails_with_one_line(done, 1, *words)
 
 
+def test_what_only_this_machine_reaches():
+    """A socket of IPv6 sees 127.0.0.1 as an address mapped into it."""
+    from nanomla.serve.app import is_loopback
+
+    for host in ("localhost", "127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"):
+        assert is_loopback(host), host
+    for host in ("example.org", "10.0.0.1", "::ffff:10.0.0.1", "::", "0.0.0.0", ""):
+        assert not is_loopback(host), host
+
+
 def test_names_of_models(models):
     """The folder's name; a second of that name gets a number. A cache of int8 has scales."""
     from tools.serve import ServeConfig, open_models

@@ -57,6 +57,20 @@ def test_several_stop_strings_wherever_pieces_cut_the_text():
             assert (shown, until.done) == (expected, bool(matches))
 
 
+def test_a_stop_string_that_began_before_a_cut():
+    """What was shown before the cut is not shown again, whether the stop string is completed."""
+    for text, drawn, rest, expected, done in (
+        ("after I", 3, " go", "", True), ("after I", 3, " o", " o", False),
+        ("after I", 0, " go", " go", False),  # of the prompt, which is no part of the sample
+        ("x I go", 6, " I", " I", False),  # one before the cut did not end it
+        ("aé", 1, " I go", "", True),
+    ):
+        ids = list(text.encode())
+        sample = Sample(BYTES, stop=(" I go", "\xa9 I"), prompt=ids, drawn=drawn)
+        shown = "".join(map(sample.push, rest.encode())) + sample.finish()
+        assert (shown, sample.done) == (expected, done), text
+
+
 def test_characters_wherever_tokens_cut_them():
     """A character of several bytes appears when its last byte does; other bytes become a mark."""
     decoder = StreamDecoder(BYTES)

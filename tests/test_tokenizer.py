@@ -247,12 +247,17 @@ def test_where_a_text_begins_and_ends(tmp_path, settings, generation, ids, ends)
 
 
 def test_gpt2s_tokenizer_keeps_further_ends(tmp_path):
-    """Its own end comes first; a folder that names no other has the spec of data/."""
+    """Settings' ends are the ends; a folder that names no other has the spec of data/."""
     gpt2 = {"kind": "tiktoken", "name": "gpt2"}
     for name, text in tokenizer_files(gpt2).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "config.json").write_text('{"eos_token_id": 50256}')
     assert read_hf(tmp_path / "tokenizer.json") == gpt2
+    (tmp_path / "config.json").write_text("{}")
+    assert read_hf(tmp_path / "tokenizer.json") == gpt2
+    (tmp_path / "config.json").write_text('{"eos_token_id": 13}')
+    assert ends_of_text(read_hf(tmp_path / "tokenizer.json")) == (13,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 50256}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [198, 50256]}')
     spec = read_hf(tmp_path / "tokenizer.json")
     assert spec == {**gpt2, "end": [50256, 198]} and ends_of_text(spec) == (50256, 198)

@@ -188,8 +188,9 @@ def open_served(cfg: ServeConfig, stored: Checkpoint, source: str) -> Served:
     for name, value in stored.config.items():
         if value is not None or name not in settings:
             settings[name] = value
+    name = folder.name.encode("utf-8", "backslashreplace").decode()  # it goes into metrics
     return Served(
-        name=folder.name, model=model, tokenizer=opened.tokenizer, batch=batch,
+        name=name, model=model, tokenizer=opened.tokenizer, batch=batch,
         about=about, settings=settings, log=log, most=cfg.rows + cfg.queue,
     )
 

@@ -59,9 +59,11 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a host's address."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return host == "localhost"
+    mapped = getattr(address, "ipv4_mapped", None)  # as a socket of IPv6 sees 127.0.0.1
+    return (mapped or address).is_loopback
 
 
 def without_port(host: str) -> str:
@@ -368,6 +370,8 @@ class Site:
             params = read_params(await read_body(request), self.max_tokens)
             served = self.find(params.model)
             name = served.name
+            if params.truncate_prompt_tokens == -1:  # the longest that fits, as in vLLM
+                params.truncate_prompt_tokens = served.batch.max_len
             # Beside the loop, because a long text takes long to turn into tokens.
             client = request.scope["caller"]
             arguments = (params, name, served.tokenizer, served.most, client)

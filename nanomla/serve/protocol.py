@@ -17,7 +17,7 @@ import secrets
 import time
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -45,7 +45,7 @@ KINDS = {  # what OpenAI calls a status
 # Fields of other servers that their clients send with every request. These change no text here:
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "priority",
-    "skip_special_tokens", "spaces_between_special_tokens",
+    "skip_special_tokens", "spaces_between_special_tokens", "prompt_cache_key",
 }
 # These are accepted if they have the value that changes nothing; null is one too.
 NEUTRAL = {
@@ -57,7 +57,10 @@ NEUTRAL = {
     "return_tokens_as_token_ids": False, "response_format": {"type": "text"},
     "structured_outputs": None, "guided_json": None, "guided_regex": None, "guided_choice": None,
     "guided_grammar": None, "grammar": "", "json_schema": None, "mirostat": 0, "tfs_z": 1,
-    "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0, "watermark": False,
+    "guided_decoding_backend": None, "guided_whitespace_pattern": None, "cache_salt": None,
+    "kv_transfer_params": None, "vllm_xargs": None, "prompt_embeds": None, "truncation_side": None,
+    "mm_processor_kwargs": None, "dynatemp_range": 0, "xtc_probability": 0, "dry_multiplier": 0,
+    "watermark": False,
 }
 
 
@@ -90,7 +93,9 @@ class Fields(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_json(cls, body: dict[str, Any]) -> dict[str, Any]:
+    def _from_json(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
         fields = {}
         for name, value in body.items():
             if isinstance(value, float) and value.is_integer():
@@ -123,13 +128,14 @@ class Fields(BaseModel):
         raise ApiError(400, message, name)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     """What a stream has beside its choices."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool = False
     include_obfuscation: bool = False  # OpenAI's, which adds noise to chunks; has no effect
+    continuous_usage_stats: Literal[False] = False  # vLLM's
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=500)]
@@ -161,7 +167,7 @@ class Params(Fields):
     top_k: Annotated[int, Field(ge=-1, le=10**9)] = 0
     ignore_eos: bool = False
     cache_prompt: bool = False
-    truncate_prompt_tokens: Annotated[Count, Field(le=10**9)] | None = None
+    truncate_prompt_tokens: Annotated[Count, Field(le=10**9)] | Literal[-1] | None = None
     return_token_ids: bool = False
 
     @field_validator("stream_options")
@@ -435,7 +441,7 @@ class Completion:
     def _details(self, piece: Piece, rate: float, first: bool) -> dict[str, Any]:
         """Our own part of a choice: token ids with their alternatives, and the cache."""
         details: dict[str, Any] = {
-            "tokens": [self._token(token) for token in piece.tokens],
+            "tokens": [self._token(token) for token in piece.tokens if not token.is_end],
             "cache": {"tokens": piece.held, "bytes": piece.nbytes},
         }
         if first:
