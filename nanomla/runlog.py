@@ -123,10 +123,15 @@ def clock(seconds: float) -> str:
 
 
 def evaluation_text(measures: dict[str, float]) -> str:
-    """One line for an evaluation: train_loss, val_loss, perplexity and perhaps bits_per_byte."""
+    """
+    One line for an evaluation: train_loss, val_loss, perplexity and perhaps bits_per_byte and
+    predict_loss.
+    """
     text = "train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {perplexity:.2f}"
     if "bits_per_byte" in measures:
         text += ", {bits_per_byte:.3f} bits per byte"
+    if "predict_loss" in measures:
+        text += ", token after next {predict_loss:.4f}"
     return text.format(**measures)
 
 

@@ -30,14 +30,16 @@ def iterations(folder):
     return [e["iter"] for e in log if "loss" in e], [e["iter"] for e in log if "val_loss" in e]
 
 
+@pytest.mark.parametrize("n_predict", [0, 1])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, optimizer):
+def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, optimizer, n_predict):
     """
     Weights, optimizer, best loss and log of a run in two parts are bit-identical to those of one in
     one part. The folder and a later end are enough to resume; what is given besides wins.
     """
     args = [*QUICK, *MLA, f"--dataset={dataset}", f"--optimizer={optimizer}", "--dropout=0.1"]
     args += ["--log_interval=2", "--gradient_accumulation_steps=2", "--lr_decay_iters=25"]
+    args += [f"--n_predict={n_predict}"]
     full = tmp_path / "full"
     parts = tmp_path / "parts"
     assert run("train.py", *args, f"--out_dir={full}", "--max_iters=25").returncode == 0
