@@ -52,6 +52,7 @@ from nanomla.generate import Sampler, check_shape, stream_tokens
 from nanomla.kernels import Linear, Quantized, attend, causal_weights, columns, dequantise
 from nanomla.latent_tokens import LatentTokenAttention
 from nanomla.memory import require_memory
+from nanomla.speculate import Speculation
 
 # What layers leave for others in one pass, by their index; see mla_share_cache.
 Shared = dict[int, tuple]
@@ -1472,6 +1473,8 @@ class GPT(nn.Module):
         cache_dtype: torch.dtype | None = None,
         cache: Cache | None = None,
         mask: Tensor | None = None,
+        speculate: int | None = None,
+        draft: "GPT | None" = None,
     ) -> Tensor:
         """
         Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n), without dropout.
@@ -1482,9 +1485,18 @@ class GPT(nn.Module):
         idx, and then all of the result but its last, or the newest if it cannot hold them;
         cache_dtype is that of the cache made otherwise. mask (B, T) bool: which tokens of idx are
         real, for prompts of unequal lengths with padding on either side; a given cache must then be
-        empty. Raises ValueError for arguments out of range.
+        empty. speculate: how many drafts a pass checks at most, for one sequence: tokens that
+        `draft`, another model with the same tokens, proposes, or without one this model's
+        predictor. Raises ValueError for arguments out of range.
         """
         sampler = Sampler(temperature, top_k, top_p, generator)
+        if speculate is not None:
+            if cache is not None or mask is not None or not use_cache:
+                own = f"speculate={speculate} has a cache of its own"
+                raise ValueError(f"{own}: leave out cache, mask and use_cache")
+            speculation = Speculation(self, speculate, draft, cache_dtype)
+            tokens = list(speculation.stream(idx, max_new_tokens, sampler, stop))
+            return torch.cat([idx, *tokens], dim=1)
         if cache is not None:  # before it is made ready, which may empty it
             self._check_made_for(cache)
         for token in stream_tokens(
