@@ -333,7 +333,7 @@ FLIPPED = {  # for every field that a format may have, a value that differs from
     "mla_nope_dim": 3, "mla_rope": "latent", "mla_q_latent_dim": 5, "mla_norm": "layernorm",
     "mla_split": True, "mla_share_latent": True, "n_latent_tokens": 3, "svd_rank": 3,
     "svd_method": "randomized", "attn_gate": True, "qk_norm": True,
-    "mla_share_cache": 2,
+    "mla_share_cache": 2, "n_predict": 1,
 }
 STYLED = {"norm", "mlp", "pos_emb", "use_mla", "rope_freqs"}  # each a style of its own
 

@@ -6,20 +6,22 @@ Run: python -m pytest tests/test_predict.py
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model import GPT
-from nanomla import checkpoint, costs
+from nanomla import checkpoint, costs, formats
 from nanomla.checkpoint import Checkpoint
 from tests.conftest import (
     KINDS,
     QUICK,
     TINY_MLA,
+    all_logits,
     fails_with_one_line,
     make,
     run,
     tiny_config,
 )
-from tests.test_formats import DEEPSEEK_STYLE, DENSE
+from tests.test_formats import CLOSE, DEEPSEEK_STYLE, same_weights, their_logits, write
 from tests.test_train import entries
 
 
@@ -65,39 +67,29 @@ def test_the_loss_is_the_papers(kind):
     assert torch.equal(losses[0], loss)
 
 
-def test_it_is_transformers_layer():
-    """Its output is that of transformers' MtpLayer on the same weights, in DeepSeek's style."""
+def test_deepseeks_layout():
+    """
+    An export has the weights of one more layer under DeepSeek's names. transformers' MtpLayer takes
+    them and gives the same output; what engines read besides is there; reading gives the model.
+    """
     from transformers import DeepseekV3Config
     from transformers.modeling_layers import MtpLayer
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
-    model = make(DEEPSEEK_STYLE, n_predict=1)
-    config = model.config
-    shape = {
-        "kv_lora_rank": config.mla_latent_dim, "qk_rope_head_dim": config.mla_rope_dim,
-        "qk_nope_head_dim": config.nope, "v_head_dim": config.hs,
-        "intermediate_size": config.hidden, "rms_norm_eps": config.norm_eps,
-        "rope_interleave": False, "rope_parameters": {"rope_theta": config.rope_theta},
-    }
-    settings = DeepseekV3Config(**{**DENSE, **shape})
-    settings._attn_implementation = "eager"
-    layer = MtpLayer(settings, theirs.DeepseekV3DecoderLayer, theirs.DeepseekV3RMSNorm, 0)
-    ours = model.predictor.state_dict()
-    heads = (config.n_head, -1)
-    kv = [ours[f"h.attn.{part}_expand.weight"].unflatten(0, heads) for part in "kv"]
-    block = {
-        "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-        "self_attn.q_proj": "attn.q_proj", "self_attn.o_proj": "attn.c_proj",
-        "self_attn.kv_a_proj_with_mqa": "attn.kv_latent_proj",
-        "self_attn.kv_a_layernorm": "attn.latent_norm",
-        "mlp.gate_proj": "mlp.c_gate", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
-    }
-    state = {f"mtp_block.{a}.weight": ours[f"h.{b}.weight"] for a, b in block.items()}
-    kv_b = torch.cat(kv, dim=1).flatten(0, 1)
-    state["mtp_block.self_attn.kv_b_proj.weight"] = kv_b
-    for name in ("enorm", "hnorm", "eh_proj"):
-        state[f"{name}.weight"] = ours[f"{name}.weight"]
-    state["post_norm.weight"] = ours["ln_f.weight"]
+    model = make(DEEPSEEK_STYLE, n_predict=1, tie_weights=False)
+    settings, tensors = formats.write(model, "deepseek_v3")
+    assert settings["num_nextn_predict_layers"] == 1 and settings["first_k_dense_replace"] == 3
+    state = {}
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        place = name.removeprefix("model.layers.2.").replace("shared_head.norm", "post_norm")
+        if not place.startswith(("enorm", "hnorm", "eh_proj", "post_norm", "embed", "shared_head")):
+            place = f"mtp_block.{place}"
+        state[place] = tensors[name]
+    assert torch.equal(state.pop("embed_tokens.weight"), tensors["model.embed_tokens.weight"])
+    assert torch.equal(state.pop("shared_head.head.weight"), tensors["lm_head.weight"])
+    config = DeepseekV3Config(**settings)
+    config._attn_implementation = "eager"
+    layer = MtpLayer(config, theirs.DeepseekV3DecoderLayer, theirs.DeepseekV3RMSNorm, 0)
     layer.load_state_dict(state)
 
     idx = torch.randint(23, (2, 9))
@@ -107,10 +99,40 @@ def test_it_is_transformers_layer():
     with torch.no_grad():
         hidden = head_input(model, idx)[:, :-1]
         embedded = model.transformer.wte(idx[:, 1:])
-        rotation = theirs.DeepseekV3RotaryEmbedding(settings)(hidden, positions)
+        rotation = theirs.DeepseekV3RotaryEmbedding(config)(hidden, positions)
         want = layer(embedded, hidden, rotation, mask, positions, None)
         got = model.predict(hidden, idx[:, 1:])
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_folders_in_deepseeks_layout(tmp_path, capsys):
+    """A folder gives the model again, and in transformers its main head; a predictor with experts,
+    and those after the first, are left out with one line."""
+    from transformers import AutoModelForCausalLM
+
+    model = make(DEEPSEEK_STYLE, n_predict=1)
+    write(tmp_path / "a", model, "deepseek_v3")
+    again = GPT.from_pretrained(tmp_path / "a").eval()
+    assert same_weights(model, again) and not capsys.readouterr().err
+    idx = torch.randint(23, (2, 9))
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    torch.testing.assert_close(their_logits(other, idx), all_logits(model, idx), **CLOSE)
+
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        tensors[name.replace(".2.", ".3.")] = tensors[name].clone()
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    capsys.readouterr()
+    assert GPT.from_pretrained(tmp_path / "a").config.n_predict == 1
+    line = "left out: layer {}, which predicts a token after the next\n"
+    assert capsys.readouterr().err == line.format("3")
+    for name in [name for name in tensors if ".mlp.up_proj." in name and ".2." in name]:
+        tensors[name.replace("up_proj", "experts.0.up_proj")] = tensors.pop(name)
+    save_file(tensors, tmp_path / "a" / "model.safetensors")
+    without = GPT.from_pretrained(tmp_path / "a").eval()
+    assert capsys.readouterr().err == line.format("2, 3")
+    assert without.config.n_predict == 0
+    assert torch.equal(all_logits(without, idx), all_logits(model, idx))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,9 +1,12 @@
 """DeepSeek-V3, as transformers' DeepseekV3ForCausalLM stores it, with dense layers only."""
 
+import sys
+
 import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from nanomla.errors import say
 from nanomla.formats.base import Format, Settings, Tensors, anything, only, require_value
 from nanomla.formats.llama import (
     NAMES,
@@ -24,7 +27,10 @@ DEEPSEEK_NAMES = {
     ".attn.kv_latent_proj.": ".self_attn.kv_a_proj_with_mqa.",
     ".attn.latent_norm.": ".self_attn.kv_a_layernorm.",
     ".attn.kv_expand.": ".self_attn.kv_b_proj.",  # per head, k_expand's rows and then v_expand's
+    ".ln_f.": ".shared_head.norm.",  # of the predictor, which is stored as one more layer
 }
+OF_PREDICTOR = ("enorm.", "hnorm.", "eh_proj.", "ln_f.")  # all else of that layer is its block's
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # what engines expect in it besides
 
 
 def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
@@ -55,6 +61,7 @@ def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
     if config.bias and config.mla_q_latent_dim is not None:
         raise ValueError("attention_bias=True with a q_lora_rank is not supported, only False")
     state = our_names(tensors, DEEPSEEK_NAMES)
+    args["n_predict"] = take_predictor(state, config.n_layer)
     for name in list(state):
         if name.endswith(".attn.kv_expand.weight"):
             weight = take(state, name, heads * (config.nope + config.hs))
@@ -97,6 +104,13 @@ def write(model: GPT) -> tuple[Settings, Tensors]:
             state[name] = pairs_from_halves(weight, 1, r)
         elif ".attn.v_expand." not in name:
             state[name] = weight
+    if config.n_predict:
+        layer = f"transformer.h.{config.n_layer}."
+        for name in [name for name in state if name.startswith("predictor.")]:
+            place = name.removeprefix("predictor.").removeprefix("h.")
+            state[layer + place] = state.pop(name)
+        for name, weight in zip(COPIES, (model.transformer.wte, model.lm_head), strict=True):
+            state[layer + name] = weight.weight.detach().clone()
     settings = {
         "architectures": ["DeepseekV3ForCausalLM"],
         **rotary_settings(config),
@@ -108,10 +122,39 @@ def write(model: GPT) -> tuple[Settings, Tensors]:
         "v_head_dim": config.hs,
         "rope_interleave": True,
         "attention_bias": False,
-        "first_k_dense_replace": config.n_layer,  # every layer is dense
-        "num_nextn_predict_layers": 0,
+        "first_k_dense_replace": config.n_layer + config.n_predict,  # every layer is dense
+        "num_nextn_predict_layers": config.n_predict,
     }
     return settings, their_names(state, DEEPSEEK_NAMES)
+
+
+def take_predictor(state: Tensors, n_layer: int) -> int:
+    """
+    Give the predictor's tensors, which are those of layer n_layer, our names; returns how many
+    there are, 0 or 1. One with a mixture of experts is left out, and so are further ones.
+    """
+    predicting = set()  # numbers of layers
+    for name in state:
+        if name.startswith("transformer.h.") and name.endswith(".enorm.weight"):
+            predicting.add(name.split(".")[2])
+    dense = f"transformer.h.{n_layer}.mlp.c_fc.weight" in state
+    taken = set()
+    if dense:
+        taken = predicting & {str(n_layer)}
+    for number in predicting:
+        layer = f"transformer.h.{number}."
+        for name in [name for name in state if name.startswith(layer)]:
+            tensor = state.pop(name)
+            place = name.removeprefix(layer)
+            if number not in taken or place in COPIES:
+                continue
+            if not place.startswith(OF_PREDICTOR):
+                place = f"h.{place}"
+            state[f"predictor.{place}"] = tensor
+    if predicting > taken:
+        numbers = ", ".join(sorted(predicting - taken))
+        say(f"left out: layer {numbers}, which predicts a token after the next", sys.stderr)
+    return len(taken)
 
 
 def take(state: Tensors, name: str, rows: int) -> Tensor:
@@ -145,6 +188,7 @@ FITS = {
     **ROTARY_FITS,
     "bias": only("bias", False),
     "n_kv_head": anything,  # without effect with use_mla
+    "n_predict": anything,
     "head_dim": anything,
     "use_mla": only("use_mla", True),
     **dict.fromkeys(("mla_nope_dim", "mla_q_latent_dim"), anything),
