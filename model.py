@@ -1490,6 +1490,7 @@ class GPT(nn.Module):
         predictor. Raises ValueError for arguments out of range.
         """
         sampler = Sampler(temperature, top_k, top_p, generator)
+        require(speculate is not None or draft is None, "speculate", None, "a number with a draft")
         if speculate is not None:
             if cache is not None or mask is not None or not use_cache:
                 own = f"speculate={speculate} has a cache of its own"

@@ -180,6 +180,8 @@ def test_what_does_not_go_together():
     for count in (0, 8, 2.5):
         with pytest.raises(ValueError, match=f"speculate={count} does not work: .* from 1 to 7"):
             model.generate(idx, 4, speculate=count)
+    with pytest.raises(ValueError, match="speculate must be a number with a draft"):
+        model.generate(idx, 4, draft=model)
     with pytest.raises(ValueError, match="one sequence at a time, not 2"):
         model.generate(idx.expand(2, -1), 4, speculate=2)
     cache = model.make_cache(1, 9)

@@ -172,11 +172,11 @@ QUESTIONS = {  # the settings of each, and a function of them and the device
     "train": (TimingConfig, lambda s, device: train.measure(device, s.rounds, s.vs_hf)),
     "lengths": (RoundsConfig, lambda s, device: lengths.measure(device, s.rounds)),
     "serve": (LoadConfig, lambda s, device: serve.measure(device, s.rounds, s.clients, s.tokens)),
+    "svd": (BenchConfig, lambda s, device: svd.measure(device)),
     "speculate": (
         SpeculateConfig,
         lambda s, device: speculate.measure(device, s.rounds, s.init_from, s.draft, s.tokens),
     ),
-    "svd": (BenchConfig, lambda s, device: svd.measure(device)),
     "profile": (ProfileConfig, lambda s, device: profile.measure(device, s.rounds, s.train)),
     "--report": (ReportConfig, None),  # on no device
 }
