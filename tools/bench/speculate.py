@@ -1,5 +1,8 @@
 """What speculative decoding gains: what its passes take, and how many of its drafts are right."""
 
+import time
+from collections.abc import Callable
+
 import torch
 
 from model import GPT, GPTConfig
@@ -16,6 +19,7 @@ LARGE = {  # 124M without weights that mean anything, of which only times are ta
     "n_predict": 1,
 }
 TEMPERATURE = 0.8
+SECONDS = 0.1  # of one round of what is timed
 
 
 def measure(
@@ -62,9 +66,9 @@ def passes(model: GPT, draft: GPT | None, device: str, rounds: int) -> Rows:
         drafter.logits(idx[:, : held + 2])
         drafter.cache.truncate(read)
 
-    entries = [Timed("step", lambda: check(0)), Timed("draft", propose)]
-    entries += [Timed(f"{count}", lambda count=count: check(count)) for count in COUNTS]
-    took = alternate(entries, 8 * rounds, device)
+    entries = [repeated("step", lambda: check(0)), repeated("draft", propose)]
+    entries += [repeated(f"{count}", lambda count=count: check(count)) for count in COUNTS]
+    took = alternate(entries, rounds, device)
     step = took["step"].seconds
     of_draft = took["draft"].seconds / step
     rows = []
@@ -76,6 +80,25 @@ def passes(model: GPT, draft: GPT | None, device: str, rounds: int) -> Rows:
         rows.append(row)
     millions = model.get_num_params() / 1e6
     return table(f"{millions:.0f}M parameters: a step takes {step * 1e3:.2f} ms", rows)
+
+
+def repeated(name: str, run: Callable[[], None]) -> Timed:
+    """
+    So many repetitions that they take about as long as those of any other: what other processes
+    take of a busy machine then stretches all alike.
+    """
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    steps = max(1, round(SECONDS / min(seconds)))
+
+    def repeat() -> None:
+        for _ in range(steps):
+            run()
+
+    return Timed(name, repeat, steps=steps)
 
 
 def texts(model: GPT, draft: GPT | None, prompt: torch.Tensor, rounds: int, tokens: int) -> Rows:
