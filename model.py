@@ -18,11 +18,14 @@ cached latents themselves:
 
     q'_h = [W_UK_h^T q_h ; q_rope_h]    s_hj = q'_h . [c_j ; kr_j]    o_h = W_UV_h sum_j p_hj c_j
 
+With n_predict one more block predicts the token after the next, as in DeepSeek-V3; see Predictor.
+
 nanomla/kernels computes attend, softmax(q k^T) v, and Linear. nanomla/cache.py keeps past tokens; a
 cache whose sequences hold different numbers of them has these as lengths (B,). nanomla/generate.py
 draws tokens.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -49,6 +52,7 @@ from nanomla.generate import Sampler, check_shape, stream_tokens
 from nanomla.kernels import Linear, Quantized, attend, causal_weights, columns, dequantise
 from nanomla.latent_tokens import LatentTokenAttention
 from nanomla.memory import require_memory
+from nanomla.speculate import Speculation
 
 # What layers leave for others in one pass, by their index; see mla_share_cache.
 Shared = dict[int, tuple]
@@ -91,6 +95,12 @@ class GPTConfig:
         Literal["exact", "tanh"], "The formula of GELU: exact, or GPT-2's approximation by tanh."
     ] = "exact"
     tie_weights: Annotated[bool, "The output layer shares the token embedding's weights."] = True
+    n_predict: Annotated[
+        Natural,
+        Field(le=1),
+        "With 1, one more block predicts the token after the next: a second loss in training, and "
+        "drafts for --speculate. 0 has none.",
+    ] = 0
     pos_emb: Annotated[
         Literal["learned", "rope"],
         "How the model sees positions: by a learned table, as in GPT-2, or by rotary embedding.",
@@ -214,6 +224,8 @@ class GPTConfig:
         allowed = f"a divisor of n_head={self.n_head}: {_divisors(self.n_head)}"
         require(self.n_head % self.nkv == 0, "n_kv_head", self.nkv, allowed)
         ATTENTION[self.attention_name].check(self)
+        enough = self.block_size > self.n_predict
+        require(enough, "block_size", self.block_size, f"above n_predict={self.n_predict}")
         if self.pos_emb == "rope" and self.rope_freqs:
             pairs = self.rotary_dim // 2
             allowed = f"None or {pairs} numbers, one per rotary pair"
@@ -1303,6 +1315,42 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Predictor(nn.Module):
+    """
+    DeepSeek-V3's module for multi-token prediction (arXiv:2412.19437, section 2.2, eq. 21 to 23).
+
+    What the head reads of token i and the embedding of token i + 1 give, through one more block,
+    what the head reads to predict token i + 2. Embedding and head are the model's.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C = config.n_embd
+        # a block like the last one, with latents of its own
+        config = dataclasses.replace(config, mla_share_cache=1)
+        self.enorm = block_norm(config)
+        self.hnorm = block_norm(config)
+        self.eh_proj = Linear(2 * C, C, bias=False)
+        self.h = Block(config, config.n_layer - 1)
+        self.ln_f = block_norm(config)  # [shared_head.norm]
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        cache: LayerCache | None = None,
+        rotation: Rotation = None,
+    ) -> Tensor:
+        """hidden and embedded (B, T, C) -> (B, T, C)."""
+        both = torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1)  # (B, T, 2 C)
+        return self.ln_f(self.h(self.eh_proj(both), cache, rotation))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over all targets (B, T) but -1, in nats; logits (B, T, V)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
 class GPT(nn.Module):
     """
     GPT-2's architecture around any attention; with MHA the state dict has nanoGPT's names. Built
@@ -1329,6 +1377,10 @@ class GPT(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
         if not self.lm_head.weight.is_meta:
             init_weights(self, config.n_layer)
+        if config.n_predict:  # drawn last, so that a seed's other weights stay
+            self.predictor = Predictor(config)
+            if not self.lm_head.weight.is_meta:
+                init_weights(self.predictor, config.n_layer)
         self.tie_weights()
 
     @classmethod
@@ -1372,11 +1424,13 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         all_logits: bool = False,
         mask: Tensor | None = None,
+        all_losses: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """
         idx (B, T) int64. With targets (B, T): logits (B, T, V) and the mean cross-entropy over all
         but -1. Without: logits of the last position, (B, 1, V), or with all_logits of all, and
         None. With a cache, idx goes on from what it holds.
+        all_losses: (1 + n_predict,) losses, the second one that of the token after the next.
         mask (B, S) bool: which of all tokens are real, the new ones last; None: all. The others are
         padding, wherever it stands: it has no position, no part in the loss and no place in the
         cache, and its logits mean nothing.
@@ -1397,28 +1451,64 @@ class GPT(nn.Module):
             idx = idx.masked_fill(padding, 0).gather(1, order)
         if cache is not None:
             cache.expect(real)
-        x, rotation = self._embed(idx, cache)  # (B, T, C)
-        shared = self._shared()
-        layer_caches = [None] * self.config.n_layer
-        if cache is not None:
-            layer_caches = cache.layers
-        for block, layer_cache in zip(self.transformer.h, layer_caches, strict=True):
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer_cache, rotation, shared, use_reentrant=False)
-            else:
-                x = block(x, layer_cache, rotation, shared)
-        if cache is not None:
-            cache.advance(idx.size(1))  # once, after all layers have written at the old position
+        x = self.run_blocks(idx, cache)
         if mask is not None:
             x = in_order(x, order.argsort(dim=1))
             if targets is not None:
                 targets = targets.masked_fill(padding, -1)
         if targets is None and not all_logits:
             x = x[:, -1:]
-        logits = self.lm_head(self.transformer.ln_f(x))
+        hidden = self.transformer.ln_f(x)
+        logits = self.lm_head(hidden)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = cross_entropy(logits, targets)
+        if not all_losses:
+            return logits, loss
+        losses = [loss]
+        if self.config.n_predict:
+            if mask is not None:
+                hidden = in_order(hidden, order)  # as idx is
+                targets = targets.gather(1, order)
+            ahead = self.predict(hidden[:, :-1], idx[:, 1:])
+            losses.append(cross_entropy(self.lm_head(ahead), targets[:, 1:]))
+        return logits, torch.stack(losses)
+
+    def run_blocks(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """The residual stream of idx (B, T) behind the last block, (B, T, C); else as forward."""
+        x, rotation = self._embed(idx, cache)
+        shared = self._shared()
+        layer_caches = [None] * self.config.n_layer
+        if cache is not None:
+            layer_caches = cache.layers
+        for block, layer_cache in zip(self.transformer.h, layer_caches, strict=True):
+            x = self._run(block, x, layer_cache, rotation, shared)
+        if cache is not None:
+            cache.advance(idx.size(1))  # once, after all layers have written at the old position
+        return x
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """A block's output, without keeping its activations if they are to be recomputed."""
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def predict(self, hidden: Tensor, following: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """
+        What the head reads to predict the tokens after the next, (B, T, C), of a model with
+        n_predict=1. hidden (B, T, C): what it reads to predict the next ones; following (B, T):
+        these. A cache of predictor.h.attn.new_cache goes on from what it holds.
+        """
+        embedded = self.transformer.wte(following)
+        begin = 0
+        if cache is not None:
+            begin = cache.pos
+        end = begin + following.size(1)
+        rotation = self._rotation(slice(begin, end), end, embedded.dtype)
+        ahead = self._run(self.predictor, hidden, embedded, cache, rotation)
+        if cache is not None:
+            cache.advance(following.size(1))
+        return ahead
 
     def _embed(self, idx: Tensor, cache: Cache | None) -> tuple[Tensor, Rotation]:
         """The residual stream before the first block, (B, T, C), and the rotation of positions."""
@@ -1431,15 +1521,18 @@ class GPT(nn.Module):
         if end > limit:
             raise ValueError(f"{end} tokens do not fit block_size={limit}; crop them")
         x = self.transformer.wte(idx)
-        rotation = None
         if self.config.pos_emb == "learned":
             x = x + self.transformer.wpe.weight[at]
-        elif x.dtype == torch.float64:
-            cos, sin = rope_tables(torch.arange(end), self.config, x.dtype)
-            rotation = cos.to(x.device)[at], sin.to(x.device)[at]
-        else:
-            rotation = self.rope_cos[at].to(x.dtype), self.rope_sin[at].to(x.dtype)
-        return self.transformer.drop(x), rotation
+        return self.transformer.drop(x), self._rotation(at, end, x.dtype)
+
+    def _rotation(self, at: slice | Tensor, end: int, dtype: torch.dtype) -> Rotation:
+        """The rotation of positions below `end`."""
+        if self.config.pos_emb == "learned":
+            return None
+        if dtype == torch.float64:
+            cos, sin = rope_tables(torch.arange(end), self.config, dtype)
+            return cos.to(self.rope_cos.device)[at], sin.to(self.rope_sin.device)[at]
+        return self.rope_cos[at].to(dtype), self.rope_sin[at].to(dtype)
 
     def _shared(self) -> Shared | None:
         """Where layers leave their latents for the next ones in one pass, if these read them."""
@@ -1518,6 +1611,8 @@ class GPT(nn.Module):
         cache_dtype: torch.dtype | None = None,
         cache: Cache | None = None,
         mask: Tensor | None = None,
+        speculate: int | None = None,
+        draft: "GPT | None" = None,
     ) -> Tensor:
         """
         Continue idx (B, T), T >= 1, by n <= max_new_tokens tokens: (B, T + n), without dropout.
@@ -1528,11 +1623,21 @@ class GPT(nn.Module):
         idx, and then all of the result but its last, or the newest if it cannot hold them;
         cache_dtype is that of the cache made otherwise. mask (B, T) bool: which tokens of idx are
         real, for prompts of unequal lengths with padding on either side; a given cache must then be
-        empty. Raises ValueError for arguments out of range.
+        empty. speculate: how many drafts a pass checks at most, for one sequence: tokens that
+        `draft`, another model with the same tokens, proposes, or without one this model's
+        predictor. Raises ValueError for arguments out of range.
         """
+        sampler = Sampler(temperature, top_k, top_p, generator)
+        require(speculate is not None or draft is None, "speculate", None, "a number with a draft")
+        if speculate is not None:
+            if cache is not None or mask is not None or not use_cache:
+                own = f"speculate={speculate} has a cache of its own"
+                raise ValueError(f"{own}: leave out cache, mask and use_cache")
+            speculation = Speculation(self, speculate, draft, cache_dtype)
+            tokens = list(speculation.stream(idx, max_new_tokens, sampler, stop))
+            return torch.cat([idx, *tokens], dim=1)
         if cache is not None:  # before it is made ready, which may empty it
             self._check_made_for(cache)
-        sampler = Sampler(temperature, top_k, top_p, generator)
         for token in stream_tokens(
             self, idx, max_new_tokens, sampler, use_cache, cache_dtype, cache, stop, mask=mask
         ):

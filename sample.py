@@ -6,6 +6,7 @@ Continue a text with a trained model, decoding on its compressed latent cache.
     python sample.py --out_dir=out-mla --start=FILE:prompts.txt --one_per_line --json
     python sample.py --out_dir=out-mla --interactive
     python sample.py --init_from=gpt2 --start="The answer is"
+    python sample.py --init_from=gpt2-large --draft=gpt2 --speculate=4
 
 One sample is printed as it is made. Several follow one another, between lines of dashes.
 --interactive reads lines, each of which goes on from all before. /reset forgets them, /stats tells
@@ -29,15 +30,17 @@ from nanomla import experts
 from nanomla.batch import Batch, Request, Sampling
 from nanomla.cache import dtype_name
 from nanomla.chat import Chat
-from nanomla.checks import Count, Natural, NonNegative, Seed, UpToOne
+from nanomla.checks import Count, Natural, NonNegative, Seed, Text, UpToOne
 from nanomla.errors import UsageError, UserError, run_script, say, script_name
 from nanomla.files import read_text
+from nanomla.formats import open_weights
 from nanomla.generate import PREFILL_CHUNK, stream_tokens
 from nanomla.inference import ModelSettings, Opened, open_model
 from nanomla.settings import configure
 from nanomla.signals import handled
+from nanomla.speculate import Speculation
 from nanomla.text import Sample, encode_prompt
-from nanomla.tokenizer import ends_of_text
+from nanomla.tokenizer import ends_of_text, same_ids
 
 ROWS = 64  # samples side by side
 COMMANDS = "/reset forgets the conversation, /stats measures it, //text is sent as /text"
@@ -104,6 +107,17 @@ class SampleConfig(ModelSettings):
         "The number of tokens of a prompt that are read at a time; fewer need less memory. None "
         "reads all at once.",
     ] = PREFILL_CHUNK
+    speculate: Annotated[
+        Count | None,
+        "The number of tokens that are drafted and checked in one pass, which is faster where "
+        "enough of them are right. The model's block for the token after the next (n_predict=1) "
+        "drafts them, or the model of --draft.",
+    ] = None
+    draft: Annotated[
+        Text | None,
+        "The weights of a smaller model, named as for init_from, that drafts tokens for "
+        "--speculate.",
+    ] = None
     compile: Annotated[
         bool, "The MLPs are compiled by torch.compile: slower to start, then faster."
     ] = False
@@ -119,6 +133,14 @@ class SampleConfig(ModelSettings):
             raise ValueError("interactive reads its prompts from the keyboard; leave out start")
         if self.stop == "":
             raise ValueError("stop='' does not work: it must be some text, or None")
+        several = several or self.interactive or not self.use_cache
+        if self.speculate is not None and several:
+            raise ValueError(
+                "speculate draws one sample with a cache; leave out num_samples, one_per_line, "
+                "json, interactive and use_cache"
+            )
+        if self.draft is not None and self.speculate is None:
+            raise ValueError("draft without speculate has no effect; add --speculate=4")
         if self.svd_rank is not None and not self.use_svd:
             raise ValueError("svd_rank without use_svd has no effect; add --use_svd=True")
 
@@ -147,7 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     opened = open_model(cfg, cfg.read(), **cfg.factors())
     if cfg.compile:
         compile_mlps(opened.model)
-    if cfg.interactive:
+    drafts = ""
+    if cfg.speculate is not None:
+        speculation = open_speculation(cfg, opened)
+        made, seconds = print_one(cfg, opened, prompt, speculation)
+        share = speculation.accepted / max(speculation.drafted, 1)
+        drafts = f"; {share:.0%} of {speculation.drafted:,} drafts accepted"
+    elif cfg.interactive:
         made, seconds = converse(cfg, opened)
     elif cfg.one_per_line:
         made, seconds = print_several(cfg, opened, lines_of(prompt))
@@ -160,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.use_cache:
         cache_size = describe_cache(opened)
     rate = tokens_per_second(made, seconds)
-    say(f"{rate} on {opened.device} in {dtype_name(opened.dtype)}; {cache_size}", sys.stderr)
+    where = f"{opened.device} in {dtype_name(opened.dtype)}"
+    say(f"{rate} on {where}; {cache_size}{drafts}", sys.stderr)
 
 
 def read_prompt(start: str) -> str:
@@ -224,21 +253,44 @@ def print_stream(pieces: Iterator[str], interrupts: Sequence[int] = ()) -> float
     return time.perf_counter() - began
 
 
-def print_one(cfg: SampleConfig, opened: Opened, prompt: str) -> tuple[int, float]:
+def open_speculation(cfg: SampleConfig, opened: Opened) -> Speculation:
+    """Speculative decoding by the draft that is asked for. Raises UserError if it cannot be."""
+    draft = None
+    if cfg.draft is not None:
+        opened_draft = open_model(cfg, open_weights(cfg.draft, prefer_best=True, verify=cfg.verify))
+        if not same_ids(opened.tokenizer.spec, opened_draft.tokenizer.spec):
+            other = "has another tokenizer than the model: its token ids mean other text"
+            raise UserError(f"--draft={cfg.draft} {other}")
+        draft = opened_draft.model
+    try:
+        return Speculation(opened.model, cfg.speculate, draft, opened.cache_dtype)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def print_one(
+    cfg: SampleConfig, opened: Opened, prompt: str, speculation: Speculation | None = None
+) -> tuple[int, float]:
     """Print a prompt and its continuation; returns the tokens made and the seconds they took."""
     tokens = encode_prompt(prompt, opened.tokenizer, opened.model.config)
     sampling = cfg.sampling(opened)
     sample = Sample(opened.tokenizer, sampling.stop, sampling.ends)
     sys.stdout.write(prompt)
-    drawn = stream_tokens(
-        opened.model,
-        torch.tensor([tokens], device=opened.device),
-        cfg.max_new_tokens,
-        sampling.sampler(cfg.seed, opened.device),
-        cfg.use_cache,
-        opened.cache_dtype,
-        prefill_chunk=cfg.prefill_chunk,
-    )
+    idx = torch.tensor([tokens], device=opened.device)
+    sampler = sampling.sampler(cfg.seed, opened.device)
+    chunk = cfg.prefill_chunk
+    if speculation is not None:
+        drawn = speculation.stream(idx, cfg.max_new_tokens, sampler, prefill_chunk=chunk)
+    else:
+        drawn = stream_tokens(
+            opened.model,
+            idx,
+            cfg.max_new_tokens,
+            sampler,
+            cfg.use_cache,
+            opened.cache_dtype,
+            prefill_chunk=chunk,
+        )
     seconds = print_stream(sample.extend(drawn))
     return len(sample.tokens), seconds
 

@@ -70,7 +70,7 @@ class TrainConfig:
     }
     # A resumed run in which one of these has changed is another run than the one it continues.
     decides_run: ClassVar[tuple[str, ...]] = (
-        "dropout", "distill", "dataset", "within_documents", "seed", "batch_size",
+        "dropout", "distill", "predict_weight", "dataset", "within_documents", "seed", "batch_size",
         "gradient_accumulation_steps",
         "weight_decay", "beta1", "beta2", "muon_weight_decay", "grad_clip", "learning_rate",
         "muon_learning_rate", "decay_lr", "decay_shape", "wsd_decay", "warmup_iters", "min_lr",
@@ -93,6 +93,10 @@ class TrainConfig:
         "The weights of a teacher, named as for init_from. The KL divergence from its predictions "
         "is added to the training loss.",
     ] = None
+    predict_weight: Annotated[
+        NonNegative,
+        "The weight of the loss of the token after the next, which n_predict=1 adds.",
+    ] = 0.3
     dataset: Annotated[Text, "The dataset: a folder below data/, or a path."] = "openwebtext"
     within_documents: Annotated[
         bool,
@@ -257,15 +261,18 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """
         The mean losses over fixed windows of each split, on every rank, the second as perplexity
-        and, if the dataset records the bytes of its text, as bits per byte too; and how much of
-        these tokens single experts get.
+        and, if the dataset records the bytes of its text, as bits per byte too. With n_predict,
+        predict_loss is the validation loss of the token after the next; with experts, their shares
+        say how much of these tokens single ones get.
         """
         self.net.eval()
-        train_loss = self.mean_loss("train")
+        train_loss, *_ = self.mean_losses("train")
         with experts.counted(self.model):
-            val_loss = self.mean_loss("val")
+            val_loss, *ahead = self.mean_losses("val")
         self.net.train()
         measures = {"train_loss": train_loss, "val_loss": val_loss}
+        if ahead:
+            measures["predict_loss"] = ahead[0]
         measures["perplexity"] = math.exp(min(val_loss, 700))  # exp(710) overflows
         bytes_per_token = self.data.bytes_per_token("val")
         if bytes_per_token:
@@ -274,12 +281,12 @@ class Trainer:
             measures |= experts.shares(experts.loads(self.model, self.world))
         return measures
 
-    def mean_loss(self, split: str) -> float:
-        """The mean loss over eval_iters fixed batches, which the ranks share out."""
+    def mean_losses(self, split: str) -> list[float]:
+        """The mean of every loss over eval_iters fixed batches, which the ranks share out."""
         world = self.world
         batch_size = self.cfg.batch_size
         count = self.cfg.eval_iters
-        losses = torch.zeros(count, dtype=torch.float64)
+        losses = torch.zeros(1 + self.model.config.n_predict, count, dtype=torch.float64)
         for first in range(0, count, world.size):
             i = first + world.rank
             # Under FSDP all ranks must run the model together. A rank for which no batch is left
@@ -288,14 +295,17 @@ class Trainer:
             if i >= count:
                 experts.stop_counting(self.model)
             with self.autocast():
-                _, loss = self.net(x.to(world.device), y.to(world.device))
-            loss = loss.item()
+                _, loss = self.net(x.to(world.device), y.to(world.device), all_losses=True)
+            loss = loss.cpu()
             if i < count:
-                losses[i] = loss
-        return sum(world.sum(*losses)) / count
+                losses[:, i] = loss
+        return [sum(world.sum(*of_batches)) / count for of_batches in losses]
 
     def gradients(self, it: int) -> Tensor:
-        """Forward and backward passes of this rank's rows; returns their mean loss."""
+        """
+        Forward and backward passes of this rank's rows; returns their mean loss, without that of
+        the token after the next.
+        """
         cfg = self.cfg
         rows = self.rows
         device = self.world.device
@@ -309,21 +319,33 @@ class Trainer:
                 torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
             last = i == steps - 1
             with distributed.gradient_sync(self.net, now=last), self.autocast():
-                loss = self.loss(x.to(device), y.to(device)) * (len(micro) / len(rows))
-                self.scaler.scale(loss).backward()
+                loss, ahead = self.losses(x.to(device), y.to(device))
+                loss = loss * (len(micro) / len(rows))
+                total = loss
+                if ahead is not None:
+                    total = loss + ahead * (cfg.predict_weight * len(micro) / len(rows))
+                self.scaler.scale(total).backward()
             mean_loss += loss.detach()
         return mean_loss
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean cross-entropy, plus with a teacher the mean KL divergence, in nats per token."""
-        logits, loss = self.net(x, y)
+    def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        The mean cross-entropy, plus with a teacher the mean KL divergence, in nats per token; and
+        the cross-entropy of the token after the next, if the model predicts it.
+        """
+        ahead = None
+        if self.model.config.n_predict:
+            logits, both = self.net(x, y, all_losses=True)
+            loss, ahead = both.unbind()
+        else:
+            logits, loss = self.net(x, y)
         if self.teacher is None:
-            return loss
+            return loss, ahead
         with torch.no_grad():
             # given targets, a model returns the logits of all positions
             target = self.teacher(x, y)[0].float().log_softmax(-1)
         kl = F.kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True)
-        return loss + kl / y.numel()
+        return loss + kl / y.numel(), ahead
 
     def clip(self) -> float:
         """Clip the gradients at grad_clip; returns their norm before that."""

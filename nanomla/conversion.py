@@ -52,9 +52,10 @@ class Source:
         if model.config.attention_name != "mha":
             words = f"{model.transformer.h[0].attn.words}; only MHA and GQA can be converted"
             raise UserError(f"{self.stored.source} has {words}")
-        for name in ("attn_gate", "qk_norm"):
-            if getattr(model.config, name):
-                raise UserError(f"{self.stored.source} has {name}=True: it cannot be converted")
+        for name in ("attn_gate", "qk_norm", "n_predict"):
+            value = getattr(model.config, name)
+            if value:
+                raise UserError(f"{self.stored.source} has {name}={value}: it cannot be converted")
         self.cached_numbers = costs.cached_numbers(model)
         self.bytes_per_token = model.make_cache(1, 1).bytes_per_token
         self.model = without_svd(model).to(self.device).eval()

@@ -36,8 +36,11 @@ def factorise_values(
     """
     state = dict(state)
     shares = []
-    for layer in range(config.n_layer):
-        attn = f"transformer.h.{layer}.attn."
+    blocks = [f"transformer.h.{layer}." for layer in range(config.n_layer)]
+    if config.n_predict:
+        blocks.append("predictor.h.")
+    for block in blocks:
+        attn = f"{block}attn."
         dense = _pop_values(state, attn, config)
         down, up, share = factorise(dense, config.svd_rank, config.svd_method)
         state[attn + "v_up"] = up

@@ -28,7 +28,7 @@ def parameters(config: GPTConfig) -> int:
     """The model's parameters, shared ones once."""
 
     def count(n_layer: int) -> int:
-        block_size = config.block_size if config.pos_emb == "learned" else 1
+        block_size = config.block_size if config.pos_emb == "learned" else 2
         shape = dataclasses.replace(config, n_layer=n_layer, block_size=block_size)
         return sum(p.numel() for p in on_meta(shape).parameters())
 
@@ -38,11 +38,11 @@ def parameters(config: GPTConfig) -> int:
     return first + (config.n_layer - 1) * (count(2) - first)
 
 
-def idle_parameters(model: GPT) -> Iterator[nn.Parameter]:
-    """Parameters of as many experts as a token does not pass."""
-    for block in model.transformer.h:
-        if isinstance(block.mlp, MixtureOfExperts):
-            yield from block.mlp.experts[model.config.moe_active :].parameters()
+def idle_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of as many experts as a token does not pass, in a model or a part of one."""
+    for layer in model.modules():
+        if isinstance(layer, MixtureOfExperts):
+            yield from layer.experts[layer.config.moe_active :].parameters()
 
 
 def training_bytes(config: GPTConfig, sequences: int, moments: int) -> int:
@@ -51,7 +51,8 @@ def training_bytes(config: GPTConfig, sequences: int, moments: int) -> int:
     an optimizer's moments, logits and their gradient, and the residual stream before every layer.
     """
     tokens = sequences * config.block_size
-    numbers = tokens * (2 * config.vocab_size + config.n_layer * config.n_embd)
+    losses = 1 + config.n_predict
+    numbers = tokens * (2 * losses * config.vocab_size + config.n_layer * config.n_embd)
     return 4 * ((2 + moments) * parameters(config) + numbers)  # float32
 
 
@@ -97,11 +98,16 @@ def flops_per_token(model: GPT, context: int, absorbed: bool = False) -> int:
     as in training, over expanded keys and by value maps that are multiplied out.
     """
     flops = 2 * model.lm_head.weight.numel()
-    for block in model.transformer.h:
+    blocks = list(model.transformer.h)
+    if model.config.n_predict and not absorbed:  # it does not decode
+        flops += 2 * model.lm_head.weight.numel() + 2 * model.predictor.eh_proj.weight.numel()
+        blocks.append(model.predictor.h)
+    for block in blocks:
         flops += 2 * sum(p.numel() for p in block.mlp.parameters() if p.dim() > 1)
+        flops -= 2 * sum(p.numel() for p in idle_parameters(block) if p.dim() > 1)
         flops += block.attn.flops_per_token(absorbed)
         flops += block.attn.flops_per_key(absorbed) * context
-    return flops - 2 * sum(p.numel() for p in idle_parameters(model) if p.dim() > 1)
+    return flops
 
 
 def mfu(

@@ -14,8 +14,8 @@ from nanomla.distributed import World, sharded_like
 
 
 def mixtures(model: GPT) -> list[MixtureOfExperts]:
-    """The model's layers of experts."""
-    return [block.mlp for block in model.transformer.h if isinstance(block.mlp, MixtureOfExperts)]
+    """The model's layers of experts, with its predictor's."""
+    return [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
 
 
 def leave_uncompiled(model: GPT) -> None:

@@ -9,6 +9,7 @@ sample.py and the page use.
 A model is anything with config.block_size, make_cache and `logits, _ = model(idx, cache=cache)`.
 """
 
+import contextlib
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -139,10 +140,7 @@ def stream_tokens(
     for prompt in idx.tolist():
         check_prompt(prompt, model.config.vocab_size)
     context = begin_context(idx, cache, block_size)
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
+    with without_dropout(model):
         if cache is None and use_cache and max_new_tokens > 0:
             longest = min(block_size, idx.size(1) + max_new_tokens)
             cache = model.make_cache(idx.size(0), longest, cache_dtype)
@@ -164,8 +162,18 @@ def stream_tokens(
                 done = torch.isin(token, ends)
                 if bool(done.all()):
                     break
+
+
+@contextlib.contextmanager
+def without_dropout(*models: nn.Module) -> Iterator[None]:
+    """Inside, models are in evaluation mode; then every part of them is in its own again."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
     finally:
-        for module in training:  # a part may have been in evaluation mode before
+        for module in training:
             module.training = True
 
 

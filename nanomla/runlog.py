@@ -127,12 +127,14 @@ def clock(seconds: float) -> str:
 
 def evaluation_text(measures: dict[str, float]) -> str:
     """
-    One line for an evaluation: train_loss, val_loss, perplexity, and what there is of bits_per_byte
-    and experts' shares.
+    One line for an evaluation: train_loss, val_loss, perplexity, and what there is of
+    bits_per_byte, predict_loss and experts' shares.
     """
     text = "train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {perplexity:.2f}"
     if "bits_per_byte" in measures:
         text += ", {bits_per_byte:.3f} bits per byte"
+    if "predict_loss" in measures:
+        text += ", token after next {predict_loss:.4f}"
     if "expert_share_min" in measures:
         text += ", experts' loads {expert_share_min:.1%} to {expert_share_max:.1%}"
     return text.format(**measures)

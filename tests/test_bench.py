@@ -10,8 +10,16 @@ from model import GPT, GPTConfig
 from nanomla import costs
 from nanomla.dataset import Dataset
 from nanomla.generate import DecodingStep
-from tests.conftest import QUICK, TINY_MLA, fails_with_one_line, make, run, tiny_config
-from tools.bench import decode, kernel, prefill, serve, train
+from tests.conftest import (
+    QUICK,
+    TINY_MLA,
+    fails_with_one_line,
+    make,
+    run,
+    save_model,
+    tiny_config,
+)
+from tools.bench import decode, kernel, prefill, serve, speculate, train
 from tools.bench.timing import Limits, Timed, alternate, peak_bytes
 
 
@@ -182,3 +190,23 @@ def test_load_of_a_server():
     assert [row["server"] for row in rows] == names
     assert all(float(row["tokens/s"].replace(",", "")) > 0 for row in rows)
     assert rows[0]["of 1 client's"] == "1.0x"
+
+
+def test_speculation_is_timed(tmp_path, monkeypatch):
+    """Of a run with a predictor and of one with a draft: the time of a pass of every length, texts
+    with and without drafts; without weights, of a large model, passes alone."""
+    chars = {"kind": "char", "chars": "\nabcdefghijklmnopqrstuv"}
+    for name, n_predict in (("own", 1), ("plain", 0)):
+        (tmp_path / name).mkdir()
+        model = make("MLA", n_predict=n_predict)
+        save_model(tmp_path / name, model, best=True, tokenizer=chars)
+    few = ["speculate", "--rounds=1", "--tokens=12", "--device=cpu"]
+    for name, flags in (("own", []), ("plain", [f"--draft={tmp_path}/own"])):
+        rows, _ = rows_of(tmp_path, *few, f"--init_from={tmp_path}/{name}", *flags)
+        assert len(rows) == 5 + 2 * 6 and rows[0]["drafts"] == "1"
+        assert float(rows[0]["right drafts that repay a pass"]) > 0
+        drawn = [row for row in rows if row.get("temperature") == "0"]
+        assert "accepted" not in drawn[0] and drawn[1]["accepted"].endswith("%")
+    monkeypatch.setattr(speculate, "LARGE", {**speculate.LARGE, "n_layer": 1, "vocab_size": 99})
+    rows, _ = rows_of(tmp_path, *few)
+    assert len(rows) == 5

@@ -243,9 +243,10 @@ def test_distillation(tmp_path, source, dataset):
 
     class Stub:
         teacher, net = make({}), make({}).train()
+        model = net
 
     x, y = torch.randint(23, (2, 3, 16))
-    loss = train.Trainer.loss(Stub, x, y)
+    loss, _ = train.Trainer.losses(Stub, x, y)
     log_p, log_q = (m(x, y)[0].log_softmax(-1) for m in (Stub.net, Stub.teacher))
     want = -log_p.gather(2, y[..., None]).mean() + (log_q.exp() * (log_q - log_p)).sum(-1).mean()
     torch.testing.assert_close(loss, want)

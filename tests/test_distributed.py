@@ -47,7 +47,7 @@ def losses(folder):
     """Every loss in a run's log, by iteration and kind."""
     found = {}
     for e in entries(folder):
-        for key in ("loss", "train_loss", "val_loss"):
+        for key in ("loss", "train_loss", "val_loss", "predict_loss"):
             if key in e:
                 assert (e["iter"], key) not in found, "an iteration is in the log twice"
                 found[e["iter"], key] = e[key]
@@ -87,6 +87,8 @@ def test_two_processes_equal_one(tmp_path, dataset):
         ["--parallel=fsdp", "--sample_interval=1"],
         ["--parallel=fsdp", "--mla_share_latent=True", "--n_layer=3", "--grad_checkpoint"],
         ["--parallel=fsdp", "--optimizer=muon"],
+        ["--parallel=fsdp", "--n_predict=1", "--grad_checkpoint"],
+        ["--parallel=ddp", "--n_predict=1", "--optimizer=muon"],
     ],
     ids="-".join,
 )

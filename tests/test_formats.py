@@ -362,7 +362,7 @@ FLIPPED = {  # for every field that a format may have, a value that differs from
     "svd_method": "randomized", "attn_gate": True, "qk_norm": True,
     "mla_share_cache": 2, "moe_experts": 4, "moe_active": 3, "moe_shared": 0, "moe_hidden": 8,
     "moe_groups": 2, "moe_active_groups": 1, "moe_norm": False, "moe_scale": 1.5,
-    "moe_dense_layers": 0,
+    "moe_dense_layers": 0, "n_predict": 1,
 }
 STYLED = {"norm", "mlp", "pos_emb", "use_mla", "rope_freqs"}  # each a style of its own
 

@@ -10,7 +10,8 @@ from tests.conftest import ROOT, tiny_config
 
 FLOORS = [  # bottom to top; what model.py stands on knows no model
     "nanomla.kernels nanomla.checks nanomla.errors nanomla.signals",
-    "nanomla.attention nanomla.cache nanomla.generate nanomla.latent_tokens nanomla.memory",
+    "nanomla.attention nanomla.cache nanomla.latent_tokens nanomla.memory "
+    + "nanomla.generate nanomla.speculate",
     "model",
     "nanomla",
     "train sample",

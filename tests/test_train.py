@@ -38,7 +38,10 @@ EXPERTS = ["--moe_experts=6", "--moe_balance_step=0.01"]
 
 @pytest.mark.parametrize(
     "more",
-    [["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=muon", *EXPERTS]],
+    [
+        ["--optimizer=adamw"], ["--optimizer=muon"], ["--optimizer=adamw", "--n_predict=1"],
+        ["--optimizer=muon", *EXPERTS], ["--optimizer=muon", *EXPERTS, "--n_predict=1"],
+    ],
     ids=" ".join,
 )
 def test_stopped_and_resumed_is_uninterrupted(tmp_path, dataset, more):

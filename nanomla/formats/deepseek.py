@@ -1,9 +1,12 @@
 """DeepSeek-V3, as transformers' DeepseekV3ForCausalLM stores it."""
 
+import sys
+
 import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from nanomla.errors import say
 from nanomla.formats.base import Format, Settings, Tensors, anything, only, require_value
 from nanomla.formats.llama import (
     NAMES,
@@ -27,6 +30,7 @@ DEEPSEEK_NAMES = {
     ".mlp.router_bias": ".mlp.gate.e_score_correction_bias",
     ".mlp.router.": ".mlp.gate.",
     ".mlp.shared.": ".mlp.shared_experts.",
+    ".ln_f.": ".shared_head.norm.",  # of the predictor, which is stored as one more layer
 }
 EXPERTS = {  # settings: DeepSeek's name and ours
     "n_routed_experts": "moe_experts",
@@ -41,6 +45,8 @@ EXPERTS = {  # settings: DeepSeek's name and ours
 }
 # What DeepSeek's own config.json has besides about the choice, which transformers ignores.
 CHOICE = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+OF_PREDICTOR = ("enorm.", "hnorm.", "eh_proj.", "ln_f.")  # all else of that layer is its block's
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # what engines expect in it besides
 
 
 def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
@@ -71,6 +77,7 @@ def read(settings: Settings, tensors: Tensors) -> tuple[Settings, Tensors]:
     if config.bias and config.mla_q_latent_dim is not None:
         raise ValueError("attention_bias=True with a q_lora_rank is not supported, only False")
     state = our_names(tensors, DEEPSEEK_NAMES)
+    args["n_predict"] = take_predictor(state, config.n_layer)
     for name in list(state):
         if ".mlp.experts." in name and name.endswith("_proj"):  # as transformers has it in memory
             state |= experts_apart(name, state.pop(name))
@@ -147,6 +154,13 @@ def write(model: GPT) -> tuple[Settings, Tensors]:
             state[name] = pairs_from_halves(weight, 1, r)
         elif ".attn.v_expand." not in name:
             state[name] = weight
+    if config.n_predict:
+        layer = f"transformer.h.{config.n_layer}."
+        for name in [name for name in state if name.startswith("predictor.")]:
+            place = name.removeprefix("predictor.").removeprefix("h.")
+            state[layer + place] = state.pop(name)
+        for name, weight in zip(COPIES, (model.transformer.wte, model.lm_head), strict=True):
+            state[layer + name] = weight.weight.detach().clone()
     settings = {
         "architectures": ["DeepseekV3ForCausalLM"],
         **rotary_settings(config),
@@ -158,14 +172,43 @@ def write(model: GPT) -> tuple[Settings, Tensors]:
         "v_head_dim": config.hs,
         "rope_interleave": True,
         "attention_bias": False,
-        "first_k_dense_replace": config.n_layer,  # every layer is dense
-        "num_nextn_predict_layers": 0,
+        "first_k_dense_replace": config.n_layer + config.n_predict,  # all are dense, or see below
+        "num_nextn_predict_layers": config.n_predict,
     }
     if config.moe_experts:
         settings |= {theirs: getattr(config, ours) for theirs, ours in EXPERTS.items()}
         settings["moe_intermediate_size"] = config.expert_hidden
         settings |= CHOICE
     return settings, their_names(state, DEEPSEEK_NAMES)
+
+
+def take_predictor(state: Tensors, n_layer: int) -> int:
+    """
+    Give the predictor's tensors, which are those of layer n_layer, our names; returns how many
+    there are, 0 or 1. One with a mixture of experts is left out, and so are further ones.
+    """
+    predicting = set()  # numbers of layers
+    for name in state:
+        if name.startswith("transformer.h.") and name.endswith(".enorm.weight"):
+            predicting.add(name.split(".")[2])
+    dense = f"transformer.h.{n_layer}.mlp.c_fc.weight" in state
+    taken = set()
+    if dense:
+        taken = predicting & {str(n_layer)}
+    for number in predicting:
+        layer = f"transformer.h.{number}."
+        for name in [name for name in state if name.startswith(layer)]:
+            tensor = state.pop(name)
+            place = name.removeprefix(layer)
+            if number not in taken or place in COPIES:
+                continue
+            if not place.startswith(OF_PREDICTOR):
+                place = f"h.{place}"
+            state[f"predictor.{place}"] = tensor
+    if predicting > taken:
+        numbers = ", ".join(sorted(predicting - taken))
+        say(f"left out: layer {numbers}, which predicts a token after the next", sys.stderr)
+    return len(taken)
 
 
 def take(state: Tensors, name: str, rows: int) -> Tensor:
@@ -199,6 +242,7 @@ FITS = {
     **ROTARY_FITS,
     "bias": only("bias", False),
     "n_kv_head": anything,  # without effect with use_mla
+    "n_predict": lambda config: config.n_predict == 0 or config.moe_experts == 0,
     "head_dim": anything,
     "use_mla": only("use_mla", True),
     **dict.fromkeys(("mla_nope_dim", "mla_q_latent_dim"), anything),

@@ -7,6 +7,8 @@ Time the attention variants against each other, against this machine's limits an
     python -m tools.bench train [--vs_hf]   one training iteration of every variant
     python -m tools.bench lengths           what a token costs in training, 512 to 16,384 of them
     python -m tools.bench serve             tokens/s of tools.serve for 1 client and for 16
+    python -m tools.bench speculate --init_from=X [--draft=Y]
+                                            drafts: what they take, how many are right
     python -m tools.bench svd               exact against randomized factors
     python -m tools.bench profile config/train_mla.py
                                             where an iteration of a config's run goes
@@ -30,7 +32,18 @@ from nanomla.checks import Count, Seed, Text, check
 from nanomla.distributed import resolve_device
 from nanomla.errors import UsageError, run_script
 from nanomla.settings import configure, declared
-from tools.bench import decode, kernel, lengths, prefill, profile, report, serve, svd, train
+from tools.bench import (
+    decode,
+    kernel,
+    lengths,
+    prefill,
+    profile,
+    report,
+    serve,
+    speculate,
+    svd,
+    train,
+)
 from tools.bench.timing import machine, write_json
 from train import HINTS, TrainConfig
 
@@ -80,6 +93,25 @@ class LoadConfig(RoundsConfig):
     rounds: Annotated[
         Count, Field(le=10_000), "The number of rounds that the medians are taken over."
     ] = 5
+
+
+@dataclass
+class SpeculateConfig(RoundsConfig):
+    """The settings of `speculate`."""
+
+    headings: ClassVar[dict[str, str]] = BenchConfig.headings | {"init_from": "speculate"}
+
+    init_from: Annotated[
+        str | None,
+        "A run or other weights. None stands for a 124M GPT with random weights, of which only the "
+        "times of passes are taken.",
+    ] = None
+    draft: Annotated[
+        str | None,
+        "A run or other weights that draft. None stands for the model's own block for the token "
+        "after the next (n_predict=1).",
+    ] = None
+    tokens: Annotated[Count, "The number of tokens in a text, below block_size."] = 200
 
 
 @dataclass
@@ -141,6 +173,10 @@ QUESTIONS = {  # the settings of each, and a function of them and the device
     "lengths": (RoundsConfig, lambda s, device: lengths.measure(device, s.rounds)),
     "serve": (LoadConfig, lambda s, device: serve.measure(device, s.rounds, s.clients, s.tokens)),
     "svd": (BenchConfig, lambda s, device: svd.measure(device)),
+    "speculate": (
+        SpeculateConfig,
+        lambda s, device: speculate.measure(device, s.rounds, s.init_from, s.draft, s.tokens),
+    ),
     "profile": (ProfileConfig, lambda s, device: profile.measure(device, s.rounds, s.train)),
     "--report": (ReportConfig, None),  # on no device
 }
