@@ -102,12 +102,12 @@ class SpeculateConfig(RoundsConfig):
     headings: ClassVar[dict[str, str]] = BenchConfig.headings | {"init_from": "speculate"}
 
     init_from: Annotated[
-        str | None,
+        Text | None,
         "A run or other weights. None stands for a 124M GPT with random weights, of which only the "
         "times of passes are taken.",
     ] = None
     draft: Annotated[
-        str | None,
+        Text | None,
         "A run or other weights that draft. None stands for the model's own block for the token "
         "after the next (n_predict=1).",
     ] = None
