@@ -26,7 +26,7 @@ from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.errors import UserError
 from nanomla.files import read_record, replacing, write_text
-from nanomla.tokenizer import same_ids
+from nanomla.tokenizer import check_spec, same_ids
 
 RECORD = checkpoint.CONVERSION[0]
 CHOICE_TOKENS = 2**14  # of training text, on which plans are compared
@@ -83,7 +83,10 @@ class Source:
         if ids and ids > self.config.vocab_size:
             sizes = f"ids up to {ids - 1}, {name} only vocab_size={self.config.vocab_size}"
             raise UserError(f"dataset {self.cfg.data} has {sizes}: they do not belong together")
-        return spec or self.data.tokenizer
+        if spec is None and self.data.tokenizer is not None:
+            spec = self.data.tokenizer
+            check_spec(spec, str(self.data.folder), self.config.vocab_size)
+        return spec
 
     def text(self, tokens: int, first: int) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets (B, T) of training text; first: the iteration that has the windows."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from model import GPT
 from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer
+from nanomla.checks import Text, brief, fits
 from nanomla.costs import cached_numbers
 from nanomla.errors import UserError
 from nanomla.files import one_line, read_json, replacing, require_file, write_text
@@ -67,7 +68,7 @@ def read_tensors(folder: Path) -> Tensors:
     index = folder / f"{WEIGHTS}.index.json"
     files = {WEIGHTS}
     if index.exists() and not (folder / WEIGHTS).exists():
-        files = set(read_json(index)["weight_map"].values())
+        files = _indexed_files(index)
     tensors = {}
     for file in sorted(files):
         try:
@@ -88,6 +89,15 @@ def read_tensors(folder: Path) -> Tensors:
             problem = f"{one_line(name)} is {tensor.dtype}; quantised weights cannot be read"
             raise UserError(f"{folder}: {problem}")
     return tensors
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """The names of the files that a model.safetensors.index.json lists."""
+    weight_map = read_json(index).get("weight_map")
+    if not fits(weight_map, dict[str, Text]) or not weight_map:
+        problem = "weight_map must be an object with the file of each tensor"
+        raise UserError(f"{index}: weight_map={brief(weight_map)} does not work: {problem}")
+    return set(weight_map.values())
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any] | None:
