@@ -516,5 +516,9 @@ def test_damaged_weights_are_one_line(tmp_path, originals):
     index = {"weight_map": {"a": "piece-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "no piece-1.safetensors" in error_of(tmp_path)
+    for weight_map in (None, [1, 2], {}, {"a": 5}, {"a": ["x"]}):
+        index = {"weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "model.safetensors.index.json: weight_map=" in error_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json: cannot be read" in error_of(tmp_path)
