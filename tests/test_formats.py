@@ -155,6 +155,18 @@ def test_models_of_transformers_open_with_equal_logits(tmp_path, kind, settings)
     assert formats.fitting_format(ours.config)[0] == kind
 
 
+def test_two_places_for_the_rotary_base(tmp_path):
+    """Where rope_scaling and rope_parameters differ, the base is the one that transformers takes."""
+    foreign("llama").save_pretrained(tmp_path)
+    default = {"rope_type": "default"}
+    for scaling in ({**default, "rope_theta": 77.0}, default, {}, None):
+        parameters = {**default, "rope_theta": 9.0}
+        change_config(tmp_path, rope_theta=55.0, rope_scaling=scaling, rope_parameters=parameters)
+        theirs = load_with_transformers(tmp_path)
+        ours = GPT.from_pretrained(tmp_path)
+        assert ours.config.rope_theta == theirs.config.rope_parameters["rope_theta"], scaling
+
+
 def test_other_spellings_of_a_gpt2(tmp_path):
     """Without the prefix, with old mask buffers, with lm_head: the same logits."""
     model = foreign("gpt2")
