@@ -5,6 +5,7 @@ mathematics, tools/convert.py the command.
 """
 
 import dataclasses
+import errno
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -25,7 +26,7 @@ from nanomla.convert import Calibration, LayerReport, Plan, calibrate, to_mla, w
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.errors import UserError
-from nanomla.files import read_record, replacing, write_text
+from nanomla.files import put_back, read_record, replacing, write_text
 from nanomla.tokenizer import check_spec, same_ids
 
 RECORD = checkpoint.CONVERSION[0]
@@ -260,6 +261,7 @@ def earlier_conversion(to: str, asked: dict[str, Any]) -> Conversion | None:
     Raises UserError if the folder cannot be written or holds anything else.
     """
     folder = Path(to).resolve()
+    put_back(folder)  # a conversion that was killed
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--to={to} cannot be written: {existing} is a file or read-only")
@@ -294,12 +296,15 @@ def write_run(
         tokenizer=source.tokenizer,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
+    put_back(folder)
+    if folder.is_dir() and any(folder.iterdir()):  # by now
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         checkpoint.save(unfinished, state, best=True)
         write_texts(unfinished, texts)
-        if folder.exists():
-            folder.rmdir()  # an OSError if anything is in it by now
+        if unfinished.parent != folder and folder.exists():  # by now
+            folder.rmdir()  # an OSError if anything is in it
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:

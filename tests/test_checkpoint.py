@@ -131,7 +131,7 @@ def test_best_and_latest_are_kept_apart(tmp_path):
     was killed between the two names left the file of best.pt under a third: it is not written to.
     """
     save(tmp_path, seed=0)
-    os.link(tmp_path / "best.pt", tmp_path / f".ckpt.pt.{os.getpid()}.tmp")
+    os.link(tmp_path / "best.pt", tmp_path / f".ckpt.pt.nanomla-{os.getpid()}.tmp")
     save(tmp_path, seed=1)
     assert checkpoint.load(checkpoint.find(tmp_path)).iter_num == 1
     assert checkpoint.load(checkpoint.find(tmp_path, prefer_best=True)).iter_num == 0

@@ -156,7 +156,7 @@ def test_models_of_transformers_open_with_equal_logits(tmp_path, kind, settings)
 
 
 def test_two_places_for_the_rotary_base(tmp_path):
-    """Where rope_scaling and rope_parameters differ, the base is the one that transformers takes."""
+    """Where rope_scaling and rope_parameters differ, the base is what transformers takes."""
     foreign("llama").save_pretrained(tmp_path)
     default = {"rope_type": "default"}
     for scaling in ({**default, "rope_theta": 77.0}, default, {}, None):

@@ -40,8 +40,7 @@ def open_weights(name: str | Path, prefer_best: bool = False, verify: bool = Tru
     Raises UserError if there is nothing of that name or it cannot be read.
     """
     path = Path(name)
-    if not path.exists():
-        put_back(path)  # an export that was killed
+    put_back(path.resolve())  # an export that was killed, maybe behind a link
     if path.exists() and not path.is_dir():
         return load(path, verify)
     if name in PRETRAINED or (path / CONFIG).exists() or (path / WEIGHTS).exists():

@@ -14,7 +14,7 @@ from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer
 from nanomla.checks import Text, brief, fits
 from nanomla.costs import cached_numbers
 from nanomla.errors import UserError
-from nanomla.files import one_line, read_json, replacing, require_file, write_text
+from nanomla.files import one_line, put_back, read_json, replacing, require_file, write_text
 from nanomla.formats.base import MARK, Tensors
 from nanomla.tokenizer import (
     BYTE_LETTERS,
@@ -119,6 +119,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any] | None:
 
 def check_target(folder: Path) -> None:
     """Raise UserError if --to names a folder with anything but an earlier export in it."""
+    put_back(folder.resolve())  # an export that was killed
     if not folder.exists():
         return
     if not folder.is_dir():
