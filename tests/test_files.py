@@ -122,6 +122,19 @@ def test_an_export_behind_a_link_is_put_back(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["e", "links"]
 
 
+def test_a_link_to_itself_is_one_line(tmp_path):
+    """As what is to be read, and as the folder to write; it stays what it is."""
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(UserError, match="loop: no such file or folder"):
+        formats.open_weights(loop)
+    formats.folder.check_target(loop)
+    settings, tensors = formats.write(MODELS[0], "gpt2")
+    with pytest.raises(UserError, match="nothing exported to .*loop"):
+        write_folder(loop, tensors, {"config.json": formats.folder.as_json(settings)})
+    assert loop.is_symlink() and os.listdir(tmp_path) == ["loop"]
+
+
 # ---- Whatever interrupts a write, and when
 
 

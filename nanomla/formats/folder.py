@@ -3,6 +3,7 @@ Folders of weights: config.json, safetensors in one file or in pieces, tokenizer
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any] | None:
 
 def check_target(folder: Path) -> None:
     """Raise UserError if --to names a folder with anything but an earlier export in it."""
-    put_back(folder.resolve())  # an export that was killed
+    put_back(Path(os.path.realpath(folder)))  # an export that was killed
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -151,7 +152,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], texts: dict[str, str]
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # also of a link to itself, which cannot be written
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as new:
