@@ -1396,8 +1396,11 @@ class GPT(nn.Module):
         return model
 
     def _rotary_tables(self) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position, (block_size, rotary_dim / 2), in float32."""
-        positions = torch.arange(self.config.block_size, device="cpu")
+        """cos and sin of every position, (block_size, rotary_dim / 2), in float32, or of none."""
+        count = self.config.block_size
+        if self.config.pos_emb == "learned":
+            count = 0  # a block_size that weights do not have takes no memory
+        positions = torch.arange(count, device="cpu")
         return rope_tables(positions, self.config, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GPT":

@@ -35,8 +35,9 @@ Share = Annotated[Number, Field(ge=0, lt=1)]
 UpToOne = Annotated[Number, Field(gt=0, le=1)]
 # Names of files, folders and the like: never "", which as a path would be the current folder. The
 # bytes of a path that are no UTF-8 are surrogates in Python, which the pattern takes for no text;
-# torch and safetensors cannot open such a path.
-Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+# torch and safetensors cannot open such a path. Nor has a name control characters, as names are
+# written into comments, logs and file names.
+Text = Annotated[str, Field(pattern=r"^\P{Cc}+$")]
 # A tuple of at least one value, which is a list where it comes from JSON.
 Several = Annotated[tuple[T, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)]
 
@@ -165,7 +166,7 @@ def _bounded(words: str, notes: tuple[Any, ...]) -> str:
             if hasattr(bound, "allow_inf_nan"):
                 words = "a finite number"
             if hasattr(bound, "pattern"):
-                words = "some text in UTF-8"
+                words = "some text in UTF-8 without control characters"
             for attribute, phrase in LIMITS.items():
                 if hasattr(bound, attribute):
                     limits.append(f"{phrase} {getattr(bound, attribute)}")

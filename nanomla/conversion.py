@@ -5,6 +5,7 @@ mathematics, tools/convert.py the command.
 """
 
 import dataclasses
+import errno
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -25,8 +26,8 @@ from nanomla.convert import Calibration, LayerReport, Plan, calibrate, to_mla, w
 from nanomla.dataset import Dataset
 from nanomla.distributed import resolve_device, resolve_dtype
 from nanomla.errors import UserError
-from nanomla.files import read_record, replacing, write_text
-from nanomla.tokenizer import same_ids
+from nanomla.files import put_back, read_record, replacing, write_text
+from nanomla.tokenizer import check_spec, same_ids
 
 RECORD = checkpoint.CONVERSION[0]
 CHOICE_TOKENS = 2**14  # of training text, on which plans are compared
@@ -87,7 +88,10 @@ class Source:
         if ids and ids > self.config.vocab_size:
             sizes = f"ids up to {ids - 1}, {name} only vocab_size={self.config.vocab_size}"
             raise UserError(f"dataset {self.cfg.data} has {sizes}: they do not belong together")
-        return spec or self.data.tokenizer
+        if spec is None and self.data.tokenizer is not None:
+            spec = self.data.tokenizer
+            check_spec(spec, str(self.data.folder), self.config.vocab_size)
+        return spec
 
     def text(self, tokens: int, first: int) -> list[tuple[Tensor, Tensor]]:
         """Inputs and targets (B, T) of training text; first: the iteration that has the windows."""
@@ -261,6 +265,7 @@ def earlier_conversion(to: str, asked: dict[str, Any]) -> Conversion | None:
     Raises UserError if the folder cannot be written or holds anything else.
     """
     folder = Path(to).resolve()
+    put_back(folder)  # a conversion that was killed
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--to={to} cannot be written: {existing} is a file or read-only")
@@ -295,12 +300,15 @@ def write_run(
         tokenizer=source.tokenizer,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
+    put_back(folder)
+    if folder.is_dir() and any(folder.iterdir()):  # by now
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         checkpoint.save(unfinished, state, best=True)
         write_texts(unfinished, texts)
-        if folder.exists():
-            folder.rmdir()  # an OSError if anything is in it by now
+        if unfinished.parent != folder and folder.exists():  # by now
+            folder.rmdir()  # an OSError if anything is in it
 
 
 def write_texts(folder: Path, texts: dict[str, str]) -> None:

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from nanomla.checks import Natural, check
 from nanomla.errors import UserError
-from nanomla.files import read_json, write_text
+from nanomla.files import one_line, read_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,14 @@ class Dataset:
 
     def _map(self, split: str, meta: Meta) -> np.ndarray:
         path = self.folder / f"{split}.bin"
-        tokens = path.stat().st_size // np.dtype(meta.dtype).itemsize
+        size = path.stat().st_size
+        item = np.dtype(meta.dtype).itemsize
+        if size % item:
+            raise UserError(
+                f"{path} has {size} bytes, which is no multiple of the {item} of a {meta.dtype}; "
+                "it is cut off or of another kind: prepare the dataset again"
+            )
+        tokens = size // item
         if tokens != meta.tokens.get(split, tokens):
             raise UserError(
                 f"{path} holds {tokens} tokens, but its meta file counts {meta.tokens[split]}; "
@@ -227,15 +234,26 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _read_meta_pkl(path: Path) -> Meta:
-    """nanoGPT's {'vocab_size': int, 'stoi': {char: id}, 'itos': {id: char}}."""
+    """
+    nanoGPT's {'vocab_size': int, 'stoi': {char: id}, 'itos': {id: char}}.
+
+    Raises UserError for anything else: what a model has learnt of ids could not be read as text.
+    """
     try:
         with open(path, "rb") as file:
             content = _PlainUnpickler(file).load()
         letters = content["itos"]
         chars = [letters[i] for i in range(len(letters))]
-        return Meta(content["vocab_size"], {"kind": "char", "chars": "".join(chars)})
+        vocab_size = content["vocab_size"]
+        single = all(isinstance(char, str) and len(char) == 1 for char in chars)
+        if not single or not len(chars) == len(set(chars)) == vocab_size:
+            wanted = f"one character, each another, for every id below {vocab_size=}"
+            remedy = "to train on the ids alone, rename this file and give --vocab_size"
+            raise ValueError(f"itos must have {wanted}; {remedy}")
+        return Meta(vocab_size, {"kind": "char", "chars": "".join(chars)})
     except Exception as error:  # noqa: BLE001  a hostile pickle can raise anything
-        raise UserError(f"{path}: refused, not a plain nanoGPT meta.pkl ({error})") from None
+        reason = one_line(error)
+        raise UserError(f"{path}: refused, not a plain nanoGPT meta.pkl ({reason})") from None
 
 
 def write_dataset(folder: Path, splits: dict[str, Iterable[np.ndarray]], meta: Meta) -> Meta:

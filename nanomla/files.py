@@ -102,22 +102,36 @@ def json_text(value: Any, **layout: Any) -> str:
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """
-    Inside, the name of a temporary file or folder beside `path`, to be written. At the end it is
-    synced and takes the name of `path`; if anything fails before, `path` stays what it was and the
-    temporary one is removed. Raises OSError.
+    Inside, the name of a temporary file or folder, to be written. At the end it is synced and takes
+    the name of `path`; if anything fails before, `path` stays what it was and the temporary one is
+    removed. Raises OSError.
 
-    A folder takes two renames, as none replaces a folder that is not empty. After a kill between
-    the two, put_back gives the earlier folder its name again.
+    An empty folder is filled: it may be a mount point, or where a shell is, so it keeps its place.
+    The temporary folder is in it. Its rename to .ready decides; then its files are moved out of it.
+    Any other folder is exchanged by two renames, as none replaces a folder that is not empty. After
+    a kill between these steps, put_back ends them.
     """
     path = Path(path)
     put_back(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = f"nanomla-{os.getpid()}.tmp"
+    fills = path.is_dir() and not any(path.iterdir())
+    if fills:
+        unfinished = path / f".{name}"
+    else:
+        unfinished = path.with_name(f".{path.name}.{name}")
     try:
         yield unfinished
         for written in [unfinished, *unfinished.rglob("*")]:
             if written.is_file():
                 with open(written, "rb") as file:
                     os.fsync(file.fileno())
+        if fills and unfinished.is_dir():
+            if set(path.iterdir()) != {unfinished}:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+            ready = unfinished.with_suffix(".ready")
+            unfinished.rename(ready)
+            _move_out(ready)
+            return
         if unfinished.is_dir() and path.is_dir():
             path.rename(unfinished.with_suffix(".old"))
         os.replace(unfinished, path)
@@ -127,23 +141,36 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def put_back(path: Path) -> None:
     """
-    End what `replacing` had begun for this path in processes that are gone, or in this one: what
-    was there before gets its name back if nothing has it, all else is removed.
+    End what `replacing` had begun for this path in processes that are gone, or in this one: files
+    that are ready get to their place, what was there before gets its name back if nothing has it,
+    all else is removed.
 
-    Only this system's processes are known: of two machines that write to the same path at once,
-    one may fail.
+    Only this system's processes are known, by their numbers: of two machines that write to the same
+    path at once, one may fail, and what a killed process left stays while another has its number.
     """
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
-        name = re.fullmatch(r"([0-9]{1,9})\.(tmp|old)", temporary.name[len(path.name) + 2 :])
+    temporaries = list(path.parent.glob(f".{glob.escape(path.name)}.nanomla-*"))
+    if path.is_dir():
+        temporaries += path.glob(".nanomla-*")
+    for temporary in temporaries:
+        name = re.search(r"\.nanomla-([0-9]{1,9})\.(tmp|old|ready)$", temporary.name)
         if name is None or _is_another_process(int(name[1])):
             continue
         with contextlib.suppress(OSError):
-            if name[2] == "old" and not path.exists():
+            if name[2] == "ready":
+                _move_out(temporary)
+            elif name[2] == "old" and not path.exists():
                 temporary.rename(path)
             elif temporary.is_dir():
                 shutil.rmtree(temporary)
             else:
                 temporary.unlink()
+
+
+def _move_out(ready: Path) -> None:
+    """Move what is in a folder to the one that it is in; config.json last, as it opens a model."""
+    for path in sorted(ready.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, ready.with_name(path.name))
+    ready.rmdir()
 
 
 def _is_another_process(number: int) -> bool:

@@ -20,7 +20,7 @@ from nanomla.errors import UserError
 from nanomla.memory import require_memory
 from nanomla.optim import Settings
 from nanomla.runlog import read_log
-from nanomla.tokenizer import ends_of_text, same_ids
+from nanomla.tokenizer import check_spec, ends_of_text, same_ids
 
 OF_THIS_RUN = ("init_from", "out_dir", "verify", "eval_only")
 # What nanoGPT writes without meaning it: its defaults for CUDA, on any machine.
@@ -299,7 +299,10 @@ def padded_vocab(data: Dataset) -> int:
 
 
 def check_model(config: GPTConfig, cfg: Settings, data: Dataset) -> None:
-    """Raise UserError if the model lacks tokens of the dataset; warn of settings without effect."""
+    """
+    Raise UserError if the model lacks tokens of the dataset, or if the tokenizer that its
+    checkpoints would carry is none; warn of settings without effect.
+    """
     if data.vocab_size and data.vocab_size > config.vocab_size:
         remedy = f"use --vocab_size={data.vocab_size} or more"
         if cfg.init_from != "scratch":
@@ -308,6 +311,8 @@ def check_model(config: GPTConfig, cfg: Settings, data: Dataset) -> None:
             f"dataset {cfg.dataset} has token ids up to {data.vocab_size - 1}, the model only "
             f"vocab_size={config.vocab_size}; {remedy}"
         )
+    if data.tokenizer is not None:  # found now, not when the trained model is sampled
+        check_spec(data.tokenizer, str(data.folder), config.vocab_size)
     data.model_vocab_size = config.vocab_size  # nanoGPT's datasets do not say what their ids are
     if cfg.within_documents:
         data.ends = ends_of_text(data.tokenizer)

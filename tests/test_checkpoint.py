@@ -131,7 +131,7 @@ def test_best_and_latest_are_kept_apart(tmp_path):
     was killed between the two names left the file of best.pt under a third: it is not written to.
     """
     save(tmp_path, seed=0)
-    os.link(tmp_path / "best.pt", tmp_path / f".ckpt.pt.{os.getpid()}.tmp")
+    os.link(tmp_path / "best.pt", tmp_path / f".ckpt.pt.nanomla-{os.getpid()}.tmp")
     save(tmp_path, seed=1)
     assert checkpoint.load(checkpoint.find(tmp_path)).iter_num == 1
     assert checkpoint.load(checkpoint.find(tmp_path, prefer_best=True)).iter_num == 0
@@ -244,3 +244,13 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, keys, settings, weights, wor
         checkpoint.build(checkpoint.load(tmp_path / "ckpt.pt"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000  # kB
+
+
+def test_a_block_size_beyond_the_position_table_takes_no_memory():
+    """Nothing of the size that a file asks for is made before it is compared with the weights."""
+    model = GPT(tiny_config())
+    assert model.rope_cos.numel() == 0
+    args = {**dataclasses.asdict(model.config), "block_size": 10**15}
+    stored = Checkpoint(model.state_dict(), args, source="a.pt")
+    with pytest.raises(UserError, match=r"a.pt: transformer.wpe.weight has shape \(16, "):
+        checkpoint.build(stored)

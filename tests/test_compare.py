@@ -6,9 +6,11 @@ Run: python -m pytest tests/test_compare.py -m "slow or not slow"
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -22,9 +24,9 @@ from nanomla.errors import UsageError, UserError
 from nanomla.files import read_record
 from nanomla.settings import configure
 from tests.conftest import QUICK, ROOT, fails_with_one_line, run
-from tools import report
-from tools.compare import CompareConfig, Jobs, read_variants, train_all
-from tools.runs import Order
+from tools import report, runs
+from tools.compare import CompareConfig, Jobs, main, read_variants, train_all
+from tools.runs import Job, Order
 
 SHORT = [*QUICK, "--n_layer=1", "--max_iters=20", "--eval_tokens=600", "--decode_context=32"]
 TWO = "MHA; mla6: use_mla=True mla_latent_dim=6"
@@ -298,3 +300,27 @@ def test_what_seeds_can_tell():
     far = report.loss_cells([{"val_loss": loss} for loss in (1.9, 1.91, 1.92)], runs)
     assert far["change"] == "-0.1000" and float(far["p"]) < 0.001
     assert report.loss_cells(runs, runs)["p"] == report.loss_cells(runs[:1], runs)["p"] == ""
+
+
+def test_an_earlier_run_is_waited_for(tmp_path, monkeypatch, capsys):
+    """What outlives a killed comparison keeps its folder for an iteration: one line, not longer."""
+    job = Job("MHA", "tokens", 1.0, 1, (), 600, tmp_path)
+    runs.wait_for_earlier(job)
+    assert capsys.readouterr().out == ""
+    lock = locked(tmp_path, "training in it")
+    lock.__enter__()
+    end = threading.Timer(0.5, lambda: lock.__exit__(None, None, None))
+    end.start()
+    runs.wait_for_earlier(job)
+    end.join()
+    assert re.fullmatch(".*another run is training in it; waiting .*\n", capsys.readouterr().out)
+    monkeypatch.setattr(runs, "LONGEST_WAIT", 0.3)
+    with locked(tmp_path, "training in it"):
+        runs.wait_for_earlier(job)
+
+
+def test_a_pipe_is_no_config_file_here(tmp_path):
+    """It can be read only once."""
+    os.mkfifo(tmp_path / "c.py")
+    with pytest.raises(UsageError, match="c.py: .*can be no pipe"):
+        main([str(tmp_path / "c.py")])

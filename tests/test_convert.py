@@ -155,7 +155,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, source, dataset, monk
         done = convert(source, dataset, tmp_path / "to")
     assert fails_with_one_line(done, 1, "No space left on device")
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".to.999999999.tmp").mkdir()  # no system numbers processes so high
+    (tmp_path / ".to.nanomla-999999999.tmp").mkdir()  # no system numbers processes so high
     assert convert(source, dataset, tmp_path / "to").returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["to"]
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import nanomla.dataset
+import train
 from nanomla.dataset import Dataset, Meta, locked, read_meta, write_dataset
 from nanomla.errors import UserError
 from tests.conftest import KINDS, ROOT, make
@@ -167,6 +168,9 @@ def test_dataset_errors_say_what_to_do(tmp_path, dataset):
     (tmp_path / "val.bin").write_bytes(bytes(2 * 49))
     with pytest.raises(UserError, match=r"val.bin holds 49 tokens, but its meta file counts 50"):
         Dataset(str(tmp_path), 4)
+    (tmp_path / "val.bin").write_bytes(bytes(2 * 50 + 1))
+    with pytest.raises(UserError, match=r"val.bin has 101 bytes, which is no multiple of the 2 of"):
+        Dataset(str(tmp_path), 4)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +208,31 @@ def test_nanogpt_meta_pkl(tmp_path):
         with pytest.raises(UserError, match="refused"):
             read_meta(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "itos"),
+    [
+        (4, {0: "", 1: "a", 2: "b", 3: "\n"}), (3, {0: "a", 1: "b", 2: "a"}), (5, {0: "a", 1: "b"}),
+        (2, {0: "to", 1: "be"}), (2, {0: 5, 1: 6}),
+    ],
+)
+def test_a_meta_pkl_whose_ids_are_no_characters(tmp_path, vocab_size, itos):
+    """Empty, twice, too few, words, numbers: refused in one line that says how to go on."""
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size, "itos": itos}))
+    with pytest.raises(UserError, match=r"meta.pkl: refused.*itos must have.*vocab_size") as caught:
+        read_meta(tmp_path)
+    assert "\n" not in str(caught.value) and "rename this file" in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", [{"kind": "zzz"}, {"kind": "char", "chars": "aba"}])
+def test_a_wrong_tokenizer_is_found_before_training(tmp_path, spec):
+    """A dataset's, which the checkpoints would carry: one line with the folder's name."""
+    splits = {"train": [np.arange(20) % 3], "val": [np.arange(20) % 3]}
+    write_dataset(tmp_path, splits, Meta(vocab_size=3, tokenizer=spec))
+    flags = [f"--dataset={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--max_iters=1"]
+    with pytest.raises(UserError, match=f"{tmp_path.name}: .*(unknown tokenizer|chars='aba')"):
+        train.main([*flags, "--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8"])
 
 
 def test_preparing_needs_no_torch():

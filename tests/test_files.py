@@ -18,7 +18,7 @@ from nanomla import checkpoint, conversion, files, formats
 from nanomla.dataset import Dataset, Meta, write_dataset
 from nanomla.distributed import World
 from nanomla.errors import UserError
-from nanomla.files import json_text, read_json, replacing, write_text
+from nanomla.files import json_text, put_back, read_json, replacing, write_text
 from nanomla.formats.folder import write_folder
 from nanomla.runfolder import RunFolder, move_earlier_run
 from nanomla.runlog import RunLog, read_log
@@ -102,6 +102,39 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text(encoding="utf-8") == r"a name that is no UTF-8: \udcff"
 
 
+def test_files_of_others_beside_an_export_stay(tmp_path):
+    """Only names that no person gives are taken for leftovers."""
+    for name in (".e.2024.old", ".e.old", ".e.1.tmp"):
+        (tmp_path / name).mkdir()
+    before = sorted(os.listdir(tmp_path))
+    export(tmp_path, 0)
+    export(tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == [*before, "e"]
+
+
+def test_an_export_behind_a_link_is_put_back(tmp_path):
+    """After a kill between the two renames, opening the link finds the earlier export."""
+    export(tmp_path, 0)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "e").symlink_to(tmp_path / "e")
+    (tmp_path / "e").rename(tmp_path / ".e.nanomla-999999999.old")
+    assert weights(tmp_path / "links" / "e") is not None
+    assert sorted(os.listdir(tmp_path)) == ["e", "links"]
+
+
+def test_a_link_to_itself_is_one_line(tmp_path):
+    """As what is to be read, and as the folder to write; it stays what it is."""
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(UserError, match="loop: no such file or folder"):
+        formats.open_weights(loop)
+    formats.folder.check_target(loop)
+    settings, tensors = formats.write(MODELS[0], "gpt2")
+    with pytest.raises(UserError, match="nothing exported to .*loop"):
+        write_folder(loop, tensors, {"config.json": formats.folder.as_json(settings)})
+    assert loop.is_symlink() and os.listdir(tmp_path) == ["loop"]
+
+
 # ---- Whatever interrupts a write, and when
 
 
@@ -143,12 +176,28 @@ def export(folder, number):
 def converted(folder, number):
     """A run's folder that takes the place of an empty one."""
     new = folder / "new"
+    put_back(new)  # as tools.convert does at its start
     if number == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
     elif not new.exists() or not any(new.iterdir()):  # else it is there, which tools.convert sees
         source = SimpleNamespace(cfg=SimpleNamespace(data="text"), tokenizer=None)
         conversion.write_run(new, source, MODELS[1], 1.5, {"a.txt": "text"})
+
+
+def filled(folder, number):
+    """An export into an empty folder, which is the same folder afterwards."""
+    here = folder / "here"
+    if number == 0:
+        shutil.rmtree(here, ignore_errors=True)
+        here.mkdir()
+    else:
+        formats.folder.check_target(here)
+        was_empty = not any(here.iterdir())
+        inode = here.stat().st_ino
+        settings, tensors = formats.write(MODELS[1], "gpt2")
+        write_folder(here, tensors, {"config.json": formats.folder.as_json(settings)})
+        assert here.stat().st_ino == inode or not was_empty
 
 
 def weights(path):
@@ -174,6 +223,7 @@ WRITES = {  # how it is written, and read
     "log": (log, lambda folder: len(read_log(folder / "log.jsonl"))),
     "dataset": (dataset, read_dataset),
     "export": (export, lambda folder: weights(folder / "e")),
+    "filled folder": (filled, lambda folder: weights(folder / "here")),
     "conversion": (converted, lambda folder: weights(folder / "new")),
 }
 

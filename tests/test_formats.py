@@ -179,6 +179,18 @@ def test_experts_as_transformers_has_them_in_memory(tmp_path):
     assert same_weights(apart, GPT.from_pretrained(tmp_path))
 
 
+def test_two_places_for_the_rotary_base(tmp_path):
+    """Where rope_scaling and rope_parameters differ, the base is what transformers takes."""
+    foreign("llama").save_pretrained(tmp_path)
+    default = {"rope_type": "default"}
+    for scaling in ({**default, "rope_theta": 77.0}, default, {}, None):
+        parameters = {**default, "rope_theta": 9.0}
+        change_config(tmp_path, rope_theta=55.0, rope_scaling=scaling, rope_parameters=parameters)
+        theirs = load_with_transformers(tmp_path)
+        ours = GPT.from_pretrained(tmp_path)
+        assert ours.config.rope_theta == theirs.config.rope_parameters["rope_theta"], scaling
+
+
 def test_other_spellings_of_a_gpt2(tmp_path):
     """Without the prefix, with old mask buffers, with lm_head: the same logits."""
     model = foreign("gpt2")
@@ -559,5 +571,9 @@ def test_damaged_weights_are_one_line(tmp_path, originals):
     index = {"weight_map": {"a": "piece-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "no piece-1.safetensors" in error_of(tmp_path)
+    for weight_map in (None, [1, 2], {}, {"a": 5}, {"a": ["x"]}):
+        index = {"weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "model.safetensors.index.json: weight_map=" in error_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json: cannot be read" in error_of(tmp_path)

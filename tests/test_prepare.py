@@ -229,6 +229,8 @@ BROKEN = {
     "raw.jsonl": (b'{"text": "good"}\n{"text": "\xff"}\n', "line 2: not UTF-8 at byte 10"),
     "cut.txt.gz": (gzip.compress(bytes(1000))[:-9], "cut.txt.gz: broken gzip file"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": ', "bad.jsonl: line 2 is not JSON"),
+    "digits.jsonl": (b'{"text": ' + b"1" * 5000 + b"}", "line 1 cannot be read .*4300 digits"),
+    "deep.jsonl": (b"[" * 10**5, "deep.jsonl: line 1 cannot be read"),
     "field.jsonl": (b'{"body": "a"}\n', r"the field 'text' \(it has: body\); use --field"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', "line 1 escapes half a character; --errors=replace"),
 }

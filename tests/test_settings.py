@@ -116,10 +116,13 @@ NO_NAMES = {"start", "stop", "variants", "cache"}
 
 @pytest.mark.parametrize("kind", ALL_SETTINGS, ids=lambda kind: f"{kind.__module__}")
 def test_no_setting_that_names_something_is_empty(kind):
-    """As a path, empty text is the current folder. Nor is one no UTF-8, which torch cannot open."""
+    """
+    As a path, empty text is the current folder. Nor is one no UTF-8, which torch cannot open, or
+    several lines, which would end a comment that it is written into.
+    """
     for name, setting in declared(kind).items():
         if fits("text", setting.type) and name not in NO_NAMES:
-            for text in ("", "\udcff"):
+            for text in ("", "\udcff", "a\nb", "a\rb"):
                 with pytest.raises(UsageError, match=name):
                     configure(kind, [f"--{name}={text}"])
 

@@ -156,6 +156,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare_each(files: list[str], flags: list[str]) -> None:
     """A comparison for every config file with a title, which the files without one add to."""
+    for name in files:
+        if Path(name).is_fifo():
+            raise UsageError(f"{name}: a config file is read twice here, so it can be no pipe")
     titles = {name: run_config_file(name).get("title") for name in files}
     titled = [name for name in files if titles[name]]
     folders = [slug(titles[name]) for name in titled]

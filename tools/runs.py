@@ -24,7 +24,7 @@ import train
 from model import GPT, GPTConfig
 from nanomla import checkpoint, costs, runlog
 from nanomla.checks import Count, Natural, NonNegative, Number, check
-from nanomla.dataset import Dataset
+from nanomla.dataset import Dataset, locked
 from nanomla.distributed import print0, resolve_device, resolve_dtype, warn0
 from nanomla.errors import UserError
 from nanomla.files import read_record, write_text
@@ -33,6 +33,8 @@ from nanomla.start import stored_settings
 from nanomla.tokenizer import ends_of_text
 from tools.bench.decode import decoding
 from tools.bench.timing import alternate
+
+LONGEST_WAIT = 120  # seconds, for a run of a comparison that was killed
 
 # Iteration, seconds until then and validation loss.
 Point = Annotated[list[int | float], Field(min_length=3, max_length=3)]
@@ -129,6 +131,24 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def wait_for_earlier(job: Job) -> None:
+    """
+    Wait, for at most LONGEST_WAIT seconds, while a run trains in a job's folder: after a comparison
+    was killed, its runs end their iteration before they stop.
+    """
+    waits = False
+    deadline = time.monotonic() + LONGEST_WAIT
+    while time.monotonic() < deadline:
+        try:
+            with locked(job.folder, "training in it"):
+                return
+        except UserError as error:
+            if not waits:
+                print0(f"{error}; waiting up to {LONGEST_WAIT} s for it to end")
+            waits = True
+            time.sleep(0.2)
+
+
 class Pool:
     """
     Runs jobs side by side, each in a process, and prints a line as each of them ends.
@@ -179,6 +199,7 @@ class Pool:
 
     def _start(self, job: Job) -> subprocess.Popen:
         job.folder.mkdir(parents=True, exist_ok=True)
+        wait_for_earlier(job)
         content = {"flags": job.flags, "eval_tokens": job.eval_tokens}
         write_text(job.folder / "job.json", json.dumps(content))
         with open(job.folder / "output.txt", "wb") as output:

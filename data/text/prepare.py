@@ -259,6 +259,8 @@ def read_line(line: bytes, where: str, cfg: PrepareConfig) -> str:
         entry = json.loads(decode(line, where, cfg))
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep
+        raise UserError(f"{where} cannot be read ({error})") from None
     if not isinstance(entry, dict):
         entry = {}
     text = entry.get(cfg.field)

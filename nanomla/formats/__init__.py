@@ -7,6 +7,7 @@ the tensors that are there, and no size from a config.json is ever allocated.
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def open_weights(name: str | Path, prefer_best: bool = False, verify: bool = Tru
     Raises UserError if there is nothing of that name or it cannot be read.
     """
     path = Path(name)
-    if not path.exists():
-        put_back(path)  # an export that was killed
+    put_back(path)  # an export that was killed
+    if path.is_symlink():
+        put_back(Path(os.path.realpath(path)))
     if path.exists() and not path.is_dir():
         return load(path, verify)
     if name in PRETRAINED or (path / CONFIG).exists() or (path / WEIGHTS).exists():

@@ -3,6 +3,7 @@ Folders of weights: config.json, safetensors in one file or in pieces, tokenizer
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from model import GPT
 from nanomla.bpe import gpt2_tables
 from nanomla.checkpoint import TOKENIZER, Checkpoint, is_mask_buffer
+from nanomla.checks import Text, brief, fits
 from nanomla.costs import cached_numbers
 from nanomla.errors import UserError
-from nanomla.files import one_line, read_json, replacing, require_file, write_text
+from nanomla.files import one_line, put_back, read_json, replacing, require_file, write_text
 from nanomla.formats.base import MARK, Tensors
 from nanomla.tokenizer import (
     BYTE_LETTERS,
@@ -67,7 +69,7 @@ def read_tensors(folder: Path) -> Tensors:
     index = folder / f"{WEIGHTS}.index.json"
     files = {WEIGHTS}
     if index.exists() and not (folder / WEIGHTS).exists():
-        files = set(read_json(index)["weight_map"].values())
+        files = _indexed_files(index)
     tensors = {}
     for file in sorted(files):
         try:
@@ -90,6 +92,15 @@ def read_tensors(folder: Path) -> Tensors:
     return tensors
 
 
+def _indexed_files(index: Path) -> set[str]:
+    """The names of the files that a model.safetensors.index.json lists."""
+    weight_map = read_json(index).get("weight_map")
+    if not fits(weight_map, dict[str, Text]) or not weight_map:
+        problem = "weight_map must be an object with the file of each tensor"
+        raise UserError(f"{index}: weight_map={brief(weight_map)} does not work: {problem}")
+    return set(weight_map.values())
+
+
 def read_tokenizer(folder: Path) -> dict[str, Any] | None:
     """The spec of a folder's tokenizer, ours or Hugging Face's; None if it has none."""
     path = folder / TOKENIZER
@@ -109,6 +120,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any] | None:
 
 def check_target(folder: Path) -> None:
     """Raise UserError if --to names a folder with anything but an earlier export in it."""
+    put_back(Path(os.path.realpath(folder)))  # an export that was killed
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -140,7 +152,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], texts: dict[str, str]
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # also of a link to itself, which cannot be written
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as new:

@@ -89,19 +89,21 @@ def _rope_theta(settings: Settings) -> float:
         "rope_theta": settings.get("rope_theta", 10000.0),
         "partial_rotary_factor": settings.get("partial_rotary_factor", 1.0),
     }
-    for name in ("rope_scaling", "rope_parameters"):
-        values = settings.get(name) or {}
-        require(isinstance(values, dict), name, values, "an object or null")
-        kind = values.get("rope_type", values.get("type", "default"))
-        by_one = values.get("factor") == 1 and values.get("attention_factor") in (None, 1)
-        if by_one and kind in SCALED_BY_FACTOR:  # what else is there has no effect then
-            values = {name: value for name, value in values.items() if name in rotation}
-            kind = "default"
-        unknown = values.keys() - rotation.keys() - {"rope_type", "type"}
-        if kind != "default" or unknown:
-            problem = "this model's rotation is not scaled, only type 'default'"
-            raise ValueError(f"{name}={brief(values)} is not supported: {problem}")
-        rotation |= values
+    name = "rope_parameters"
+    if settings.get("rope_scaling"):  # transformers 5 then takes nothing of rope_parameters
+        name = "rope_scaling"
+    values = settings.get(name) or {}
+    require(isinstance(values, dict), name, values, "an object or null")
+    kind = values.get("rope_type", values.get("type", "default"))
+    by_one = values.get("factor") == 1 and values.get("attention_factor") in (None, 1)
+    if by_one and kind in SCALED_BY_FACTOR:  # what else is there has no effect then
+        values = {key: value for key, value in values.items() if key in rotation}
+        kind = "default"
+    unknown = values.keys() - rotation.keys() - {"rope_type", "type"}
+    if kind != "default" or unknown:
+        problem = "this model's rotation is not scaled, only type 'default'"
+        raise ValueError(f"{name}={brief(values)} is not supported: {problem}")
+    rotation |= values
     require_value(rotation, "partial_rotary_factor", None, 1.0)
     return rotation["rope_theta"]
 
