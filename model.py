@@ -1436,11 +1436,15 @@ class GPT(nn.Module):
         all_losses: (1 + n_predict,) losses, the second one that of the token after the next.
         mask (B, S) bool: which of all tokens are real, the new ones last; None: all. The others are
         padding, wherever it stands: it has no position, no part in the loss and no place in the
-        cache, and its logits mean nothing.
+        cache, and its logits mean nothing. The last position is then that of a sequence's last real
+        token.
         Raises ValueError for an idx without a token, for targets or a mask of another shape, and
         for a context or a cache that does not fit.
         """
         check_shape(idx)
+        if all_losses and self.config.n_predict:
+            allowed = "(B, T) with T of at least 2 for the loss of the token after the next"
+            require(idx.size(1) > 1, "idx.shape", tuple(idx.shape), allowed)
         if targets is not None:
             allowed = f"the shape of idx, {tuple(idx.shape)}"
             require(targets.shape == idx.shape, "targets.shape", tuple(targets.shape), allowed)
@@ -1455,12 +1459,15 @@ class GPT(nn.Module):
         if cache is not None:
             cache.expect(real)
         x = self.run_blocks(idx, cache)
-        if mask is not None:
-            x = in_order(x, order.argsort(dim=1))
-            if targets is not None:
-                targets = targets.masked_fill(padding, -1)
         if targets is None and not all_logits:
-            x = x[:, -1:]
+            if mask is None:
+                x = x[:, -1:]
+            else:
+                x = in_order(x, (real - 1).clamp(min=0).unsqueeze(1))  # of the last real token
+        elif mask is not None:
+            x = in_order(x, order.argsort(dim=1))
+        if mask is not None and targets is not None:
+            targets = targets.masked_fill(padding, -1)
         hidden = self.transformer.ln_f(x)
         logits = self.lm_head(hidden)
         if targets is None:

@@ -315,6 +315,10 @@ def check_model(config: GPTConfig, cfg: Settings, data: Dataset) -> None:
         check_spec(data.tokenizer, str(data.folder), config.vocab_size)
     data.model_vocab_size = config.vocab_size  # nanoGPT's datasets do not say what their ids are
     if cfg.within_documents:
+        # padding would count in the loads of experts, and parts have unequal numbers of targets
+        for name in ("moe_experts", "n_predict"):
+            if getattr(config, name):
+                raise UserError(f"--within_documents=True does not go with {name}; leave it out")
         data.ends = ends_of_text(data.tokenizer)
         if not data.ends:
             problem = f"dataset {cfg.dataset} has no token that ends a document"

@@ -37,6 +37,7 @@ def test_each_sequence_as_alone(kind, side):
     cache = model.make_cache(len(LENGTHS), 16)
     with torch.no_grad():
         whole, _ = model(idx, all_logits=True, mask=mask)
+        last, _ = model(idx, mask=mask)
         first, _ = model(idx[:, :4], cache=cache, all_logits=True, mask=mask[:, :4])
         second, _ = model(idx[:, 4:], cache=cache, all_logits=True, mask=mask)
         later = [model(token, cache=cache)[0][:, 0] for token in after.split(1, dim=1)]
@@ -46,6 +47,7 @@ def test_each_sequence_as_alone(kind, side):
             alone, _ = model(torch.cat([idx[b][mask[b]], after[b]])[None], all_logits=True)
             for logits, expected in (
                 (whole[b][mask[b]], alone[0, :n]),
+                (last[b], alone[0, n - 1 : n]),
                 (cached[b][mask[b]], alone[0, :n]),
                 (torch.stack(later, dim=1)[b], alone[0, n:]),
             ):

@@ -258,3 +258,12 @@ def test_training_with_it(tmp_path, dataset):
     assert fails_with_one_line(done, 2, "n_predict=2", "at most 1")
     done = run("train.py", *args, "--n_predict=1", "--block_size=1", f"--out_dir={tmp_path}/one")
     assert fails_with_one_line(done, 2, "block_size=1", "above n_predict=1")
+
+
+def test_one_token_has_none_after_the_next():
+    """One clear error; without the second loss it is a text like any other."""
+    model = GPT(tiny_config(n_predict=1))
+    idx = torch.zeros(2, 1, dtype=torch.int64)
+    assert model(idx, idx)[1].isfinite()
+    with pytest.raises(ValueError, match=r"idx.shape=\(2, 1\)"):
+        model(idx, idx, all_losses=True)

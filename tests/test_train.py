@@ -289,6 +289,10 @@ def test_within_documents(tmp_path, dataset):
         losses.append(token_losses(model, ids[begin : begin + 17], ends=(10,)))
     mean = torch.cat(losses).mean().item()
     assert abs(mean - final["True"]) < 1e-5 and abs(mean - final["False"]) > 1e-3
+    for name in ("n_predict=1", "moe_experts=4"):
+        more = [f"--out_dir={tmp_path}/n", "--within_documents=True", f"--{name}"]
+        refused = run("train.py", *flags, *more)
+        assert fails_with_one_line(refused, 1, "does not go with " + name.partition("=")[0])
     done = run("train.py", out, "--init_from=resume", "--max_iters=12", "--within_documents=False")
     assert done.returncode == 0 and "within_documents True, now False" in done.stderr
     done = run("train.py", *QUICK, f"--dataset={dataset}", "--within_documents=True")
