@@ -192,6 +192,7 @@ def test_load_of_a_server():
     assert rows[0]["of 1 client's"] == "1.0x"
 
 
+@pytest.mark.slow
 def test_speculation_is_timed(tmp_path, monkeypatch):
     """Of a run with a predictor and of one with a draft: the time of a pass of every length, texts
     with and without drafts; without weights, of a large model, passes alone."""
