@@ -284,14 +284,17 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-SLOW = ("picture", "conversion")  # whose packages take seconds in every process
+KINDS_OF_WRITES = [
+    pytest.param(kind, marks=pytest.mark.slow)  # their packages take seconds in every process
+    if kind in ("picture", "conversion")
+    else kind
+    for kind in WRITES
+]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("fault", [kill, interrupt, fill_disk])
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in WRITES]
-)
+@pytest.mark.parametrize("kind", KINDS_OF_WRITES)
 def test_a_write_is_whole_or_not_at_all(tmp_path, kind, fault):
     """
     Whatever happens at any call of the system, the old or the new content is there for readers;
